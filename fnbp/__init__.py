@@ -1,0 +1,40 @@
+"""fnbp: backpropagation as a value. Every layer is (init, forward, backward); the backward is the published formula."""
+
+from fnbp.backpropagation import Pass, Trace, backprop, per_example_norms, trace, value_and_grad
+from fnbp.combinators import serial, skip
+from fnbp.comparison import Report, compare
+from fnbp.factor import Factor, Outer, Sum, keep, per_example, sq_norms, total
+from fnbp.initialisers import initialiser
+from fnbp.interop import automatic_value_and_grad, from_jax, to_jax
+from fnbp.layer import Context, Layer, leaves, map_layers, stateless
+from fnbp.layers.activation import (
+    activation,
+    elu,
+    gelu,
+    identity,
+    leaky_relu,
+    log_softmax,
+    relu,
+    sigmoid,
+    silu,
+    softmax,
+    softplus,
+    tanh,
+)
+from fnbp.layers.dense import dense
+from fnbp.losses import Loss, binary_cross_entropy, half_squared_error, mean_squared_error, softmax_cross_entropy
+from fnbp.measurement import Cost, cost
+from fnbp.training import Fit, History, fit
+
+__all__ = [  # in the order in which the README teaches them
+    # a layer is a value
+    "Layer", "stateless", "Context", "dense", "activation", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus",
+    "silu", "gelu", "identity", "softmax", "log_softmax", "initialiser", "serial", "skip", "map_layers", "leaves",
+    # a loss of each example
+    "Loss", "softmax_cross_entropy", "binary_cross_entropy", "mean_squared_error", "half_squared_error",
+    # backpropagation, and what is made of the factors
+    "backprop", "Pass", "value_and_grad", "per_example_norms", "trace", "Trace",
+    "Factor", "Outer", "Sum", "total", "keep", "sq_norms", "per_example",
+    # prove, measure, train, exchange
+    "compare", "Report", "cost", "Cost", "fit", "Fit", "History", "to_jax", "from_jax", "automatic_value_and_grad",
+]  # fmt: skip

@@ -1,0 +1,97 @@
+"""What bad input meets: one place for the questions, so that every layer asks them in the same words."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+T = TypeVar("T")
+
+
+@contextmanager
+def located(path: str) -> Iterator[None]:
+    """Add to any error raised inside the place where it happened: "in serial[2].dense(10)"."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {path}")
+        raise
+
+
+def concrete(x: Any) -> bool:
+    """True where x holds values to look at: outside jit and vmap, and not a mere shape."""
+    return not isinstance(x, (Tracer, jax.ShapeDtypeStruct))
+
+
+def check_key(name: str, key: Any) -> None:
+    """TypeError unless key is a JAX random key, of the new or of the uint32 kind."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    legacy = dtype == np.uint32 and key.ndim == 1
+    if not (typed or legacy):
+        raise TypeError(f"{name}: a random key is due, such as jax.random.key(0); got {describe(key)}")
+
+
+def check_size(name: str, what: str, value: Any) -> None:
+    """ValueError or TypeError unless value is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: {what} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: {what} must be at least 1, got {value}")
+
+
+def check_floating(name: str, what: str, x: Any) -> None:
+    """TypeError unless x is an array of floating point numbers."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name}: {what} must be a floating point array, got {describe(x)}")
+
+
+def check_finite(name: str, what: str, x: Any) -> None:
+    """ValueError, with the first place, where a concrete array holds NaN or infinity. Says nothing under jit."""
+    for leaf in jax.tree.leaves(x):
+        if not concrete(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact) or bool(jnp.isfinite(leaf).all()):
+            continue
+        bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
+        first = tuple(int(i) for i in bad[0])
+        raise ValueError(f"{name}: {what} has {len(bad)} non-finite values, the first {leaf[first]} at index {first}")
+
+
+def check_params(name: str, params: Any, x: Any, due: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless params is a dict of exactly these names and shapes, which are due for this x."""
+    if not isinstance(params, Mapping) or set(params) != set(due):
+        came = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"{name}: params must hold {sorted(due)}, got {came}: are these the params of another net?")
+    for key, shape in due.items():
+        if jnp.shape(params[key]) != shape:
+            raise ValueError(
+                f"{name}: params[{key!r}] has shape {jnp.shape(params[key])}, x of shape {jnp.shape(x)} needs {shape}"
+            )
+
+
+def check_parts(name: str, what: str, tree: Any, count: int) -> None:
+    """ValueError unless tree is a tuple or list with one entry for each part of a combinator."""
+    if not isinstance(tree, (tuple, list)) or len(tree) != count:
+        came = len(tree) if isinstance(tree, (tuple, list)) else f"a {type(tree).__name__}"
+        raise ValueError(f"{name}: {what} must have {count} entries, one a layer, got {came}: is it of another net?")
+
+
+def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """table[name]; ValueError with the nearest names where there is none."""
+    if isinstance(name, str) and name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {kind} {name!r}{hint} There are: {', '.join(sorted(table))}")
+
+
+def describe(x: Any) -> str:
+    """A value in few words: dtype and shape of an array, else type and value."""
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"{x.dtype} of shape {tuple(x.shape)}"
+    return f"{type(x).__name__} {x!r}"

@@ -1,0 +1,39 @@
+"""Initialisers of jax.nn.initializers by name, for weights whose fans stand where fnbp puts them."""
+
+from collections.abc import Callable
+
+from jax.nn import initializers
+
+from fnbp.checks import choose
+
+FANNED = {
+    "glorot_normal": initializers.glorot_normal,
+    "glorot_uniform": initializers.glorot_uniform,
+    "he_normal": initializers.he_normal,
+    "he_uniform": initializers.he_uniform,
+    "lecun_normal": initializers.lecun_normal,
+    "lecun_uniform": initializers.lecun_uniform,
+}
+PLAIN = {
+    "normal": lambda: initializers.normal(1.0),
+    "ones": lambda: initializers.ones,
+    "orthogonal": initializers.orthogonal,
+    "zeros": lambda: initializers.zeros,
+}
+
+
+def initialiser(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> Callable:
+    """The initialiser (key, shape, dtype) -> array of that name; a function is returned as it is.
+
+        glorot_*   variance 2 / (fan_in + fan_out)    Glorot & Bengio 2010
+        he_*       variance 2 / fan_in                He et al. 2015, arXiv:1502.01852
+        lecun_*    variance 1 / fan_in
+        normal     variance 1          orthogonal, zeros, ones
+
+    Raises: ValueError, with the nearest name, where there is none of that name.
+    """
+    if callable(name):
+        return name
+    if name in FANNED:
+        return FANNED[name](in_axis=in_axis, out_axis=out_axis)
+    return choose("initialiser", name, {**PLAIN, **FANNED})()

@@ -1,0 +1,271 @@
+"""Activations: element by element, and the two that normalise along the last axis."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fnbp.checks import check_params, choose
+from fnbp.factor import wide
+from fnbp.layer import Layer, stateless
+
+X = Float[Array, "*s"]
+
+
+def parameterless(forward: Callable, backward: Callable, name: str) -> Layer:
+    """A Layer without parameters: forward x -> y, res and backward (res, dy) -> dx."""
+
+    def forward_lifted(params, x):
+        check_params(name, params, x, {})
+        return forward(x)
+
+    return stateless(lambda key, x: {}, forward_lifted, lambda params, res, dy: ({}, backward(res, dy)), name)
+
+
+def identity() -> Layer:
+    """The input as it is.
+
+        y = x      dx = dy
+
+    Shapes: x, y (...); nothing saved.
+    """
+
+    def forward(x: X) -> tuple[X, tuple]:
+        return x, ()
+
+    def backward(res: tuple, dy: X) -> X:
+        return dy
+
+    return parameterless(forward, backward, "identity")
+
+
+def sigmoid() -> Layer:
+    """The logistic function.
+
+        y = 1 / (1 + e^-x)      dx = dy y (1 - y)
+
+    Shapes:   x, y (...); saved y.
+    Forward:  the document, section 4.1.
+    Backward: the document, section 4.2, sigma'(z) = sigma(z) (1 - sigma(z)).
+    """
+
+    def forward(x: X) -> tuple[X, tuple]:
+        y = jax.nn.sigmoid(x)
+        return y, (y,)
+
+    def backward(res: tuple, dy: X) -> X:
+        (y,) = res
+        return dy * y * (1 - y)
+
+    return parameterless(forward, backward, "sigmoid")
+
+
+def tanh() -> Layer:
+    """The hyperbolic tangent.
+
+        y = tanh x      dx = dy (1 + y) (1 - y)
+
+    Shapes: x, y (...); saved y.
+    """
+
+    def forward(x: X) -> tuple[X, tuple]:
+        y = jnp.tanh(x)
+        return y, (y,)
+
+    def backward(res: tuple, dy: X) -> X:
+        (y,) = res
+        return dy * (1 + y) * (1 - y)  # 1 - y^2, without its cancellation near |y| = 1
+
+    return parameterless(forward, backward, "tanh")
+
+
+def relu() -> Layer:
+    """The rectifier.
+
+        y = max(x, 0)      dx = dy where x > 0, else 0
+
+    Shapes:  x, y (...); saved x > 0, one byte an element.
+    Kink:    dx = 0 at x = 0, as jax.nn.relu has it.
+    Forward: the document, section 4.1, names it.
+    """
+
+    def forward(x: X) -> tuple[X, tuple]:
+        return jax.nn.relu(x), (x > 0,)
+
+    def backward(res: tuple, dy: X) -> X:
+        (positive,) = res
+        return jnp.where(positive, dy, 0)
+
+    return parameterless(forward, backward, "relu")
+
+
+def leaky_relu(slope: float = 0.01) -> Layer:
+    """A rectifier that lets a little through below zero.
+
+        y = x where x >= 0, else slope x      dx = dy where x >= 0, else slope dy
+
+    Shapes:  x, y (...); saved x >= 0, one byte an element.
+    Kink:    dx = dy at x = 0, as jax.nn.leaky_relu has it.
+    """
+
+    def forward(x: X) -> tuple[X, tuple]:
+        positive = x >= 0
+        return jnp.where(positive, x, slope * x), (positive,)
+
+    def backward(res: tuple, dy: X) -> X:
+        (positive,) = res
+        return jnp.where(positive, dy, slope * dy)
+
+    return parameterless(forward, backward, f"leaky_relu({slope:g})")
+
+
+def elu(alpha: float = 1.0) -> Layer:
+    """The exponential linear unit.
+
+        y = x where x > 0, else alpha (e^x - 1)      dx = dy where x > 0, else dy alpha e^x
+
+    Shapes:  x, y (...); saved x.
+    Kink:    for alpha other than 1, dx = alpha dy at x = 0.
+    Forward: Clevert et al. 2015, arXiv:1511.07289.
+    """
+
+    def forward(x: X) -> tuple[X, tuple]:
+        return jnp.where(x > 0, x, alpha * jnp.expm1(jnp.minimum(x, 0))), (x,)
+
+    def backward(res: tuple, dy: X) -> X:
+        (x,) = res
+        # from x, not as y + alpha, which cancels for x far below 0
+        return jnp.where(x > 0, dy, dy * (alpha * jnp.exp(jnp.minimum(x, 0))))
+
+    return parameterless(forward, backward, f"elu({alpha:g})")
+
+
+def softplus() -> Layer:
+    """The smooth rectifier.
+
+        y = log(1 + e^x)      dx = dy sigma(x)
+
+    Shapes: x, y (...); saved x.
+    """
+
+    def forward(x: X) -> tuple[X, tuple]:
+        return jax.nn.softplus(x), (x,)
+
+    def backward(res: tuple, dy: X) -> X:
+        (x,) = res
+        return dy * jax.nn.sigmoid(x)
+
+    return parameterless(forward, backward, "softplus")
+
+
+def silu() -> Layer:
+    """The sigmoid linear unit, also called swish.
+
+        y = x s      dx = dy s (1 + x (1 - s))      s = sigma(x)
+
+    Shapes:  x, y (...); saved x.
+    Forward: Hendrycks & Gimpel 2016, arXiv:1606.08415; Elfwing et al. 2017, arXiv:1702.03118.
+    """
+
+    def forward(x: X) -> tuple[X, tuple]:
+        return x * jax.nn.sigmoid(x), (x,)
+
+    def backward(res: tuple, dy: X) -> X:
+        (x,) = res
+        s = jax.nn.sigmoid(x)
+        return dy * s * (1 + x * (1 - s))
+
+    return parameterless(forward, backward, "silu")
+
+
+def gelu(approximate: bool = False) -> Layer:
+    """The Gaussian error linear unit, exact or in its tanh form.
+
+        exact   y = x Phi(x)                     dx = dy (Phi + x phi)
+                Phi = erfc(-x / sqrt 2) / 2      phi = e^(-x^2/2) / sqrt(2 pi)
+        tanh    y = x (1 + t) / 2                dx = dy (1 + t)/2 (1 + x (1 - t) u')
+                t = tanh u                       u = sqrt(2/pi) (x + 0.044715 x^3)
+
+    Shapes:  x, y (...); saved x.
+    Forward: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
+    """
+
+    def forward(x: X) -> tuple[X, tuple]:
+        return x * jax.scipy.special.erfc(-x * math.sqrt(0.5)) / 2, (x,)
+
+    def backward(res: tuple, dy: X) -> X:
+        (x,) = res
+        Phi = jax.scipy.special.erfc(-x * math.sqrt(0.5)) / 2
+        phi = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+        return dy * (Phi + x * phi)
+
+    def forward_tanh(x: X) -> tuple[X, tuple]:
+        u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        return x * (1 + jnp.tanh(u)) / 2, (x,)
+
+    def backward_tanh(res: tuple, dy: X) -> X:
+        (x,) = res
+        t = jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        du = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+        return dy * (1 + t) / 2 * (1 + x * (1 - t) * du)
+
+    if approximate:
+        return parameterless(forward_tanh, backward_tanh, "gelu(approximate)")
+    return parameterless(forward, backward, "gelu")
+
+
+def log_softmax() -> Layer:
+    """The logarithm of a distribution over the last axis.
+
+        y = x - log sum e^x      dx = dy - e^y sum dy
+
+    Shapes:   x, y (..., k); saved y. Sums over k, in at least float32.
+    """
+
+    def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
+        y = jax.nn.log_softmax(wide(x), -1).astype(x.dtype)
+        return y, (y,)
+
+    def backward(res: tuple, dy: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
+        (y,) = res
+        dx = wide(dy) - jnp.exp(wide(y)) * jnp.sum(wide(dy), -1, keepdims=True)
+        return dx.astype(dy.dtype)
+
+    return parameterless(forward, backward, "log_softmax")
+
+
+def softmax() -> Layer:
+    """A distribution over the last axis.
+
+        y = e^x / sum e^x      dx = y (dy - sum(dy y))
+
+    Shapes:  x, y (..., k); saved y. Sums over k, in at least float32.
+    Forward: the document, section 4.1. Under a cross-entropy leave it out: softmax_cross_entropy holds it, and is
+             stable.
+    """
+
+    def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
+        y = jax.nn.softmax(wide(x), -1).astype(x.dtype)
+        return y, (y,)
+
+    def backward(res: tuple, dy: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
+        y, dy_wide = wide(res[0]), wide(dy)
+        return (y * (dy_wide - jnp.sum(dy_wide * y, -1, keepdims=True))).astype(dy.dtype)
+
+    return parameterless(forward, backward, "softmax")
+
+
+ACTIVATIONS = {
+    f.__name__: f for f in (identity, sigmoid, tanh, relu, leaky_relu, elu, softplus, silu, gelu, log_softmax, softmax)
+}
+
+
+def activation(name: str, **options: Any) -> Layer:
+    """The activation of that name, for settings that come as text: activation("elu", alpha=0.5).
+
+    Raises: ValueError, with the nearest name, where there is none of that name.
+    """
+    return choose("activation", name, ACTIVATIONS)(**options)

@@ -1,0 +1,191 @@
+"""What does the backward cost? Manual and automatic, compiled, side by side."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from io import StringIO
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fnbp.backpropagation import value_and_grad
+from fnbp.checks import check_size
+from fnbp.interop import automatic_value_and_grad
+from fnbp.layer import Context, Layer
+from fnbp.losses import Loss
+
+SAMPLE_SECONDS = 5e-3  # a timed sample repeats the call until it takes this long
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One compiled function.
+
+    seconds          of one call, median
+    compile_seconds  tracing, lowering and compiling, median
+    flops            as XLA counts them, or None where the device does not tell
+    temp_bytes       temporary memory of the compiled program, or None
+    """
+
+    seconds: float
+    compile_seconds: float
+    flops: float | None
+    temp_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The manual and the automatic gradient, measured in one run, and their ratios (manual / automatic).
+
+    time_ratio     median of the pairwise ratios of interleaved samples, with its quartiles
+    memory_ratio   of temporary memory        flops_ratio, compile_ratio
+    """
+
+    manual: Measured
+    automatic: Measured
+    time_ratio: float
+    time_quartiles: tuple[float, float]
+    device: str
+
+    @property
+    def memory_ratio(self) -> float | None:
+        return ratio(self.manual.temp_bytes, self.automatic.temp_bytes)
+
+    @property
+    def flops_ratio(self) -> float | None:
+        return ratio(self.manual.flops, self.automatic.flops)
+
+    @property
+    def compile_ratio(self) -> float | None:
+        return ratio(self.manual.compile_seconds, self.automatic.compile_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        ratios = {name: getattr(self, name) for name in ("memory_ratio", "flops_ratio", "compile_ratio")}
+        return asdict(self) | ratios
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"cost of one gradient on {self.device}", title_justify="left")
+        for name in ("", "manual", "automatic", "ratio"):
+            table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+        low, high = self.time_quartiles
+        m, a = self.manual, self.automatic
+        ms = [f"{1e3 * side.seconds:.3f} ms" for side in (m, a)]
+        table.add_row("time", *ms, f"{self.time_ratio:.3f} ({low:.3f} to {high:.3f})")
+        kib = [f"{side.temp_bytes / 1024:,.1f} KiB" if side.temp_bytes is not None else "-" for side in (m, a)]
+        table.add_row("temporary memory", *kib, text(self.memory_ratio))
+        flops = [f"{side.flops:,.0f}" if side.flops is not None else "-" for side in (m, a)]
+        table.add_row("FLOPs", *flops, text(self.flops_ratio))
+        compiling = [f"{side.compile_seconds:.3f} s" for side in (m, a)]
+        table.add_row("compile time", *compiling, text(self.compile_ratio))
+        return table
+
+    def __str__(self) -> str:
+        out = StringIO()
+        Console(file=out, width=120, no_color=True).print(self)
+        return out.getvalue().rstrip()
+
+
+def ratio(manual: float | None, automatic: float | None) -> float | None:
+    """manual / automatic; 1 where both are 0, None where one is unknown."""
+    if manual is None or automatic is None:
+        return None
+    return manual / automatic if automatic else 1.0 if not manual else float("inf")
+
+
+def text(value: float | None) -> str:
+    """A ratio for the table."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def cost(
+    net: Layer,
+    loss: Loss,
+    params: Any,
+    state: Any,
+    x: Any,
+    y: Any,
+    ctx: Context = Context(),
+    *,
+    samples: int = 100,
+    compiles: int = 3,
+) -> Cost:
+    """Time, temporary memory, FLOPs and compile time of fnbp.value_and_grad and of jax.value_and_grad.
+
+    Both are of the same forward, compiled and warmed up; samples interleave, in turns, and the time ratio is the
+    median of the pairwise ratios.
+
+    Raises: ValueError for samples or compiles below 1; what fnbp.value_and_grad raises.
+    """
+    return versus(
+        value_and_grad(net, loss), automatic_value_and_grad(net, loss), (params, state, x, y, ctx), samples, compiles
+    )
+
+
+def versus(manual: Callable, automatic: Callable, args: tuple, samples: int = 100, compiles: int = 3) -> Cost:
+    """The Cost of any two functions of the same arguments. Raises: ValueError for samples or compiles below 1."""
+    check_size("cost", "samples", samples)
+    check_size("cost", "compiles", compiles)
+    args = jax.device_put(args)
+    compiled, seconds = zip(*(compile_timed((manual, automatic), args) for _ in range(compiles + 1)), strict=True)
+    pair = compiled[-1]
+    compile_seconds = [median(side) for side in zip(*seconds[1:], strict=True)]  # the first warms the compiler up
+    samples_of_both = interleave(pair, args, samples)
+    quotients = samples_of_both[:, 0] / samples_of_both[:, 1]
+    low, middle, high = (float(q) for q in np.percentile(quotients, (25, 50, 75)))
+    sides = [
+        Measured(float(np.median(samples_of_both[:, i])), compile_seconds[i], flops_of(pair[i]), temp_bytes_of(pair[i]))
+        for i in range(2)
+    ]
+    return Cost(sides[0], sides[1], middle, (low, high), device_name())
+
+
+def compile_timed(functions: tuple[Callable, Callable], args: tuple) -> tuple[list[Any], list[float]]:
+    """Both compiled anew, and the seconds that each took."""
+    compiled, seconds = [], []
+    for function in functions:
+        fresh = jax.jit(lambda *args, function=function: function(*args))
+        start = time.perf_counter()
+        compiled.append(fresh.lower(*args).compile())
+        seconds.append(time.perf_counter() - start)
+    return compiled, seconds
+
+
+def interleave(pair: list[Any], args: tuple, samples: int) -> np.ndarray:
+    """(samples, 2): seconds of one call of each, taken in turns, first one first and then the other."""
+
+    def timed(function, calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = function(*args)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / calls
+
+    once = min(timed(function, 3) for function in pair for _ in range(3))
+    calls = max(1, round(SAMPLE_SECONDS / once))
+    taken = np.empty((samples, 2))
+    for i in range(samples):
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
+            taken[i, side] = timed(pair[side], calls)
+    return taken
+
+
+def flops_of(compiled: Any) -> float | None:
+    """As XLA counts them; None where the backend does not."""
+    analysis = compiled.cost_analysis()
+    return None if not analysis or "flops" not in analysis else float(analysis["flops"])
+
+
+def temp_bytes_of(compiled: Any) -> int | None:
+    """Temporary memory of the compiled program; None where the backend does not tell."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def device_name() -> str:
+    """The default device in words: "cpu", "NVIDIA H100 80GB HBM3"."""
+    return jax.devices()[0].device_kind

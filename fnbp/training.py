@@ -1,0 +1,376 @@
+"""Training: the loop of the document's section 3.2, steps 1 to 5, on the device, with any optax transformation."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fnbp.backpropagation import value_and_grad
+from fnbp.checks import check_finite, check_key, check_size
+from fnbp.layer import Context, Layer
+from fnbp.losses import Loss
+
+CALL_SECONDS = 0.2  # how long one call of the compiled loop is meant to take, and Ctrl-C to wait
+CAPACITY = 1 << 14  # the most steps of one call
+EVALUATED = 1024  # examples at once in a validation
+
+
+class History(NamedTuple):
+    """What happened, step by step.
+
+    loss             J of each step's batch, (steps,)
+    validation_step  after how many steps validation_loss was measured, (validations,)
+    seconds          wall time of the whole, compilation included
+    """
+
+    loss: np.ndarray
+    validation_step: np.ndarray
+    validation_loss: np.ndarray
+    seconds: float
+
+
+class Best(NamedTuple):
+    """The parameters of the least validation loss."""
+
+    params: Any
+    state: Any
+    step: int
+    loss: float
+
+
+class Fit(NamedTuple):
+    """Where training ended.
+
+    params, state, opt_state   as reached, all finite
+    step      how many updates were made of them
+    stopped   "steps", "threshold", "patience", "non-finite" or "interrupt"
+    message   the same in a sentence
+    best      of the validations, or None without validation
+    """
+
+    params: Any
+    state: Any
+    opt_state: Any
+    step: int
+    history: History
+    stopped: str
+    message: str
+    best: Best | None
+
+
+class Carry(NamedTuple):
+    """What one step hands to the next."""
+
+    params: Any
+    state: Any
+    opt_state: Any
+    step: jax.Array
+
+
+def fit(
+    net: Layer,
+    loss: Loss,
+    params: Any,
+    state: Any,
+    x: Any,
+    y: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    batch_size: int,
+    steps: int | None = None,
+    epochs: int | None = None,
+    threshold: float | None = None,
+    validation: tuple[Any, Any] | None = None,
+    patience: int | None = None,
+    opt_state: Any = None,
+    start: int = 0,
+    gradient: Callable = value_and_grad,
+    progress: bool = True,
+    callback: Callable[[int, float], None] | None = None,
+) -> Fit:
+    """Minimise the mean loss over x, y until the first stopping condition.
+
+        params := params + optimizer(gradient of J on the next batch)
+
+    An epoch is a fresh permutation of the examples, drawn on the device from key; examples that do not fill the last
+    batch sit that epoch out. Many steps run in one compiled call; nothing is recompiled after the first.
+
+    Stops:   steps (or epochs) are done; a batch's loss is at most threshold; patience validations in a row bring no
+             new least loss; a loss is not finite (the last finite parameters are handed back); Ctrl-C.
+    Options: validation: (x, y) measured after each epoch. opt_state, start: go on from an earlier Fit, its opt_state
+             and step. gradient: another maker of gradients, such as fnbp.automatic_value_and_grad. callback: called
+             between compiled calls with the step and its loss.
+    Memory:  the data, and twice params, state and opt_state: one set is kept to go back to.
+    Source:  the document, section 3.2.
+    Raises:  ValueError or TypeError before the first step, for sizes, targets, keys or data that do not fit.
+    """
+    check_key("fit", key)
+    check_size("fit", "batch_size", batch_size)
+    params, state, x, y = jax.tree.map(jnp.asarray, (params, state, x, y))
+    check_finite("fit", "params", params)
+    examples = check_data("training data", net, loss, params, state, x, y)
+    if batch_size > examples:
+        raise ValueError(f"fit: batch_size {batch_size} is more than the {examples} examples")
+    if validation is not None:
+        check_data("validation data", net, loss, params, state, *validation)
+    if patience is not None:
+        check_size("fit", "patience", patience)
+        if validation is None:
+            raise ValueError("fit: patience needs validation=(x, y)")
+    batches = examples // batch_size
+    last = start + total_steps(steps, epochs, batches)
+    optimizer = optax.with_extra_args_support(optimizer)
+    run = compiled_loop(gradient(net, loss), mean_loss(net, loss), optimizer, batch_size, batches)
+    key_order, key_layers = jax.random.split(key)
+    order = jax.jit(permutation, static_argnums=2)(key_order, start // batches, examples)
+    opt_state = optimizer.init(params) if opt_state is None else opt_state
+    carry = copy(Carry(params, state, opt_state, jnp.asarray(start)))
+    rule = Rule(start, last, batches, -np.inf if threshold is None else threshold, patience)
+    evaluate = evaluation(net, loss, *validation) if validation is not None else None
+    return drive(run, (carry, order), (x, y, key_order, key_layers), rule, evaluate, progress, callback)
+
+
+def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any) -> int:
+    """How many examples there are; ValueError or TypeError where the data do not fit each other, net or loss."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((x, y))}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(f"fit: {what} need equally many examples, at least 1; got {sorted(sizes)}")
+    check_finite("fit", f"{what}: x", x)
+    check_finite("fit", f"{what}: y", y)
+    prediction = jax.eval_shape(lambda p, s, x: net.forward(p, s, x, Context())[0], params, state, x)
+    loss.check(prediction, y)
+    return sizes.pop()[0]
+
+
+def total_steps(steps: Any, epochs: Any, batches: int) -> int:
+    """How many steps were asked for; ValueError unless by exactly one of the two."""
+    if (steps is None) == (epochs is None):
+        raise ValueError("fit: give steps or epochs, one of the two")
+    if steps is not None:
+        check_size("fit", "steps", steps)
+        return steps
+    check_size("fit", "epochs", epochs)
+    return epochs * batches
+
+
+class Rule(NamedTuple):
+    """When to stop, in numbers."""
+
+    start: int
+    last: int
+    batches: int
+    threshold: float
+    patience: int | None
+
+
+def permutation(key: jax.Array, epoch: jax.Array | int, examples: int) -> jax.Array:
+    """The order of the examples in an epoch."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+
+
+def copy(tree: Any) -> Any:
+    """The same values in buffers of their own."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def mean_loss(net: Layer, loss: Loss) -> Callable:
+    """J without a gradient: (params, state, x, y, ctx) -> value."""
+    return lambda params, state, x, y, ctx: jnp.mean(loss.forward(net.forward(params, state, x, ctx)[0], y)[0])
+
+
+def compiled_loop(gradient: Callable, value: Callable, optimizer: Any, batch_size: int, batches: int) -> Callable:
+    """(carry, order, data, limit, threshold) -> carry, order, losses (CAPACITY,), are params and state finite.
+
+    Runs steps up to limit, at most CAPACITY of them, and stops behind a loss that is not finite or at most threshold.
+    carry and order, the epoch's permutation, are donated.
+    """
+
+    def step(carry, order, data):
+        x, y, _, key_layers = data
+        rows = jax.lax.dynamic_slice_in_dim(order, carry.step % batches * batch_size, batch_size)
+        x, y = jax.tree.map(lambda a: jnp.take(a, rows, 0, mode="clip"), (x, y))
+        ctx = Context(jax.random.fold_in(key_layers, carry.step), train=True)
+        (J, state), grads = gradient(carry.params, carry.state, x, y, ctx)
+        updates, opt_state = optimizer.update(
+            grads,
+            carry.opt_state,
+            carry.params,
+            value=J,
+            grad=grads,
+            value_fn=lambda params: value(params, carry.state, x, y, ctx),
+        )
+        params = optax.apply_updates(carry.params, updates)
+        return Carry(params, state, opt_state, carry.step + 1), J
+
+    def run(carry, order, data, limit, threshold):
+        first, examples = carry.step, order.shape[0]
+
+        def goes_on(loop):
+            carry, _, J = loop
+            return (carry.step < limit) & jnp.isfinite(J) & (J > threshold)
+
+        def epoch(loop):
+            (carry, losses, J), order = loop
+            number = carry.step // batches
+            order = jax.lax.cond(
+                carry.step % batches == 0, lambda: permutation(data[2], number, examples), lambda: order
+            )
+
+            def one(loop):
+                carry, losses, _ = loop
+                at = carry.step - first
+                carry, J = step(carry, order, data)
+                return carry, losses.at[at].set(J), J.astype(losses.dtype)
+
+            def within(loop):
+                return goes_on(loop) & (loop[0].step < (number + 1) * batches)
+
+            return jax.lax.while_loop(within, one, (carry, losses, J)), order
+
+        losses = jnp.full(CAPACITY, jnp.nan, jnp.result_type(float))
+        start = jnp.asarray(jnp.finfo(losses.dtype).max, losses.dtype)
+        loop, order = jax.lax.while_loop(lambda loop: goes_on(loop[0]), epoch, ((carry, losses, start), order))
+        carry, losses, _ = loop
+        return carry, order, losses, finite((carry.params, carry.state))
+
+    return jax.jit(run, donate_argnums=(0, 1))
+
+
+def finite(tree: Any) -> jax.Array:
+    """True where every floating point leaf is finite everywhere."""
+    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in floating]))
+
+
+def evaluation(net: Layer, loss: Loss, x: Any, y: Any) -> Callable[[Any, Any], float]:
+    """(params, state) -> J over x, y, in batches of at most EVALUATED examples."""
+    x, y = jax.tree.map(jnp.asarray, (x, y))
+    examples = jax.tree.leaves(x)[0].shape[0]
+    full = examples // EVALUATED * EVALUATED
+
+    def summed(params, state, x, y):
+        return jnp.sum(loss.forward(net.forward(params, state, x, Context())[0], y)[0])
+
+    @jax.jit
+    def evaluate(params, state, x, y):
+        whole = jax.tree.map(lambda a: a[:full].reshape(-1, EVALUATED, *a.shape[1:]), (x, y))
+        rest = jax.tree.map(lambda a: a[full:], (x, y))
+        sums = jnp.sum(jax.lax.map(lambda xy: summed(params, state, *xy), whole)) if full else 0
+        return (sums + (summed(params, state, *rest) if full < examples else 0)) / examples
+
+    return lambda params, state: float(evaluate(params, state, x, y))
+
+
+def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, evaluate, progress: bool, callback) -> Fit:
+    """Call the compiled loop until a stopping condition holds, and keep what it brings."""
+    began, step, pace, waited, stopped = time.perf_counter(), rule.start, 1, 0, ""
+    losses: list[np.ndarray] = []
+    validations: list[tuple[int, float]] = []
+    best = None
+    with interruptible() as interrupted, bar(rule, progress) as show:
+        while not stopped:
+            limit = min(step + pace, rule.last)
+            if evaluate is not None:
+                limit = min(limit, (step // rule.batches + 1) * rule.batches)
+            kept, called = copy(at), time.perf_counter()
+            carry, order, got, is_finite = run(*at, data, np.int32(limit), np.float32(rule.threshold))
+            at, reached = (carry, order), int(carry.step)
+            losses.append(np.asarray(got)[: reached - step])
+            final = float(losses[-1][-1])
+            if not (is_finite and np.isfinite(final)):
+                at, stopped = last_finite(run, kept, data, reached), "non-finite"
+            elif final <= rule.threshold:
+                stopped = "threshold"
+            if evaluate is not None and not stopped and (reached % rule.batches == 0 or reached == rule.last):
+                measured = evaluate(at[0].params, at[0].state)
+                validations.append((reached, measured))
+                waited += 1
+                if best is None or measured < best.loss:
+                    best, waited = Best(*copy((at[0].params, at[0].state)), reached, measured), 0
+                if waited == rule.patience:
+                    stopped = "patience"
+            show(reached, final, validations)
+            if callback is not None:
+                callback(reached, final)
+            stopped = stopped or ("steps" if reached == rule.last else "interrupt" if interrupted.is_set() else "")
+            if limit - step == pace and time.perf_counter() - called < CALL_SECONDS:
+                pace = min(2 * pace, CAPACITY)
+            step = reached
+    steps, measured = (np.asarray(column) for column in zip(*validations, strict=True)) if validations else ((), ())
+    history = History(
+        np.concatenate(losses), np.asarray(steps, int), np.asarray(measured, float), time.perf_counter() - began
+    )
+    carry, ended = at[0], int(at[0].step)
+    message = explain(stopped, step, ended, final, rule)
+    return Fit(carry.params, carry.state, carry.opt_state, ended, history, stopped, message, best)
+
+
+def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> str:
+    """Why training stopped, in a sentence."""
+    return {
+        "steps": f"all {step - rule.start} steps done, the last loss is {final:.6g}",
+        "threshold": f"the loss of step {step} is {final:.6g}, at most the threshold {rule.threshold:.6g}",
+        "patience": f"no new least validation loss in {rule.patience} validations, at step {step}",
+        "interrupt": f"interrupted after step {step}",
+        "non-finite": f"step {step} is not finite, its loss is {final:.6g}; these parameters are of step {ended}",
+    }[stopped]
+
+
+def last_finite(run: Callable, kept: tuple[Carry, jax.Array], data: Any, reached: int) -> tuple[Carry, jax.Array]:
+    """The loop after the most steps, below reached, that leave params and state finite, by bisection from kept."""
+
+    def replay(limit):
+        carry, order, _, is_finite = run(*copy(kept), data, np.int32(limit), np.float32(-np.inf))
+        return (carry, order), bool(is_finite)
+
+    good, bad = int(kept[0].step), reached
+    while bad - good > 1:
+        middle = bad - 1 if bad == reached else (good + bad) // 2
+        good, bad = (middle, bad) if replay(middle)[1] else (good, middle)
+    return replay(good)[0]
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that a compiled call ends and its result is kept; a second Ctrl-C raises."""
+    pressed = threading.Event()
+
+    def handler(signum, frame):
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def bar(rule: Rule, shown: bool) -> Iterator[Callable]:
+    """A progress bar with the loss and steps/s: show(step, loss, validations)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), disable=not shown) as progress:
+        task = progress.add_task("training", total=rule.last - rule.start, rate="")
+        began = time.perf_counter()
+
+        def show(step, loss, validations):
+            rate = f"{(step - rule.start) / (time.perf_counter() - began):,.0f} steps/s"
+            measured = f" validation {validations[-1][1]:.4f}" if validations else ""
+            progress.update(task, completed=step - rule.start, description=f"loss {loss:.4f}{measured}", rate=rate)
+
+        yield show
