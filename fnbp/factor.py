@@ -12,7 +12,7 @@ CHUNK = 1 << 22  # elements of per-example matrices formed at once, where sq_nor
 
 def wide(x: jax.Array) -> jax.Array:
     """x in at least float32: the dtype in which sums are taken."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
 class Factor(ABC):

@@ -16,11 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fnbp.backpropagation import value_and_grad
 from fnbp.checks import check_finite, check_key, check_size
 from fnbp.layer import Context, Layer
+from fnbp.loop import CAPACITY, Carry, compiled_loop, copy, evaluation, last_finite, mean_loss, permutation
 from fnbp.losses import Loss
 
 CALL_SECONDS = 0.2  # how long one call of the compiled loop is meant to take, and Ctrl-C to wait
-CAPACITY = 1 << 14  # the most steps of one call
-EVALUATED = 1024  # examples at once in a validation
 
 
 class History(NamedTuple):
@@ -64,15 +63,6 @@ class Fit(NamedTuple):
     stopped: str
     message: str
     best: Best | None
-
-
-class Carry(NamedTuple):
-    """What one step hands to the next."""
-
-    params: Any
-    state: Any
-    opt_state: Any
-    step: jax.Array
 
 
 def fit(
@@ -172,104 +162,6 @@ class Rule(NamedTuple):
     patience: int | None
 
 
-def permutation(key: jax.Array, epoch: jax.Array | int, examples: int) -> jax.Array:
-    """The order of the examples in an epoch."""
-    return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
-
-
-def copy(tree: Any) -> Any:
-    """The same values in buffers of their own."""
-    return jax.tree.map(jnp.copy, tree)
-
-
-def mean_loss(net: Layer, loss: Loss) -> Callable:
-    """J without a gradient: (params, state, x, y, ctx) -> value."""
-    return lambda params, state, x, y, ctx: jnp.mean(loss.forward(net.forward(params, state, x, ctx)[0], y)[0])
-
-
-def compiled_loop(gradient: Callable, value: Callable, optimizer: Any, batch_size: int, batches: int) -> Callable:
-    """(carry, order, data, limit, threshold) -> carry, order, losses (CAPACITY,), are params and state finite.
-
-    Runs steps up to limit, at most CAPACITY of them, and stops behind a loss that is not finite or at most threshold.
-    carry and order, the epoch's permutation, are donated.
-    """
-
-    def step(carry, order, data):
-        x, y, _, key_layers = data
-        rows = jax.lax.dynamic_slice_in_dim(order, carry.step % batches * batch_size, batch_size)
-        x, y = jax.tree.map(lambda a: jnp.take(a, rows, 0, mode="clip"), (x, y))
-        ctx = Context(jax.random.fold_in(key_layers, carry.step), train=True)
-        (J, state), grads = gradient(carry.params, carry.state, x, y, ctx)
-        updates, opt_state = optimizer.update(
-            grads,
-            carry.opt_state,
-            carry.params,
-            value=J,
-            grad=grads,
-            value_fn=lambda params: value(params, carry.state, x, y, ctx),
-        )
-        params = optax.apply_updates(carry.params, updates)
-        return Carry(params, state, opt_state, carry.step + 1), J
-
-    def run(carry, order, data, limit, threshold):
-        first, examples = carry.step, order.shape[0]
-
-        def goes_on(loop):
-            carry, _, J = loop
-            return (carry.step < limit) & jnp.isfinite(J) & (J > threshold)
-
-        def epoch(loop):
-            (carry, losses, J), order = loop
-            number = carry.step // batches
-            order = jax.lax.cond(
-                carry.step % batches == 0, lambda: permutation(data[2], number, examples), lambda: order
-            )
-
-            def one(loop):
-                carry, losses, _ = loop
-                at = carry.step - first
-                carry, J = step(carry, order, data)
-                return carry, losses.at[at].set(J), J.astype(losses.dtype)
-
-            def within(loop):
-                return goes_on(loop) & (loop[0].step < (number + 1) * batches)
-
-            return jax.lax.while_loop(within, one, (carry, losses, J)), order
-
-        losses = jnp.full(CAPACITY, jnp.nan, jnp.result_type(float))
-        start = jnp.asarray(jnp.finfo(losses.dtype).max, losses.dtype)
-        loop, order = jax.lax.while_loop(lambda loop: goes_on(loop[0]), epoch, ((carry, losses, start), order))
-        carry, losses, _ = loop
-        return carry, order, losses, finite((carry.params, carry.state))
-
-    return jax.jit(run, donate_argnums=(0, 1))
-
-
-def finite(tree: Any) -> jax.Array:
-    """True where every floating point leaf is finite everywhere."""
-    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in floating]))
-
-
-def evaluation(net: Layer, loss: Loss, x: Any, y: Any) -> Callable[[Any, Any], float]:
-    """(params, state) -> J over x, y, in batches of at most EVALUATED examples."""
-    x, y = jax.tree.map(jnp.asarray, (x, y))
-    examples = jax.tree.leaves(x)[0].shape[0]
-    full = examples // EVALUATED * EVALUATED
-
-    def summed(params, state, x, y):
-        return jnp.sum(loss.forward(net.forward(params, state, x, Context())[0], y)[0])
-
-    @jax.jit
-    def evaluate(params, state, x, y):
-        whole = jax.tree.map(lambda a: a[:full].reshape(-1, EVALUATED, *a.shape[1:]), (x, y))
-        rest = jax.tree.map(lambda a: a[full:], (x, y))
-        sums = jnp.sum(jax.lax.map(lambda xy: summed(params, state, *xy), whole)) if full else 0
-        return (sums + (summed(params, state, *rest) if full < examples else 0)) / examples
-
-    return lambda params, state: float(evaluate(params, state, x, y))
-
-
 def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, evaluate, progress: bool, callback) -> Fit:
     """Call the compiled loop until a stopping condition holds, and keep what it brings."""
     began, step, pace, waited, stopped = time.perf_counter(), rule.start, 1, 0, ""
@@ -282,7 +174,7 @@ def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, evaluate, progress
             if evaluate is not None:
                 limit = min(limit, (step // rule.batches + 1) * rule.batches)
             kept, called = copy(at), time.perf_counter()
-            carry, order, got, is_finite = run(*at, data, np.int32(limit), np.float32(rule.threshold))
+            carry, order, got, is_finite = run(*at, data, np.int32(limit), jnp.asarray(rule.threshold, float))
             at, reached = (carry, order), int(carry.step)
             losses.append(np.asarray(got)[: reached - step])
             final = float(losses[-1][-1])
@@ -291,11 +183,11 @@ def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, evaluate, progress
             elif final <= rule.threshold:
                 stopped = "threshold"
             if evaluate is not None and not stopped and (reached % rule.batches == 0 or reached == rule.last):
-                measured = evaluate(at[0].params, at[0].state)
+                measured = evaluate(carry.params, carry.state)
                 validations.append((reached, measured))
                 waited += 1
                 if best is None or measured < best.loss:
-                    best, waited = Best(*copy((at[0].params, at[0].state)), reached, measured), 0
+                    best, waited = Best(copy(carry.params), copy(carry.state), reached, measured), 0
                 if waited == rule.patience:
                     stopped = "patience"
             show(reached, final, validations)
@@ -323,20 +215,6 @@ def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> st
         "interrupt": f"interrupted after step {step}",
         "non-finite": f"step {step} is not finite, its loss is {final:.6g}; these parameters are of step {ended}",
     }[stopped]
-
-
-def last_finite(run: Callable, kept: tuple[Carry, jax.Array], data: Any, reached: int) -> tuple[Carry, jax.Array]:
-    """The loop after the most steps, below reached, that leave params and state finite, by bisection from kept."""
-
-    def replay(limit):
-        carry, order, _, is_finite = run(*copy(kept), data, np.int32(limit), np.float32(-np.inf))
-        return (carry, order), bool(is_finite)
-
-    good, bad = int(kept[0].step), reached
-    while bad - good > 1:
-        middle = bad - 1 if bad == reached else (good + bad) // 2
-        good, bad = (middle, bad) if replay(middle)[1] else (good, middle)
-    return replay(good)[0]
 
 
 @contextmanager

@@ -1,0 +1,169 @@
+"""The one registry of layers under test, and the tools that every property test draws from."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+import fnbp
+
+
+class Case(NamedTuple):
+    """A layer under test.
+
+    shapes: of x, all distinct primes, the example first. oracle: (params, x) -> y by NumPy and SciPy in float64.
+    torch: the same by PyTorch, where it is installed: (torch.nn.functional, params, x) -> y.
+    """
+
+    id: str
+    layer: fnbp.Layer
+    shapes: tuple[tuple[int, ...], ...]
+    oracle: Callable[[Any, np.ndarray], np.ndarray]
+    torch: Callable | None = None
+    context: fnbp.Context = fnbp.Context()
+
+
+ELEMENTWISE = ((7, 11), (5, 3, 13), (1, 2))
+FEATURES = ((7, 11), (5, 3, 11), (1, 17, 11))
+
+
+def affine(p, x):
+    return x @ p["W"].T + p["b"]
+
+
+def two_dense(p, x):
+    return special.expit(affine(p[2], np.tanh(affine(p[0], x))))
+
+
+CASES = (
+    Case("identity", fnbp.identity(), ELEMENTWISE, lambda p, x: x),
+    Case("sigmoid", fnbp.sigmoid(), ELEMENTWISE, lambda p, x: special.expit(x), lambda F, p, x: F.sigmoid(x)),
+    Case("tanh", fnbp.tanh(), ELEMENTWISE, lambda p, x: np.tanh(x), lambda F, p, x: F.tanh(x)),
+    Case("relu", fnbp.relu(), ELEMENTWISE, lambda p, x: np.maximum(x, 0), lambda F, p, x: F.relu(x)),
+    Case(
+        "leaky_relu",
+        fnbp.leaky_relu(0.2),
+        ELEMENTWISE,
+        lambda p, x: np.where(x < 0, 0.2 * x, x),
+        lambda F, p, x: F.leaky_relu(x, 0.2),
+    ),
+    Case(
+        "elu",
+        fnbp.elu(1.7),
+        ELEMENTWISE,
+        lambda p, x: np.where(x > 0, x, 1.7 * (np.exp(x) - 1)),
+        lambda F, p, x: F.elu(x, 1.7),
+    ),
+    Case("softplus", fnbp.softplus(), ELEMENTWISE, lambda p, x: np.log(1 + np.exp(x)), lambda F, p, x: F.softplus(x)),
+    Case("silu", fnbp.silu(), ELEMENTWISE, lambda p, x: x * special.expit(x), lambda F, p, x: F.silu(x)),
+    Case("gelu", fnbp.gelu(), ELEMENTWISE, lambda p, x: x * special.ndtr(x), lambda F, p, x: F.gelu(x)),
+    Case(
+        "gelu_tanh",
+        fnbp.gelu(approximate=True),
+        ELEMENTWISE,
+        lambda p, x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        lambda F, p, x: F.gelu(x, approximate="tanh"),
+    ),
+    Case(
+        "log_softmax",
+        fnbp.log_softmax(),
+        ELEMENTWISE,
+        lambda p, x: special.log_softmax(x, -1),
+        lambda F, p, x: F.log_softmax(x, -1),
+    ),
+    Case("softmax", fnbp.softmax(), ELEMENTWISE, lambda p, x: special.softmax(x, -1), lambda F, p, x: F.softmax(x, -1)),
+    Case("dense", fnbp.dense(13), FEATURES, affine, lambda F, p, x: F.linear(x, p["W"], p["b"])),
+    Case(
+        "serial",
+        fnbp.serial(fnbp.dense(13), fnbp.tanh(), fnbp.dense(5), fnbp.sigmoid()),
+        FEATURES,
+        two_dense,
+        lambda F, p, x: F.sigmoid(F.linear(F.tanh(F.linear(x, p[0]["W"], p[0]["b"])), p[2]["W"], p[2]["b"])),
+    ),
+    Case(
+        "skip",
+        fnbp.serial(fnbp.dense(13), fnbp.skip(fnbp.serial(fnbp.dense(13), fnbp.sigmoid()))),
+        FEATURES,
+        lambda p, x: affine(p[0], x) + special.expit(affine(p[1][0][0], affine(p[0], x))),
+    ),
+    Case("skip_of_one", fnbp.skip(fnbp.dense(11)), FEATURES, lambda p, x: x + affine(p[0], x)),
+    Case("from_jax", fnbp.from_jax(fnbp.dense(13)), FEATURES, affine),
+)
+
+
+def draw(case: Case, shape: tuple[int, ...], dtype: Any = float, seed: int = 0):
+    """params away from their initial zeros, state, x, and a random cotangent of y. NumPy draws: nothing compiles."""
+    rng = np.random.default_rng([seed, *shape])
+    dtype = jnp.zeros((), dtype).dtype
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    shapes, state = jax.eval_shape(case.layer.init, jax.random.key(0), like)
+    if jax.tree.leaves(state):
+        state = case.layer.init(jax.random.key(0), like)[1]
+    x = normal(rng, shape, dtype)
+    params = jax.tree.map(lambda leaf: normal(rng, leaf.shape, leaf.dtype) / 2, shapes)
+    y = jax.eval_shape(case.layer.forward, params, state, x, case.context)[0]
+    return params, state, x, normal(rng, y.shape, y.dtype)
+
+
+def normal(rng, shape, dtype):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+@functools.cache
+def compiled(case_id: str) -> tuple[Callable, Callable]:
+    """forward (params, state, x) -> y, and vjp (params, state, x, dy) -> gradients, dx; both jitted once a case."""
+    case = next(case for case in CASES if case.id == case_id)
+
+    def forward(params, state, x):
+        return case.layer.forward(params, state, x, case.context)[0]
+
+    return jax.jit(forward), jax.jit(lambda *args: eager_vjp(case, *args))
+
+
+def manual_vjp(case: Case, params, state, x, dy):
+    """Gradients and dx by the layer's own backward, jitted."""
+    return compiled(case.id)[1](params, state, x, dy)
+
+
+def eager_vjp(case: Case, params, state, x, dy):
+    """Gradients and dx by the layer's own backward."""
+    _, _, res = case.layer.forward(params, state, x, case.context)
+    factors, dx = case.layer.backward(params, res, dy)
+    return jax.tree.map(finish, factors, is_leaf=lambda f: isinstance(f, fnbp.Factor)), dx
+
+
+def finish(leaf):
+    return leaf.total() if isinstance(leaf, fnbp.Factor) else leaf
+
+
+def relative(a, b) -> float:
+    """|a - b| / |b| over all leaves of a tree, the worst of them."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    worst = 0.0
+    for one, other in pairs:
+        one, other = np.asarray(one, float), np.asarray(other, float)
+        assert one.shape == other.shape
+        size = np.linalg.norm(other)
+        difference = np.linalg.norm(one - other)
+        worst = max(worst, difference / size if size else difference)
+    return worst
+
+
+def sum_of_squares() -> fnbp.Loss:
+    """A loss whose delta is random enough: 1/2 sum_j c_j (p_j - j)^2 with c growing."""
+
+    def weights(p):
+        return jnp.linspace(0.5, 1.5, p[0].size, dtype=p.dtype).reshape(p.shape[1:])
+
+    def forward(p, t):
+        return jnp.sum(weights(p) * (p - t) ** 2 / 2, range(1, p.ndim)), (p, t)
+
+    def backward(res):
+        p, t = res
+        return weights(p) * (p - t)
+
+    return fnbp.Loss(forward, backward, "sum_of_squares")

@@ -1,0 +1,244 @@
+"""Each property of a layer, over every case of the registry and several shapes."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import fnbp
+from tests.cases import CASES, compiled, draw, eager_vjp, finish, manual_vjp, relative, sum_of_squares
+
+SHAPED = [
+    pytest.param(case, shape, id=f"{case.id}-{'x'.join(map(str, shape))}") for case in CASES for shape in case.shapes
+]
+FIRST = [pytest.param(case, case.shapes[0], id=case.id) for case in CASES]
+MANUAL = [param for param in FIRST if param.id != "from_jax"]
+each_shape = pytest.mark.parametrize(("case", "shape"), SHAPED)
+each = pytest.mark.parametrize(("case", "shape"), FIRST)
+each_manual = pytest.mark.parametrize(("case", "shape"), MANUAL)
+
+
+def value(case, state):
+    return lambda params, x: case.layer.forward(params, state, x, case.context)[0]
+
+
+@each_shape
+def test_backward_is_the_vjp_of_forward(x64, case, shape):
+    params, state, x, dy = draw(case, shape)
+    automatic = jax.jit(lambda params, x, dy: jax.vjp(value(case, state), params, x)[1](dy))
+    assert relative(manual_vjp(case, params, state, x, dy), automatic(params, x, dy)) <= 1e-12
+
+
+@each
+def test_backward_agrees_with_finite_differences(x64, case, shape):
+    params, state, x, dy = draw(case, shape)
+    at = jax.tree.map(np.asarray, (params, x))
+    rng = np.random.default_rng(1)
+    along = jax.tree.map(lambda a: rng.standard_normal(a.shape), at)
+    h = 1e-6
+    ahead, behind = (jax.tree.map(lambda a, d, s=s: a + s * h * d, at, along) for s in (1, -1))
+    f = lambda at: np.sum(dy * compiled(case.id)[0](at[0], state, at[1]))  # noqa: E731
+    slope = (f(ahead) - f(behind)) / (2 * h)
+    grads = manual_vjp(case, params, state, x, dy)
+    expected = sum(jnp.sum(g * d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(along), strict=True))
+    np.testing.assert_allclose(slope, expected, rtol=1e-6)
+
+
+@each_shape
+def test_forward_is_the_oracles(case, shape):
+    params, state, x, _ = draw(case, shape, jnp.float32)
+    y = compiled(case.id)[0](params, state, x)
+    wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
+    assert relative(y, case.oracle(*wide)) <= 1e-6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed (extra: peers)")
+@pytest.mark.parametrize(("case", "shape"), [param for param in SHAPED if param.values[0].torch is not None])
+def test_forward_and_backward_are_pytorchs(x64, case, shape):
+    import torch
+
+    params, state, x, dy = draw(case, shape)
+    leaf = lambda a: torch.tensor(np.asarray(a), requires_grad=True)  # noqa: E731
+    tensors = jax.tree.map(leaf, (params, x))
+    y = case.torch(torch.nn.functional, *tensors)
+    y.backward(torch.tensor(np.asarray(dy)))
+    assert relative(compiled(case.id)[0](params, state, x), y.detach().numpy()) <= 1e-12
+    grads = jax.tree.map(lambda t: t.grad.numpy(), tensors)
+    assert relative(manual_vjp(case, params, state, x, dy), grads) <= 1e-12
+
+
+@each
+def test_jit_is_eager_and_traces_once(case, shape):
+    params, state, x, dy = draw(case, shape, jnp.float32)
+    traced = []
+
+    def run(params, state, x, dy):
+        traced.append(1)
+        return case.layer.forward(params, state, x, case.context)[0], eager_vjp(case, params, state, x, dy)
+
+    jitted = jax.jit(run)
+    first = jitted(params, state, x, dy)
+    jitted(params, state, 2 * x, dy)
+    assert len(traced) == 1
+    assert relative(first, run(params, state, x, dy)) <= 1e-6
+
+
+@each
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_trees_shapes_and_dtypes(x64, case, shape, dtype):
+    params, state, x, dy = draw(case, shape, dtype)
+    y, new_state, _ = jax.eval_shape(case.layer.forward, params, state, x, case.context)
+    grads, dx = jax.eval_shape(lambda *args: eager_vjp(case, *args), params, state, x, dy)
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    for gradient, parameter in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
+        assert gradient.shape == parameter.shape
+        assert gradient.dtype == parameter.dtype == dtype
+    assert (dx.shape, dx.dtype, y.dtype) == (x.shape, dtype, dtype)
+
+
+@each
+@pytest.mark.parametrize(("dtype", "eps"), [(jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11), (jnp.float32, 2.0**-24)])
+def test_low_precision_stays_near_float64(x64, case, shape, dtype, eps):
+    low = draw(case, shape, dtype)
+    high = jax.tree.map(lambda a: a.astype(jnp.float64), low)
+    assert relative(manual_vjp(case, *low), manual_vjp(case, *high)) <= 8 * eps
+
+
+@each
+def test_strict_dtype_promotion(case, shape):
+    with jax.numpy_dtype_promotion("strict"):
+        args = draw(case, shape, jnp.bfloat16)
+        jax.eval_shape(lambda *args: eager_vjp(case, *args), *args)
+
+
+@each_manual
+def test_per_example_contractions_are_vmap_of_grad(x64, case, shape):
+    params, state, x, target = draw(case, shape)
+    loss = sum_of_squares()
+
+    def own(params, x, t):
+        return loss.forward(case.layer.forward(params, state, x[None], case.context)[0], t[None])[0][0]
+
+    rows = jax.jit(jax.vmap(jax.grad(own), (None, 0, 0)))(params, x, target)
+    squares = jax.tree.map(lambda a: jnp.sum(a.reshape(len(x), -1) ** 2, -1), rows)
+    contract = (fnbp.per_example, fnbp.sq_norms, fnbp.total)
+    grads = jax.jit(fnbp.backprop(case.layer, loss, contract))(params, state, x, target, case.context).grads
+    pick = lambda i: jax.tree.map(lambda leaf: leaf[i], grads, is_leaf=is_triple)  # noqa: E731
+    assert relative(pick(0), rows) <= 1e-12
+    assert relative(pick(1), squares) <= 1e-12
+    assert relative(pick(2), jax.tree.map(lambda a: a.mean(0), rows)) <= 1e-12
+    if jax.tree.leaves(params):
+        norms = jax.jit(fnbp.per_example_norms(case.layer, loss))(params, state, x, target, case.context)
+        assert relative(norms**2, sum(jax.tree.leaves(squares))) <= 1e-12
+
+
+def is_triple(node):
+    return isinstance(node, tuple) and len(node) == 3 and all(isinstance(a, jax.Array) for a in node)
+
+
+@each
+def test_vmap_over_an_ensemble_and_scan_over_steps(case, shape):
+    members = [draw(case, shape, jnp.float32, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *members)
+    run = lambda *args: eager_vjp(case, *args)  # noqa: E731
+    mapped = jax.jit(jax.vmap(run))(*stacked)
+    _, scanned = jax.jit(lambda stacked: jax.lax.scan(lambda carry, args: (carry, run(*args)), 0, stacked))(stacked)
+    alone = jax.tree.map(lambda *a: np.stack(a), *(manual_vjp(case, *member) for member in members))
+    assert relative(mapped, alone) <= 1e-6
+    assert relative(scanned, alone) <= 1e-6
+
+
+@each
+def test_sharded_over_examples_is_single(case, shape):
+    params, state, x, dy = draw(case, (8, *shape[1:]), jnp.float32)
+    mesh = jax.make_mesh((4,), ("example",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("example",), ()))
+    run = jax.jit(lambda *args: eager_vjp(case, *args))
+    sharded = run(*jax.device_put((params, state), whole), *jax.device_put((x, dy), split))
+    assert relative(sharded, run(params, state, x, dy)) <= 1e-6
+    assert sharded[1].sharding.is_equivalent_to(split, x.ndim)
+
+
+@each
+def test_init_needs_only_the_shape_of_x(case, shape):
+    x = jnp.ones(shape)
+    by_shape = case.layer.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, x.dtype))
+    assert relative(by_shape, case.layer.init(jax.random.key(0), x)) == 0
+
+
+@each
+def test_init_wants_a_key(case, shape):
+    with pytest.raises(TypeError, match=r"a random key is due, such as jax.random.key\(0\); got int 0"):
+        case.layer.init(0, jnp.ones(shape))
+
+
+def test_kinks_follow_the_stated_convention():
+    zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
+    for layer, slope in ((fnbp.relu(), 0.0), (fnbp.leaky_relu(0.2), 1.0), (fnbp.elu(1.7), 1.7)):
+        _, _, res = layer.forward({}, {}, zero, fnbp.Context())
+        assert layer.backward({}, res, one)[1] == np.float32(slope), layer.name
+
+
+@pytest.mark.parametrize("case", [param.values[0] for param in FIRST], ids=[param.id for param in FIRST])
+def test_extreme_inputs_stay_finite(case):
+    for size in (1e4, -1e4):
+        params, state, x, dy = draw(case, case.shapes[0], jnp.float32)
+        y = compiled(case.id)[0](params, state, x + size)
+        grads = manual_vjp(case, params, state, x + size, dy)
+        assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((y, grads))), size
+
+
+def test_dense_initialisers_have_their_fans():
+    x = jnp.ones((2, 400))
+    for name, variance in (
+        ("glorot_uniform", 2 / 1000),
+        ("he_normal", 2 / 400),
+        ("lecun_normal", 1 / 400),
+        ("normal", 1),
+    ):
+        W = fnbp.dense(600, W=name).init(jax.random.key(0), x)[0]["W"]
+        np.testing.assert_allclose(W.var(), variance, rtol=0.02, err_msg=name)
+
+
+def test_dense_takes_an_initialiser_of_ones_own():
+    layer = fnbp.dense(3, W=lambda key, shape, dtype: jnp.full(shape, 2, dtype), b="ones")
+    params, _ = layer.init(jax.random.key(0), jnp.ones((5, 7)))
+    assert (params["W"] == 2).all() and params["W"].shape == (3, 7) and (params["b"] == 1).all()
+
+
+def test_activation_by_name():
+    assert fnbp.activation("elu", alpha=0.5).name == "elu(0.5)"
+    with pytest.raises(ValueError, match="unknown activation 'sigmod'; did you mean 'sigmoid'"):
+        fnbp.activation("sigmod")
+    with pytest.raises(
+        ValueError, match=r"unknown initialiser 'glorot'; did you mean 'glorot_.*'.* There are: .*he_normal"
+    ):
+        fnbp.dense(3, W="glorot")
+
+
+@pytest.mark.parametrize(
+    ("width", "error", "message"),
+    [
+        (0, ValueError, r"dense\(0\): n_out must be at least 1, got 0"),
+        (-3, ValueError, r"dense\(-3\): n_out must be at least 1, got -3"),
+        (2.5, TypeError, r"dense\(2.5\): n_out must be a whole number, got 2.5"),
+        (True, TypeError, r"n_out must be a whole number, got True"),
+    ],
+)
+def test_dense_refuses_widths(width, error, message):
+    with pytest.raises(error, match=message):
+        fnbp.dense(width)
+
+
+def test_dense_refuses_integer_inputs():
+    with pytest.raises(TypeError, match=r"dense\(3\): x must be a floating point array, got uint8 of shape \(5, 7\)"):
+        fnbp.dense(3).init(jax.random.key(0), jnp.ones((5, 7), jnp.uint8))
+
+
+def test_finish_is_total():
+    d, x = jnp.ones((2, 3)), jnp.ones((2, 5))
+    assert finish(fnbp.Outer(d, x)).shape == (3, 5)
