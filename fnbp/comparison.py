@@ -53,17 +53,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What compare found: rows from input to output, faults from output to input."""
+    """What compare found: rows from input to output, faults from the last layer to the first."""
 
     rows: tuple[Row, ...]
 
     @property
     def faults(self) -> tuple[Row, ...]:
-        return tuple(row for row in reversed(self.rows) if not row.ok)
+        layers = dict.fromkeys(row.path for row in self.rows)
+        return tuple(row for path in reversed(layers) for row in self.rows if row.path == path and not row.ok)
 
     @property
     def first_fault(self) -> Row | None:
-        """The fault nearest the output, where a backward pass meets it first."""
+        """The fault that a backward pass meets first."""
         return next(iter(self.faults), None)
 
     @property

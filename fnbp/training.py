@@ -86,6 +86,7 @@ def fit(
     gradient: Callable = value_and_grad,
     progress: bool = True,
     callback: Callable[[int, float], None] | None = None,
+    on_epoch: Callable[[int, Any, Any], None] | None = None,
 ) -> Fit:
     """Minimise the mean loss over x, y until the first stopping condition.
 
@@ -98,24 +99,14 @@ def fit(
              new least loss; a loss is not finite (the last finite parameters are handed back); Ctrl-C.
     Options: validation: (x, y) measured after each epoch. opt_state, start: go on from an earlier Fit, its opt_state
              and step. gradient: another maker of gradients, such as fnbp.automatic_value_and_grad. callback: called
-             between compiled calls with the step and its loss.
+             between compiled calls with the step and its loss. on_epoch: called after each epoch with the step, the
+             params and the state, which the next step overwrites: measure them, or copy them.
     Memory:  the data, and twice params, state and opt_state: one set is kept to go back to.
     Source:  the document, section 3.2.
     Raises:  ValueError or TypeError before the first step, for sizes, targets, keys or data that do not fit.
     """
-    check_key("fit", key)
-    check_size("fit", "batch_size", batch_size)
     params, state, x, y = jax.tree.map(jnp.asarray, (params, state, x, y))
-    check_finite("fit", "params", params)
-    examples = check_data("training data", net, loss, params, state, x, y)
-    if batch_size > examples:
-        raise ValueError(f"fit: batch_size {batch_size} is more than the {examples} examples")
-    if validation is not None:
-        check_data("validation data", net, loss, params, state, *validation)
-    if patience is not None:
-        check_size("fit", "patience", patience)
-        if validation is None:
-            raise ValueError("fit: patience needs validation=(x, y)")
+    examples = check_request(net, loss, params, state, x, y, key, batch_size, validation, patience)
     batches = examples // batch_size
     last = start + total_steps(steps, epochs, batches)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -126,7 +117,25 @@ def fit(
     carry = copy(Carry(params, state, opt_state, jnp.asarray(start)))
     rule = Rule(start, last, batches, -np.inf if threshold is None else threshold, patience)
     evaluate = evaluation(net, loss, *validation) if validation is not None else None
-    return drive(run, (carry, order), (x, y, key_order, key_layers), rule, evaluate, progress, callback)
+    watch = Watch(evaluate, on_epoch, callback, progress)
+    return drive(run, (carry, order), (x, y, key_order, key_layers), rule, watch)
+
+
+def check_request(net, loss, params, state, x, y, key, batch_size, validation, patience) -> int:
+    """How many examples there are; ValueError or TypeError for what fit cannot start with."""
+    check_key("fit", key)
+    check_size("fit", "batch_size", batch_size)
+    check_finite("fit", "params", params)
+    examples = check_data("training data", net, loss, params, state, x, y)
+    if batch_size > examples:
+        raise ValueError(f"fit: batch_size {batch_size} is more than the {examples} examples")
+    if validation is not None:
+        check_data("validation data", net, loss, params, state, *validation)
+    if patience is not None:
+        check_size("fit", "patience", patience)
+        if validation is None:
+            raise ValueError("fit: patience needs validation=(x, y)")
+    return examples
 
 
 def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any) -> int:
@@ -162,16 +171,29 @@ class Rule(NamedTuple):
     patience: int | None
 
 
-def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, evaluate, progress: bool, callback) -> Fit:
+class Watch(NamedTuple):
+    """Who looks on: between compiled calls, and after each epoch."""
+
+    evaluate: Callable | None
+    on_epoch: Callable | None
+    callback: Callable | None
+    progress: bool
+
+    @property
+    def epochs(self) -> bool:
+        return self.evaluate is not None or self.on_epoch is not None
+
+
+def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, watch: Watch) -> Fit:
     """Call the compiled loop until a stopping condition holds, and keep what it brings."""
     began, step, pace, waited, stopped = time.perf_counter(), rule.start, 1, 0, ""
     losses: list[np.ndarray] = []
     validations: list[tuple[int, float]] = []
     best = None
-    with interruptible() as interrupted, bar(rule, progress) as show:
+    with interruptible() as interrupted, bar(rule, watch.progress) as show:
         while not stopped:
             limit = min(step + pace, rule.last)
-            if evaluate is not None:
+            if watch.epochs:
                 limit = min(limit, (step // rule.batches + 1) * rule.batches)
             kept, called = copy(at), time.perf_counter()
             carry, order, got, is_finite = run(*at, data, np.int32(limit), jnp.asarray(rule.threshold, float))
@@ -182,8 +204,11 @@ def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, evaluate, progress
                 at, stopped = last_finite(run, kept, data, reached), "non-finite"
             elif final <= rule.threshold:
                 stopped = "threshold"
-            if evaluate is not None and not stopped and (reached % rule.batches == 0 or reached == rule.last):
-                measured = evaluate(carry.params, carry.state)
+            at_end = not stopped and (reached % rule.batches == 0 or reached == rule.last)
+            if at_end and watch.on_epoch is not None:
+                watch.on_epoch(reached, carry.params, carry.state)
+            if at_end and watch.evaluate is not None:
+                measured = watch.evaluate(carry.params, carry.state)
                 validations.append((reached, measured))
                 waited += 1
                 if best is None or measured < best.loss:
@@ -191,8 +216,8 @@ def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, evaluate, progress
                 if waited == rule.patience:
                     stopped = "patience"
             show(reached, final, validations)
-            if callback is not None:
-                callback(reached, final)
+            if watch.callback is not None:
+                watch.callback(reached, final)
             stopped = stopped or ("steps" if reached == rule.last else "interrupt" if interrupted.is_set() else "")
             if limit - step == pace and time.perf_counter() - called < CALL_SECONDS:
                 pace = min(2 * pace, CAPACITY)

@@ -1,0 +1,107 @@
+"""The data of the experiments: scikit-learn's digits, which need no download, and MNIST, whatever folder it lies in."""
+
+import gzip
+import hashlib
+import os
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.report import InputError
+
+MNIST_SOURCE = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+MNIST_SHA256 = {  # of the decompressed files
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+class Data(NamedTuple):
+    """Images as rows (n, pixels), float32 in [0, 1], and their labels (n,), int32, in a training and a test part."""
+
+    train_x: np.ndarray
+    train_y: np.ndarray
+    test_x: np.ndarray
+    test_y: np.ndarray
+
+
+def load(name: str, folder: Path | None = None, download: bool = False) -> Data:
+    """The data set of that name: digits or mnist."""
+    return digits() if name == "digits" else mnist(folder, download)
+
+
+def digits() -> Data:
+    """1,797 images of 8x8 that ship with scikit-learn; a fixed fifth of them, 359, is held out."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x, y = (images / 16).astype(np.float32), labels.astype(np.int32)
+    order = np.random.default_rng(0).permutation(len(x))
+    held_out, kept = order[: len(x) // 5], order[len(x) // 5 :]
+    return Data(x[kept], y[kept], x[held_out], y[held_out])
+
+
+def mnist(folder: Path | None = None, download: bool = False) -> Data:
+    """60,000 training and 10,000 test images of 28x28, checked by their SHA-256.
+
+    Looks in folder, else $FNBP_DATA, else the user's cache; in each also under mnist/. Downloads only when asked to.
+    """
+    folder = data_folder(folder)
+    if download:
+        fetch(folder / "mnist")
+    train_x, train_y, test_x, test_y = (read_idx(folder, name) for name in MNIST_SHA256)
+    flat = [(images.reshape(len(images), -1) / 255).astype(np.float32) for images in (train_x, test_x)]
+    return Data(flat[0], train_y.astype(np.int32), flat[1], test_y.astype(np.int32))
+
+
+def data_folder(folder: Path | None) -> Path:
+    """The argument, else $FNBP_DATA, else the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fnbp"
+    return Path(folder or os.environ.get("FNBP_DATA") or cache)
+
+
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """The array of an IDX file, packed or not. InputError where it is absent or not the file that it should be."""
+    places = [folder / sub / (name + end) for sub in ("mnist", "") for end in (".gz", "")]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"MNIST is not there: no {name}.gz in {folder / 'mnist'} or {folder}. Give its folder with --data-folder "
+            f"or $FNBP_DATA, download it with --download, or fetch it yourself from {MNIST_SOURCE}"
+        )
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise InputError(
+            f"{path} cannot be unpacked ({error}). Delete it, and fetch it anew from {MNIST_SOURCE}"
+        ) from error
+    found = hashlib.sha256(raw).hexdigest()
+    if found != MNIST_SHA256[name]:
+        raise InputError(
+            f"{path} is corrupt: the SHA-256 of its content is {found}, {MNIST_SHA256[name]} was due. "
+            f"Delete it, and fetch it anew from {MNIST_SOURCE}"
+        )
+    dimensions = raw[3]
+    shape = np.frombuffer(raw, ">i4", dimensions, offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def fetch(folder: Path, source: str = MNIST_SOURCE) -> None:
+    """The four files of MNIST into folder, those that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in MNIST_SHA256:
+        target = folder / f"{name}.gz"
+        if target.exists():
+            continue
+        try:
+            with urllib.request.urlopen(f"{source}{name}.gz") as response:
+                packed = response.read()
+        except OSError as error:
+            raise InputError(f"{source}{name}.gz cannot be fetched: {error}") from error
+        partial = target.with_suffix(".partial")
+        partial.write_bytes(packed)
+        partial.rename(target)

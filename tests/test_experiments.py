@@ -1,0 +1,202 @@
+"""The experiments: what they print and save, and what they say to mistakes."""
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import fnbp
+from experiments import data, digits, gradient_cost, nielsen, report, worked_example
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_digits_saves_its_figures_and_exits_with_0(tmp_path, capsys):
+    settings = digits.Settings(epochs=6, out=tmp_path)
+    assert digits.main(settings) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"]["epochs"] == 6
+    assert result["measured"]["max_relative_error_float64"] <= 1e-12
+    assert result["measured"]["max_relative_loss_difference_float32"] <= 1e-5
+    assert result["measured"]["max_relative_loss_difference_float64"] <= 1e-11
+    assert result["measured"]["test_accuracy"] >= 0.9
+    assert {"jax", "python"} <= set(result["versions"]) and result["device"]["platform"] == "cpu"
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    for expected in ("z1 = W1 x + b1", "serial[0].dense(100)", "softmax_cross_entropy", "test accuracy", "FLOPs"):
+        assert expected in printed
+
+
+def test_digits_exits_with_1_where_a_backward_is_wrong(tmp_path, monkeypatch, capsys):
+    right = digits.document_network
+
+    def wrong(path, layer):
+        if layer.name != "dense(100)":
+            return layer
+        return layer._replace(backward=lambda p, res, dz: (layer.backward(p, res, -dz)[0], dz @ p["W"]))
+
+    monkeypatch.setattr(digits, "document_network", lambda *args: fnbp.map_layers(wrong, right(*args)))
+    assert digits.main(digits.Settings(epochs=1, out=tmp_path)) == 1
+    assert "first fault: serial[0].dense(100), dW" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["measured"]["gradients_agree"] is False
+
+
+def test_digits_hold_out_a_fixed_fifth():
+    loaded = data.digits()
+    assert (len(loaded.train_x), len(loaded.test_x)) == (1438, 359)
+    together = np.concatenate([loaded.train_x, loaded.test_x])
+    assert len(np.unique(together, axis=0)) == len(together)
+    assert (
+        hashlib.sha256(loaded.test_y.tobytes()).hexdigest()
+        == hashlib.sha256(data.digits().test_y.tobytes()).hexdigest()
+    )
+
+
+def test_worked_example_agrees_four_ways(tmp_path, capsys):
+    assert worked_example.main(worked_example.Settings(out=tmp_path)) == 0
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert measured["max_relative_error_float64"] <= 1e-12
+    assert measured["max_relative_error_finite_differences"] <= 1e-6
+    assert measured["loss_after"] < measured["loss_before"]
+    printed = capsys.readouterr().out
+    for expected in ("-[y log y_hat", "dJ/da1 sigma'(z1)", "Errata", "-0.97880 for m = 1, -0.48940 each for m = 2"):
+        assert expected in printed
+
+
+def test_worked_example_by_hand_follows_a_pocket_calculator():
+    w = {"W1": np.array([[1.0, 0], [0, 1], [1, 1]]), "b1": np.zeros(3), "w2": np.ones((1, 3)), "b2": np.zeros(1)}
+    lines = {name: value for name, _, value in worked_example.by_hand(w, np.zeros(2), 1.0)}
+    np.testing.assert_allclose(lines["y_hat"], 1 / (1 + np.exp(-1.5)))
+    np.testing.assert_allclose(lines["dJ/dz1"], (lines["y_hat"] - 1) * 0.25 * np.ones(3))
+    np.testing.assert_allclose(lines["dJ/dw2"], (lines["y_hat"] - 1) * 0.5 * np.ones((1, 3)))
+
+
+def test_nielsens_loop_is_the_same_in_pytorch(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(nielsen, "TRAINING", 500)
+    rng = np.random.default_rng(0)
+    x, y = rng.random((700, 784), np.float32), rng.integers(0, 10, 700).astype(np.int32)
+    loaded = data.Data(x[:500], y[:500], x[500:], y[500:])
+    settings = nielsen.Settings(hidden=7, epochs=2, seeds=(5,))
+    accuracies, fitted, _, params = nielsen.train(nielsen.network(7), loaded, settings, 5)
+    assert fitted.step == 100 and len(accuracies) == 2
+    in_torch, _ = nielsen.train_in_torch(params, loaded, settings)
+    np.testing.assert_allclose(accuracies, in_torch, atol=1e-6)
+
+
+def test_nielsens_initialisers_have_their_variance():
+    for init, variance in (("chapter1", 1.0), ("chapter3", 1 / 784)):
+        W = nielsen.network(100, init).init(jax.random.key(0), np.zeros((1, 784), np.float32))[0][0]["W"]
+        np.testing.assert_allclose(W.var(), variance, rtol=0.02)
+
+
+def test_gradient_cost_prints_its_ratios(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gradient_cost, "NETS", (((11, 7, 5), 3, "relu"),))
+    monkeypatch.setattr(gradient_cost, "NORMS_NET", ((11, 7, 5), 3, "sigmoid"))
+    assert gradient_cost.main(gradient_cost.Settings(samples=3, out=tmp_path)) == 0
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert measured["norms_max_relative_difference"] <= 1e-6
+    assert measured["trace_flops_ratio"] == measured["trace_memory_ratio"] == 1
+    assert "plain JAX" in capsys.readouterr().out
+
+
+@pytest.fixture
+def fake_mnist(tmp_path, monkeypatch):
+    """Four small IDX files whose sums are the ones that are due."""
+    rng = np.random.default_rng(0)
+    sums = {}
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for name in data.MNIST_SHA256:
+        shape = (3, 28, 28) if "images" in name else (3,)
+        header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
+        raw = header + rng.integers(0, 10, shape, np.uint8).tobytes()
+        (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
+        sums[name] = hashlib.sha256(raw).hexdigest()
+    monkeypatch.setattr(data, "MNIST_SHA256", sums)
+    monkeypatch.delenv("FNBP_DATA", raising=False)
+    return tmp_path
+
+
+def test_mnist_is_found_by_argument_variable_and_cache(fake_mnist, monkeypatch, tmp_path):
+    loaded = data.mnist(fake_mnist)
+    assert loaded.train_x.shape == (3, 784) and loaded.train_x.dtype == np.float32 and loaded.train_x.max() <= 1
+    assert loaded.test_y.dtype == np.int32
+    assert data.mnist(fake_mnist / "mnist").train_x.shape == (3, 784)
+    monkeypatch.setenv("FNBP_DATA", str(fake_mnist))
+    assert (data.mnist().train_x == loaded.train_x).all()
+    monkeypatch.delenv("FNBP_DATA")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (fake_mnist / "mnist").rename(cache / "moved")
+    (cache / "moved").rename(cache / "mnist")
+    cache.rename(tmp_path / "fnbp")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert (data.mnist().train_x == loaded.train_x).all()
+
+
+def test_missing_mnist_says_where_it_looked_and_where_to_get_it(tmp_path):
+    with pytest.raises(report.InputError) as caught:
+        data.mnist(tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path / "mnist") in message and data.MNIST_SOURCE in message
+    assert "train-images-idx3-ubyte.gz" in message and "--download" in message and "FNBP_DATA" in message
+
+
+def test_corrupt_mnist_is_refused(fake_mnist):
+    path = fake_mnist / "mnist" / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(b"other"))
+    with pytest.raises(report.InputError, match=r"t10k-labels-idx1-ubyte.gz is corrupt: the SHA-256"):
+        data.mnist(fake_mnist)
+    path.write_bytes(b"no gzip at all")
+    with pytest.raises(report.InputError, match=r"t10k-labels-idx1-ubyte.gz cannot be unpacked"):
+        data.mnist(fake_mnist)
+    whole = gzip.compress(b"cut short" * 99)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(report.InputError, match=r"t10k-labels-idx1-ubyte.gz cannot be unpacked"):
+        data.mnist(fake_mnist)
+
+
+def test_mnist_is_downloaded_when_asked_and_only_then(fake_mnist, tmp_path):
+    target = tmp_path / "fetched"
+    data.fetch(target, (fake_mnist / "mnist").as_uri() + "/")
+    assert data.mnist(target).train_x.shape == (3, 784)
+    with pytest.raises(report.InputError, match="cannot be fetched"):
+        data.fetch(tmp_path / "nowhere", (fake_mnist / "absent").as_uri() + "/")
+
+
+def command(*words, **environment):
+    environment = {name: value for name, value in os.environ.items() if name != "FNBP_DATA"} | environment
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def test_an_unwritable_out_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = command("experiments.digits", "--out", str(tmp_path / "file" / "results"))
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr and "Traceback" not in done.stderr and "serial" not in done.stdout
+
+
+def test_missing_mnist_on_the_command_line_is_a_sentence(tmp_path):
+    done = command("experiments.digits", "--data", "mnist", "--out", str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert "error: MNIST is not there" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unknown_data_set_is_refused(tmp_path):
+    done = command("experiments.digits", "--data", "letters", "--out", str(tmp_path))
+    assert done.returncode == 2 and "letters" in done.stdout + done.stderr
+
+
+def test_worked_example_refuses_a_label_between_0_and_1(tmp_path):
+    with pytest.raises(report.InputError, match="--y must be 0 or 1"):
+        worked_example.main(worked_example.Settings(y=0.5, out=tmp_path))

@@ -1,0 +1,155 @@
+"""The laws of the house: what every file, layer and claim must keep."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fnbp
+from tests.cases import CASES
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "fnbp").rglob("*.py"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+RUNNABLE = [path.stem for path in EXPERIMENTS if "__main__" in path.read_text()]
+AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
+DIFFERENTIATORS = {"comparison", "measurement", "interop"}
+FLOORS = (  # imports run down these, one way
+    {"checks"},
+    {"layer", "factor", "initialisers"},
+    {"dense", "activation"},
+    {"combinators", "losses"},
+    {"backpropagation"},
+    {"interop", "loop"},
+    {"comparison", "measurement", "training"},
+)
+ids = [str(path.relative_to(ROOT)) for path in SOURCES]
+
+
+def constructors():
+    """The public functions that make a Layer, by the annotation of what they return."""
+    public = {name: getattr(fnbp, name) for name in fnbp.__all__}
+    return {name: f for name, f in public.items() if inspect.isfunction(f) and returns(f) in ("Layer", "Loss")}
+
+
+def returns(function):
+    annotation = inspect.signature(function).return_annotation
+    return getattr(annotation, "__name__", annotation)
+
+
+LIFTS = {"stateless", "map_layers", "activation"}  # they return a Layer but are no layer of their own
+LAYERS = {name for name, f in constructors().items() if returns(f) == "Layer"} - LIFTS
+
+
+def test_every_public_layer_has_a_case():
+    assert LAYERS - {case.id.removesuffix("_tanh") for case in CASES} == set()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+def test_cases_have_distinct_prime_sizes(case):
+    for shape in case.shapes:
+        assert all(n == 1 or all(n % d for d in range(2, n)) for n in shape)
+        assert len(set(shape)) == len(shape)
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS - {"serial", "skip", "from_jax"}))
+def test_docstrings_of_layers_have_their_parts(name):
+    text = inspect.getdoc(constructors()[name])
+    first, second, *_ = text.splitlines()
+    assert first.endswith(".") and second == ""
+    assert re.search(r"^ {4}\S.* = ", text, re.M), "formulas"
+    assert re.search(r"\bd[A-Za-z]+ = ", text), "the backward's formula"
+    assert re.search(r"^Shapes: +.*\(", text, re.M), "shapes"
+    assert "saved" in text, "what is saved"
+
+
+@pytest.mark.parametrize("name", [name for name, f in constructors().items() if returns(f) == "Loss"])
+def test_docstrings_of_losses_have_their_parts(name):
+    text = inspect.getdoc(constructors()[name])
+    for part in ("l =", "Shapes:", "Source:", "Raises:", "saved"):
+        assert part in text, part
+
+
+def test_every_public_name_is_documented():
+    for name in fnbp.__all__:
+        assert inspect.getdoc(getattr(fnbp, name)), name
+    assert len(set(fnbp.__all__)) == len(fnbp.__all__)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_only_the_three_differentiate_automatically(path):
+    if path.stem in DIFFERENTIATORS:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jax":
+            assert not AUTODIFF.search(node.attr.removeprefix("value_and_")), f"jax.{node.attr}, line {node.lineno}"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax"):
+            assert not any(AUTODIFF.search(alias.name) for alias in node.names), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", SOURCES + EXPERIMENTS, ids=ids + [f"experiments/{p.name}" for p in EXPERIMENTS])
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and path in SOURCES:
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_imports_run_down(path):
+    floor = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+    if path.stem == "__init__":
+        return
+    assert path.stem in floor, "a new room needs its floor"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fnbp"):
+            assert floor[node.module.split(".")[-1]] <= floor[path.stem], node.module
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_backwards_hold_no_literal_dtypes(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith(("backward", "dloss")):
+            assert not re.search(r"float(16|32|64)", ast.unparse(node)), node.name
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    assert {path.stem for path in (ROOT / "fnbp").glob("*.py")} & set(fnbp.__all__) == set()
+
+
+def test_nothing_is_switched_globally():
+    for path in SOURCES:
+        assert "config.update" not in path.read_text(), path
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_the_code_of_the_readme_runs():
+    blocks = readme_blocks("python")
+    assert blocks
+    script = "import warnings; warnings.simplefilter('error')\n" + "\n".join(blocks)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in re.findall(r"#> (.*)", "\n".join(blocks)):
+        assert line.strip() in done.stdout, line
+
+
+def test_the_readme_names_every_experiment_and_no_other():
+    named = set(re.findall(r"experiments\.(\w+)", (ROOT / "README.md").read_text()))
+    assert named == set(RUNNABLE)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_every_experiment_has_help(name):
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout
