@@ -175,7 +175,7 @@ def draw_losses(over, under, manual: np.ndarray, automatic: np.ndarray, floor: f
     same = apart == 0
     under.semilogy(steps[~same], apart[~same], ".", ms=2, color=report.MANUAL)
     under.axhline(np.finfo(np.float32).eps, color=report.INK, ls=":", lw=1)
-    under.text(steps[-1], 1.2 * np.finfo(np.float32).eps, "float32 eps", ha="right", va="bottom", color=report.INK)
+    under.text(0.99, 0.9, "dotted: float32 eps", transform=under.transAxes, ha="right", va="top", color=report.INK)
     under.set(title=f"Their relative difference: exactly 0 in {same.mean():.0%} of the steps", xlabel="step")
     under.set_ylim(1e-8, 1e-4)
 
@@ -192,8 +192,9 @@ def draw_errors(axes, compared: fnbp.Report) -> None:
     )
     axes.axvline(np.finfo(np.float64).eps, color=report.INK, ls=":", lw=1)
     axes.set_xscale("log")
-    axes.set(yticks=at, yticklabels=names, xlim=(least / 2, 1e-10), title="Manual against jax.grad, float64")
-    axes.set_xlabel("relative error (left edge: exactly 0; dotted: eps)")
+    axes.set(xlim=(least / 2, 1e-10), title="Manual against jax.grad, float64")
+    axes.set_yticks(at, names, fontsize=8)
+    axes.set_xlabel("relative error; at the left edge exactly 0; dotted: eps", loc="right")
     axes.grid(axis="y", alpha=0.2)
     axes.legend(loc="center right")
 
@@ -208,7 +209,9 @@ def draw_mistakes(fig, net, fitted: fnbp.Fit, loaded, shown: int = 10) -> None:
     fig.suptitle(
         f"Mistaken: {len(wrong)} of {len(prediction):,} (says / is)", x=0.02, ha="left", fontweight="bold", fontsize=11
     )
-    for axes, i in zip(fig.subplots(2, shown // 2).flat, [*wrong[:shown], *[None] * shown][:shown], strict=True):
+    rows = 1 if len(wrong) <= shown // 2 else 2
+    places = fig.subplots(rows, shown // 2).flat
+    for axes, i in zip(places, [*wrong, *[None] * shown][: len(places)], strict=True):
         axes.axis("off")
         if i is not None:
             axes.imshow(loaded.test_x[i].reshape(side, side), cmap="gray_r")

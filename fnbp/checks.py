@@ -55,11 +55,15 @@ def check_floating(name: str, what: str, x: Any) -> None:
 def check_finite(name: str, what: str, x: Any) -> None:
     """ValueError, with the first place, where a concrete array holds NaN or infinity. Says nothing under jit."""
     for leaf in jax.tree.leaves(x):
-        if not concrete(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact) or bool(jnp.isfinite(leaf).all()):
+        if not concrete(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
-        first = tuple(int(i) for i in bad[0])
-        raise ValueError(f"{name}: {what} has {len(bad)} non-finite values, the first {leaf[first]} at index {first}")
+        with jax.ensure_compile_time_eval():  # a constant of a jitted function has values too
+            finite = bool(jnp.isfinite(leaf).all())
+        if not finite:
+            bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
+            first = tuple(int(i) for i in bad[0])
+            value = np.asarray(leaf)[first]
+            raise ValueError(f"{name}: {what} has {len(bad)} non-finite values, the first {value} at index {first}")
 
 
 def check_params(name: str, params: Any, x: Any, due: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,7 +1,7 @@
 """Is the backward right? Every layer's manual backward beside jax.vjp of its forward, in float64."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -206,10 +206,10 @@ def compare_rows(net, params, state, x, ctx, loss, y, key) -> list[Row]:
         (m_grads, m_dx), (a_grads, a_dx) = alone
         rows += rows_of(path, m_grads, a_grads, grads, grads_reference)
         rows += rows_of(path, {"x": m_dx}, {"x": a_dx}, {"x": dx}, {"x": a_dx})
-    # where every layer alone is right, an error of the whole was made by a combinator
-    inherited = any(not row.ok for row in rows)
-    alone = reference[1] if inherited else whole[1]
-    rows += rows_of(net.name, {"x": alone}, {"x": reference[1]}, {"x": whole[1]}, {"x": reference[1]})
+    last = list(rows_of(net.name, {"x": whole[1]}, {"x": reference[1]}, {"x": whole[1]}, {"x": reference[1]}))
+    alone_right = all(row.ok for row in rows)  # then what the whole has wrong, a combinator did
+    worst = max((row.inherited for row in rows + last), default=0.0) if alone_right else 0.0
+    rows += [replace(row, error=worst) for row in last]
     if loss is not None and loss_deltas is not None:
         manual, automatic = ({"prediction": d} for d in loss_deltas)
         rows += rows_of(loss.name, manual, automatic, manual, automatic)

@@ -65,25 +65,32 @@ def softmax_cross_entropy() -> Loss:
 
     def forward(a: Float[Array, "m *s k"], y) -> tuple[Float[Array, " m"], tuple]:
         check(a, y)
-        log_p = jax.nn.log_softmax(wide(a), -1)
+        log_y_hat, y_hat = jax.nn.log_softmax(wide(a), -1), jax.nn.softmax(wide(a), -1)
         if is_labels(a, y):
-            k = a.shape[-1]
-            index = jnp.where(y < 0, k, y)[..., None]  # a negative label is out of range too, not counted from the end
-            losses = -jnp.take_along_axis(log_p, index, -1, mode="fill", fill_value=jnp.nan)[..., 0]
+            # a negative label is out of range too, not counted from the end: no number stands at k
+            y = jnp.where(y < 0, a.shape[-1], y.astype(int))
+            at_label = jnp.take_along_axis(log_y_hat, y[..., None], -1, mode="fill", fill_value=jnp.nan)
+            losses = -at_label[..., 0]
         else:
-            losses = -jnp.sum(jnp.where(y > 0, y * log_p, 0), -1)  # 0 log 0 = 0
-        return each_example(losses), (jax.nn.softmax(wide(a), -1), y, a[:0])  # a[:0] carries a's dtype alone
+            losses = -jnp.sum(jnp.where(y > 0, y * log_y_hat, 0), -1)  # 0 log 0 = 0
+        return each_example(losses), (y_hat, y, a[:0])  # a[:0] carries a's dtype alone
 
     def backward(res: tuple) -> Float[Array, "m *s k"]:
         y_hat, y, like = res
         if is_labels(y_hat, y):
-            da = y_hat - jax.nn.one_hot(y, y_hat.shape[-1], dtype=y_hat.dtype)
+            da = minus_one_hot(y_hat, y)
         else:
             da = y_hat * jnp.sum(y, -1, keepdims=True) - y  # the sum is 1, exactly so only on paper
         return (da / positions(da[..., 0])).astype(like.dtype)
 
     name = "softmax_cross_entropy"
     return Loss(forward, backward, name, check)
+
+
+def minus_one_hot(y_hat: jax.Array, y: jax.Array) -> jax.Array:
+    """y_hat - one_hot(y), touching one number a position; a label of k or more touches none."""
+    rows = y_hat.reshape(-1, y_hat.shape[-1])
+    return jax.vmap(lambda row, label: row.at[label].add(-1))(rows, y.ravel()).reshape(y_hat.shape)
 
 
 def is_labels(a: Any, y: Any) -> bool:
