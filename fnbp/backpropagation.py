@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnbp.checks import check_finite, describe
+from fnbp.checks import check_finite, check_is, describe
 from fnbp.factor import Factor, sq_norms, total
 from fnbp.layer import Context, Layer, leaves, map_layers
 from fnbp.losses import Loss
@@ -111,6 +111,8 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
     Raises: ValueError for a batch of 0, targets or params that do not fit, and, outside jit, non-finite x; TypeError
             where a layer's backward has no factor for that contraction.
     """
+    check_is("backprop", "net", net, Layer)
+    check_is("backprop", "loss", loss, Loss)
     contracting = map_layers(contracted(contract), net)
 
     def run(params, state, x, y, ctx=Context()):

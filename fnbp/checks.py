@@ -45,6 +45,13 @@ def check_size(name: str, what: str, value: Any) -> None:
         raise ValueError(f"{name}: {what} must be at least 1, got {value}")
 
 
+def check_is(name: str, what: str, value: Any, kind: type) -> None:
+    """TypeError unless value is of that kind; a constructor that was not called is told so."""
+    if not isinstance(value, kind):
+        hint = f"; call it: {value.__name__}()" if callable(value) and hasattr(value, "__name__") else ""
+        raise TypeError(f"{name}: {what} must be a {kind.__name__}, got {describe(value)}{hint}")
+
+
 def check_floating(name: str, what: str, x: Any) -> None:
     """TypeError unless x is an array of floating point numbers."""
     dtype = getattr(x, "dtype", None)
@@ -89,8 +96,8 @@ def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
     """table[name]; ValueError with the nearest names where there is none."""
     if isinstance(name, str) and name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(str(name).lower(), table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"unknown {kind} {name!r}{hint} There are: {', '.join(sorted(table))}")
 
 
@@ -98,4 +105,4 @@ def describe(x: Any) -> str:
     """A value in few words: dtype and shape of an array, else type and value."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{x.dtype} of shape {tuple(x.shape)}"
-    return f"{type(x).__name__} {x!r}"
+    return f"{type(x).__name__} {getattr(x, '__name__', None) or repr(x)}"

@@ -2,7 +2,7 @@
 
 import jax
 
-from fnbp.checks import check_key, check_parts, located
+from fnbp.checks import check_is, check_key, check_parts, located
 from fnbp.layer import Context, Layer
 
 
@@ -13,8 +13,10 @@ def serial(*layers: Layer) -> Layer:
 
     params, state, factors: a tuple, one entry a layer.
     Source: the document, section 3.2, steps 1 and 3.
-    Raises: ValueError where params or state are not of these layers; TypeError for a key that is none.
+    Raises: ValueError where params or state are not of these layers; TypeError for a key, or a layer, that is none.
     """
+    for i, layer in enumerate(layers):
+        check_is("serial", f"part {i}", layer, Layer)
 
     def init(key, x):
         check_key("serial", key)
@@ -56,8 +58,9 @@ def skip(layer: Layer) -> Layer:
 
     params, state, factors: a tuple of one entry.
     Source: He et al. 2015, arXiv:1512.03385, section 3.2.
-    Raises: ValueError where the layer changes the shape.
+    Raises: ValueError where the layer changes the shape; TypeError for a layer that is none.
     """
+    check_is("skip", "the layer", layer, Layer)
 
     def init(key, x):
         with located(f"skip[0].{layer.name}"):

@@ -68,7 +68,8 @@ def compiled_loop(gradient: Callable, value: Callable, optimizer: Any, batch_siz
 
         def goes_on(loop):
             carry, _, J = loop
-            return (carry.step < limit) & jnp.isfinite(J) & (J > threshold)
+            fine = jnp.isfinite(J) & (J > threshold)
+            return (carry.step < limit) & (fine | (carry.step == first))
 
         def epoch(loop):
             (carry, losses, J), order = loop
@@ -89,8 +90,7 @@ def compiled_loop(gradient: Callable, value: Callable, optimizer: Any, batch_siz
             return jax.lax.while_loop(within, one, (carry, losses, J)), order
 
         losses = jnp.full(CAPACITY, jnp.nan, jnp.result_type(float))
-        start = jnp.asarray(jnp.finfo(losses.dtype).max, losses.dtype)
-        loop, order = jax.lax.while_loop(lambda loop: goes_on(loop[0]), epoch, ((carry, losses, start), order))
+        loop, order = jax.lax.while_loop(lambda loop: goes_on(loop[0]), epoch, ((carry, losses, losses[0]), order))
         carry, losses, _ = loop
         return carry, order, losses, finite((carry.params, carry.state))
 

@@ -14,7 +14,7 @@ import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fnbp.backpropagation import value_and_grad
-from fnbp.checks import check_finite, check_key, check_size
+from fnbp.checks import check_finite, check_is, check_key, check_size
 from fnbp.layer import Context, Layer
 from fnbp.loop import CAPACITY, Carry, compiled_loop, copy, evaluation, last_finite, mean_loss, permutation
 from fnbp.losses import Loss
@@ -105,6 +105,9 @@ def fit(
     Source:  the document, section 3.2.
     Raises:  ValueError or TypeError before the first step, for sizes, targets, keys or data that do not fit.
     """
+    check_is("fit", "net", net, Layer)
+    check_is("fit", "loss", loss, Loss)
+    check_is("fit", "optimizer", optimizer, optax.GradientTransformation)
     params, state, x, y = jax.tree.map(jnp.asarray, (params, state, x, y))
     examples = check_request(net, loss, params, state, x, y, key, batch_size, validation, patience)
     batches = examples // batch_size
@@ -211,7 +214,7 @@ def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, watch: Watch) -> F
                 measured = watch.evaluate(carry.params, carry.state)
                 validations.append((reached, measured))
                 waited += 1
-                if best is None or measured < best.loss:
+                if np.isfinite(measured) and (best is None or measured < best.loss):
                     best, waited = Best(copy(carry.params), copy(carry.state), reached, measured), 0
                 if waited == rule.patience:
                     stopped = "patience"

@@ -457,12 +457,21 @@ def test_a_contraction_that_is_no_function_is_refused_at_once(contract):
         fnbp.backprop(DOCUMENT, CE, contract)
 
 
+@pytest.mark.parametrize("make", [fnbp.backprop, fnbp.value_and_grad, fnbp.per_example_norms])
+def test_what_is_no_net_or_no_loss_is_refused_at_once(make):
+    with pytest.raises(TypeError, match=r"backprop: net must be a Layer, got function sigmoid; call it: sigmoid\(\)"):
+        make(fnbp.sigmoid, CE)
+    with pytest.raises(
+        TypeError, match="backprop: loss must be a Loss, got function mean_squared_error; call it: mean"
+    ):
+        make(DOCUMENT, fnbp.mean_squared_error)
+
+
 def test_a_net_without_parameters_has_no_norms():
     with pytest.raises(ValueError, match="per_example_norms: serial has no parameters"):
         fnbp.per_example_norms(fnbp.serial(fnbp.tanh()), CE)(({},), ({},), jnp.ones((M, K)), labels())
 
 
-@pytest.mark.xfail(strict=True, reason="fnbp bug: check_finite takes a constant inside jit for a value to look at")
 def test_x_may_be_a_constant_of_a_jitted_function():
     params, state, x = drawn(DOCUMENT)
     run = fnbp.value_and_grad(DOCUMENT, CE)

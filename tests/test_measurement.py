@@ -48,12 +48,12 @@ def test_cost_survives_json(found):
 
 
 def test_the_table_has_a_row_for_each_cost():
-    cost = Cost(Measured(0.002, 0.5, 3000.0, 2048), Measured(0.004, 0.25, 4000.0, 1024), 0.5, (0.4, 0.6), "abacus")
+    cost = Cost(Measured(0.002, 0.5, 3000.0, 20480), Measured(0.004, 0.25, 4000.0, 10240), 0.5, (0.4, 0.6), "abacus")
     lines = str(cost).splitlines()
     assert lines[0].strip() == "cost of one gradient on abacus"
     assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line] == [
         ["time", "2.000 ms", "4.000 ms", "0.500 (0.400 to 0.600)"],
-        ["temporary memory", "2.0 KiB", "1.0 KiB", "2.0000"],
+        ["temporary memory", "20.0 KiB", "10.0 KiB", "2.0000"],
         ["FLOPs", "3,000", "4,000", "0.7500"],
         ["compile time", "0.500 s", "0.250 s", "2.0000"],
     ]
@@ -78,6 +78,14 @@ def test_versus_measures_the_first_function_against_the_second():
     cost = versus(lambda a: a @ a, lambda a: jnp.sin(a @ a) @ a @ a, (a,), samples=2, compiles=1)
     assert cost.manual.flops < cost.automatic.flops / 2
     assert cost.flops_ratio < 0.5
+
+
+def test_manual_is_the_layers_own_backward_and_automatic_is_not():
+    idle = fnbp.dense(31)
+    idle = idle._replace(backward=lambda params, res, dy: (jax.tree.map(jnp.zeros_like, params), res[0]))
+    params, state, x = {"W": jnp.ones((31, 31)), "b": jnp.ones(31)}, {}, jnp.ones((7, 31))
+    cost = fnbp.cost(idle, fnbp.mean_squared_error(), params, state, x, x, samples=1, compiles=1)
+    assert cost.manual.flops < 0.7 * cost.automatic.flops
 
 
 def test_the_time_ratio_is_the_median_of_pairwise_ratios(monkeypatch):
