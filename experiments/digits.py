@@ -75,6 +75,7 @@ def main(settings: Settings) -> int:
     before = fnbp.compare(net, batch[0], params=params, loss=loss, y=batch[1])
     console.print(before)
 
+    console.print("training by the manual backward, then by jax.grad over the same batches")
     manual, automatic = (train(net, loss, params, state, loaded, settings, key_fit, g) for g in GRADIENTS)
     apart = difference(manual.history.loss, automatic.history.loss)
     apart_float64 = trajectories(net, loss, params, state, loaded, settings, key_fit)
