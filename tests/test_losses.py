@@ -374,3 +374,7 @@ def test_labels_of_a_narrow_integer_type_have_the_same_gradient_for_many_classes
     a = normal(np.random.default_rng(0), (3, 300), float)
     y = np.array([0, 5, 255])
     assert relative(backward(CE, a, jnp.asarray(y, jnp.uint8)), backward(CE, a, jnp.asarray(y))) == 0
+    narrow = jnp.asarray([-1, 5, 127], jnp.int8)
+    losses, delta = jax.jit(lambda a, y: (CE.forward(a, y)[0], backward(CE, a, y)))(a, narrow)
+    assert np.isnan(losses).tolist() == [True, False, False]
+    assert relative(delta[1:], backward(CE, a[1:], narrow[1:].astype(int))) <= 1e-6
