@@ -378,3 +378,9 @@ def test_labels_of_a_narrow_integer_type_have_the_same_gradient_for_many_classes
     losses, delta = jax.jit(lambda a, y: (CE.forward(a, y)[0], backward(CE, a, y)))(a, narrow)
     assert np.isnan(losses).tolist() == [True, False, False]
     assert relative(delta[1:], backward(CE, a[1:], narrow[1:].astype(int))) <= 1e-6
+
+
+def test_a_negative_label_of_a_narrow_type_is_nan_under_jit_where_classes_outnumber_the_type():
+    a = normal(np.random.default_rng(0), (3, 307), jnp.float32)
+    losses = jax.jit(lambda a, y: CE.forward(a, y)[0])(a, np.array([5, -1, 7], np.int8))
+    assert np.isnan(losses).tolist() == [False, True, False]

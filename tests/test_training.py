@@ -288,10 +288,12 @@ def ctrl_c():
 
 
 def press_at(step, times=1):
+    left = [times]
+
     def callback(reached, loss):
-        if reached >= step:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
+        while reached >= step and left[0]:
+            left[0] -= 1
+            signal.raise_signal(signal.SIGINT)
 
     return callback
 
@@ -320,7 +322,7 @@ def test_a_handler_of_ones_own_is_left_alone(ctrl_c):
     assert signal.getsignal(signal.SIGINT) is mine
 
 
-def test_fit_runs_in_a_thread():
+def test_fit_runs_in_a_thread(ctrl_c):
     found = []
     thread = threading.Thread(target=lambda: found.append(fit(steps=21)))
     thread.start()
