@@ -130,7 +130,7 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
 def value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
     """J and its gradient: (params, state, x, y, ctx=Context()) -> (value, state), grads.
 
-    The shape of jax.value_and_grad(has_aux=True), so that it drops into any training step.
+    The shape of jax.value_and_grad with has_aux=True, so that it drops into any training step.
 
     Raises: as backprop.
     """

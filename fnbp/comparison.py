@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from io import StringIO
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from fnbp.backpropagation import contracted
@@ -16,6 +14,7 @@ from fnbp.checks import check_finite, check_floating
 from fnbp.factor import total
 from fnbp.layer import Context, Layer, leaves, map_layers
 from fnbp.losses import Loss
+from fnbp.rendering import Tabular
 
 TOLERANCE = 1e-10  # relative, in float64: far above rounding, far below any mistake in a formula
 
@@ -52,7 +51,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Tabular):
     """What compare found: rows from input to output, faults from the last layer to the first."""
 
     rows: tuple[Row, ...]
@@ -103,11 +102,6 @@ class Report:
             where = f"{list(at.index)}: manual {at.manual:+.6g}, automatic {at.automatic:+.6g}"
             table.caption = f"first fault: {at.path}, d{at.leaf}{where}"
         return table
-
-    def __str__(self) -> str:
-        out = StringIO()
-        Console(file=out, width=120, no_color=True).print(self)
-        return out.getvalue().rstrip()
 
 
 class Pair(NamedTuple):

@@ -3,13 +3,11 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from io import StringIO
 from statistics import median
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from fnbp.backpropagation import value_and_grad
@@ -17,6 +15,7 @@ from fnbp.checks import check_size
 from fnbp.interop import automatic_value_and_grad
 from fnbp.layer import Context, Layer
 from fnbp.losses import Loss
+from fnbp.rendering import Tabular
 
 SAMPLE_SECONDS = 5e-3  # a timed sample repeats the call until it takes this long
 
@@ -38,7 +37,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Tabular):
     """The manual and the automatic gradient, measured in one run, and their ratios (manual / automatic).
 
     time_ratio     median of the pairwise ratios of interleaved samples, with its quartiles
@@ -83,11 +82,6 @@ class Cost:
         compiling = [f"{side.compile_seconds:.3f} s" for side in (m, a)]
         table.add_row("compile time", *compiling, text(self.compile_ratio))
         return table
-
-    def __str__(self) -> str:
-        out = StringIO()
-        Console(file=out, width=120, no_color=True).print(self)
-        return out.getvalue().rstrip()
 
 
 def ratio(manual: float | None, automatic: float | None) -> float | None:

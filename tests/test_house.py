@@ -19,7 +19,7 @@ RUNNABLE = [path.stem for path in EXPERIMENTS if "__main__" in path.read_text()]
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
 DIFFERENTIATORS = {"comparison", "measurement", "interop"}
 FLOORS = (  # imports run down these, one way
-    {"checks"},
+    {"checks", "rendering"},
     {"layer", "factor", "initialisers"},
     {"dense", "activation"},
     {"combinators", "losses"},
