@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.checks import check_finite, check_is, describe
-from fnbp.factor import Factor, sq_norms, total
+from fnbp.factor import Factor, sq_norms, total, wide
 from fnbp.layer import Context, Layer, leaves, map_layers
-from fnbp.losses import Loss
+from fnbp.losses import Loss, check_losses
 
 Contraction = Callable[[Any], Any] | tuple
 
@@ -83,7 +83,7 @@ def contracted(contract: Contraction) -> Callable[[str, Layer], Layer]:
 
 
 def check_batch(x: Any, y: Any) -> None:
-    """ValueError for a batch of 0, x and y of other lengths, or non-finite x; TypeError for what is no array."""
+    """ValueError for a batch of 0, x and y of other lengths, or non-finite data; TypeError for what is no array."""
     for leaf in jax.tree.leaves((x, y)):
         if not jnp.ndim(leaf):
             raise TypeError(f"backprop: x and y must be arrays with a first axis, the examples; got {describe(leaf)}")
@@ -93,6 +93,7 @@ def check_batch(x: Any, y: Any) -> None:
     if len(sizes) > 1:
         raise ValueError(f"backprop: x and y must have as many examples each, got {sorted(s[0] for s in sizes)}")
     check_finite("backprop", "x", x)
+    check_finite("backprop", "y", y)
 
 
 def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[..., Pass]:
@@ -108,23 +109,50 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
 
     Shapes: x (m, ...), y as the loss wants it.
     Source: the document, section 3.2.
-    Raises: ValueError for a batch of 0, targets or params that do not fit, and, outside jit, non-finite x; TypeError
+    Raises: ValueError for a batch of 0, targets or params that do not fit, and, outside jit, non-finite data; TypeError
             where a layer's backward has no factor for that contraction.
     """
     check_is("backprop", "net", net, Layer)
+    run = one_pass(map_layers(contracted(contract), net), loss)
+
+    def backprop_of(params, state, x, y, ctx=Context()):
+        done = run(params, state, x, y, ctx)
+        return done._replace(grads=conform(done.grads, params)) if contract is total else done
+
+    return backprop_of
+
+
+def one_pass(net: Layer, loss: Loss) -> Callable[..., Pass]:
+    """Forward, loss, backward: (params, state, x, y, ctx=Context()) -> Pass, with grads as net gives them."""
     check_is("backprop", "loss", loss, Loss)
-    contracting = map_layers(contracted(contract), net)
 
     def run(params, state, x, y, ctx=Context()):
         check_batch(x, y)
         params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
-        prediction, state, res = contracting.forward(params, state, x, ctx)
+        prediction, state, res = net.forward(params, state, x, ctx)
         losses, loss_res = loss.forward(prediction, y)
-        delta = loss.backward(loss_res) / losses.shape[0]
-        grads, dx = contracting.backward(params, res, delta)
+        check_losses(loss.name, losses, prediction)
+        delta = mean_delta(loss.backward(loss_res), losses.shape[0])
+        grads, dx = net.backward(params, res, delta)
         return Pass(jnp.mean(losses), state, prediction, grads, dx)
 
     return run
+
+
+def mean_delta(dlosses: Any, m: int) -> Any:
+    """The delta of the mean over m examples, of the delta of their sum."""
+    return jax.tree.map(lambda d: (wide(d) / m).astype(d.dtype), dlosses)
+
+
+def conform(grads: Any, params: Any) -> Any:
+    """Gradients in the dtypes of params, as jax.grad has them; ValueError where tree or shapes are not params'."""
+    if jax.tree.structure(grads) != jax.tree.structure(params):
+        raise ValueError(f"backward returns {jax.tree.structure(grads)}, params are {jax.tree.structure(params)}")
+    for (where, g), p in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(params), strict=True):
+        if g.shape != jnp.shape(p):
+            path = jax.tree_util.keystr(where)
+            raise ValueError(f"params{path} has shape {jnp.shape(p)}, its gradient {g.shape}: is its backward wrong?")
+    return jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
 
 
 def value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
@@ -172,7 +200,7 @@ class Seen(NamedTuple):
 
 
 def traced(path: str, layer: Layer) -> Layer:
-    """For map_layers: a layer that hands out its output and its delta beside its factors."""
+    """For map_layers: a layer that hands out its output and its delta beside its gradients."""
 
     def forward(params, state, x, ctx):
         y, state, res = layer.forward(params, state, x, ctx)
@@ -180,8 +208,8 @@ def traced(path: str, layer: Layer) -> Layer:
 
     def backward(params, res, dy):
         y, res = res
-        factors, dx = layer.backward(params, res, dy)
-        return Seen(factors, y, dy), dx
+        grads, dx = layer.backward(params, res, dy)
+        return Seen(grads, y, dy), dx
 
     return layer._replace(forward=forward, backward=backward)
 
@@ -196,7 +224,8 @@ def trace(net: Layer, loss: Loss) -> Callable[..., Trace]:
     Source: the document, section 4.2, its error terms.
     Raises: as backprop.
     """
-    run = backprop(map_layers(traced, net), loss)
+    check_is("trace", "net", net, Layer)
+    run = one_pass(map_layers(traced, map_layers(contracted(total), net)), loss)
 
     def trace_of(params, state, x, y, ctx=Context()):
         out = run(params, state, x, y, ctx)
@@ -204,6 +233,7 @@ def trace(net: Layer, loss: Loss) -> Callable[..., Trace]:
         grads = jax.tree.map(lambda node: node.grads, out.grads, is_leaf=lambda node: isinstance(node, Seen))
         outputs = OrderedDict((path, node.output) for path, node in seen.items())
         deltas = OrderedDict((path, node.delta) for path, node in seen.items())
+        grads = conform(grads, params)
         return Trace(out.value, out.state, out.prediction, grads, out.dx, outputs, deltas)
 
     return trace_of

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from fnbp.backpropagation import contracted
-from fnbp.checks import check_finite, check_floating
+from fnbp.backpropagation import contracted, mean_delta
+from fnbp.checks import check_finite, check_floating, check_is
 from fnbp.factor import total
 from fnbp.layer import Context, Layer, leaves, map_layers
-from fnbp.losses import Loss
+from fnbp.losses import Loss, check_losses
 from fnbp.rendering import Tabular
 
 TOLERANCE = 1e-10  # relative, in float64: far above rounding, far below any mistake in a formula
@@ -167,6 +167,9 @@ def compare(
 
     Raises: ValueError for non-finite x or params, or a loss without y; what the layers raise.
     """
+    check_is("compare", "net", net, Layer)
+    if loss is not None:
+        check_is("compare", "loss", loss, Loss)
     if (loss is None) != (y is None):
         raise ValueError("compare: a loss needs y, and y a loss")
     check_finite("compare", "x", x)
@@ -217,7 +220,8 @@ def both_deltas(loss: Loss, prediction: jax.Array, y: Any) -> tuple[jax.Array, j
         return jnp.mean(loss.forward(p, y)[0])
 
     losses, res = loss.forward(prediction, y)
-    return loss.backward(res) / losses.shape[0], jax.grad(J)(prediction)
+    check_losses(loss.name, losses, prediction)
+    return mean_delta(loss.backward(res), losses.shape[0]), jax.grad(J)(prediction)
 
 
 def both_passes(net: Layer, params: Any, state: Any, x: Any, ctx: Context, delta: Any) -> tuple[Any, Any, Any]:

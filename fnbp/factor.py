@@ -108,8 +108,8 @@ class Sum(Factor):
 
 def along_examples(c: Any, d: jax.Array) -> jax.Array:
     """c d, where c is a number or holds one for each example."""
-    c = jnp.asarray(c, d.dtype)
-    return c.reshape(c.shape + (1,) * (d.ndim - 1)) * d if c.ndim else c * d
+    c = jnp.asarray(c, wide(d).dtype)
+    return (c.reshape(c.shape + (1,) * (d.ndim - 1) if c.ndim else ()) * wide(d)).astype(d.dtype)
 
 
 def total(factor: Factor) -> jax.Array:
@@ -118,7 +118,7 @@ def total(factor: Factor) -> jax.Array:
 
 
 def keep(factor: Factor) -> Factor:
-    """The factor itself, to rescale or to contract later."""
+    """The factor itself, to rescale or to contract later. Under backprop its d is of each example's own loss."""
     return factor
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnbp.backpropagation import check_batch, contracted
+from fnbp.backpropagation import check_batch, conform, contracted
 from fnbp.checks import check_key
 from fnbp.factor import total
 from fnbp.layer import Context, Layer, map_layers
-from fnbp.losses import Loss
+from fnbp.losses import Loss, check_losses
 
 
 def empty_state(layer: Layer, params: Any, x: Any) -> Any:
@@ -26,6 +26,7 @@ def to_jax(layer: Layer, state: Any = None, ctx: Context = Context()) -> Callabl
 
         jax.vjp(apply, params, x)[1](dy) = total of backward's factors, dx
 
+    jax.grad, vjp, jit, vmap and hessian go through it; jvp cannot, as for any jax.custom_vjp.
     state and ctx are fixed; the new state is dropped. Params come from layer.init(key, x)[0].
 
     Raises: ValueError for a layer with state where none is given; what the layer raises.
@@ -42,7 +43,8 @@ def to_jax(layer: Layer, state: Any = None, ctx: Context = Context()) -> Callabl
 
     def backward(saved, dy):
         params, res = saved
-        return net.backward(params, res, dy)
+        grads, dx = net.backward(params, res, dy)
+        return conform(grads, params), dx
 
     apply.defvjp(forward, backward)
     return apply
@@ -106,6 +108,7 @@ def automatic_value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
     def J(params, state, x, y, ctx):
         prediction, state, _ = net.forward(params, state, x, ctx)
         losses, _ = loss.forward(prediction, y)
+        check_losses(loss.name, losses, prediction)
         return jnp.mean(losses), state
 
     def value_and_grad_of(params, state, x, y, ctx=Context()):

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from fnbp.checks import check_key
 
@@ -18,6 +20,9 @@ class Layer(NamedTuple):
         name     "dense(128)": reports name the layer by it
         parts    the child layers of a combinator, () for a leaf
         rebuild  parts -> the same combinator over other parts, None for a leaf
+
+    Replace the functions of a leaf (layer._replace), or the parts of a combinator: map_layers rebuilds a combinator
+    from its parts, and what was put in place of its own functions is lost. With rebuild=None it is taken as a leaf.
 
     The params and state of a leaf are dicts. Those of a combinator are tuples, one entry a part.
     """
@@ -63,6 +68,7 @@ def stateless(init: Callable, forward: Callable, backward: Callable, name: str) 
 
     def init_lifted(key, x):
         check_key(name, key)
+        x = jnp.asarray(x) if isinstance(x, np.ndarray) else x  # NumPy's float64 is float32 where jax_enable_x64 is off
         return init(key, x), {}
 
     def forward_lifted(params, state, x, ctx):

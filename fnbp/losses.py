@@ -32,6 +32,13 @@ class Loss(NamedTuple):
     check: Callable[..., None] = lambda prediction, target: None
 
 
+def check_losses(name: str, losses: Any, prediction: Any) -> None:
+    """ValueError unless a loss's forward returned one number an example."""
+    due = jax.tree.leaves(prediction)[0].shape[:1]
+    if jnp.shape(losses) != due:
+        raise ValueError(f"{name}: forward must return one loss an example, shape {due}, got {jnp.shape(losses)}")
+
+
 def each_example(losses: jax.Array) -> jax.Array:
     """The mean over all axes but the first."""
     return jnp.mean(losses, range(1, losses.ndim))
@@ -111,8 +118,9 @@ def check_labels(name: str, y: Any, k: int) -> None:
 def check_distributions(name: str, y: Any) -> None:
     """ValueError for soft labels that are negative or do not sum to 1."""
     if concrete(y):
+        eps = jnp.finfo(y.dtype).eps if jnp.issubdtype(y.dtype, jnp.floating) else 0
         y = np.asarray(y, float)
-        good = (abs(y.sum(-1) - 1) <= SUM_TOLERANCE) & (y >= 0).all(-1)
+        good = (abs(y.sum(-1) - 1) <= max(SUM_TOLERANCE, eps)) & (y >= 0).all(-1)
         for first in np.argwhere(~good)[:1].tolist():
             row = y[tuple(first)]
             raise ValueError(
@@ -159,7 +167,7 @@ def binary_cross_entropy(from_logits: bool = False) -> Loss:
     """Cross-entropy of a yes or no, on the sigmoid's output or on what goes into it.
 
         on y_hat    l = -[y log y_hat + (1 - y) log(1 - y_hat)]    dy_hat = (y_hat - y) / (y_hat (1 - y_hat))
-        on logits   l = max(z, 0) - z y + log(1 + e^-|z|)          dz = sigma(z) - y
+        on logits   l = log(1 + e^z) - z y                         dz = sigma(z) - y
 
     On y_hat, the logarithms are taken no nearer to 0 and 1 than the dtype's eps: beyond, the loss is flat and its
     derivative 0. Where a sigmoid may saturate, give the logits instead: they are exact everywhere.
@@ -186,7 +194,7 @@ def binary_cross_entropy(from_logits: bool = False) -> Loss:
         return jnp.where(p == y_hat, (p - y) / (p * (1 - p)), 0)
 
     def loss_of_logits(z, y):
-        return jnp.maximum(z, 0) - z * y + jnp.log1p(jnp.exp(-jnp.abs(z)))
+        return jax.nn.softplus(z) - z * y
 
     def dloss_of_logits(z, y):
         return jax.nn.sigmoid(z) - y

@@ -25,7 +25,7 @@ CALL_SECONDS = 0.2  # how long one call of the compiled loop is meant to take, a
 class History(NamedTuple):
     """What happened, step by step.
 
-    loss             J of each step's batch, (steps,)
+    loss             J of each step's batch, (steps,); where one was not finite, it is the last
     validation_step  after how many steps validation_loss was measured, (validations,)
     seconds          wall time of the whole, compilation included
     """
@@ -110,6 +110,8 @@ def fit(
     check_is("fit", "optimizer", optimizer, optax.GradientTransformation)
     params, state, x, y = jax.tree.map(jnp.asarray, (params, state, x, y))
     examples = check_request(net, loss, params, state, x, y, key, batch_size, validation, patience)
+    if start < 0:
+        raise ValueError(f"fit: start must be at least 0, got {start}")
     batches = examples // batch_size
     last = start + total_steps(steps, epochs, batches)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -207,7 +209,7 @@ def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, watch: Watch) -> F
                 at, stopped = last_finite(run, kept, data, reached), "non-finite"
             elif final <= rule.threshold:
                 stopped = "threshold"
-            at_end = not stopped and (reached % rule.batches == 0 or reached == rule.last)
+            at_end = stopped != "non-finite" and (reached % rule.batches == 0 or reached == rule.last)
             if at_end and watch.on_epoch is not None:
                 watch.on_epoch(reached, carry.params, carry.state)
             if at_end and watch.evaluate is not None:
@@ -217,7 +219,7 @@ def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, watch: Watch) -> F
                 if np.isfinite(measured) and (best is None or measured < best.loss):
                     best, waited = Best(copy(carry.params), copy(carry.state), reached, measured), 0
                 if waited == rule.patience:
-                    stopped = "patience"
+                    stopped = stopped or "patience"
             show(reached, final, validations)
             if watch.callback is not None:
                 watch.callback(reached, final)
@@ -236,12 +238,13 @@ def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, watch: Watch) -> F
 
 def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> str:
     """Why training stopped, in a sentence."""
+    cause = "its update is not" if np.isfinite(final) else f"its loss is {final:.6g}"
     return {
         "steps": f"all {step - rule.start} steps done, the last loss is {final:.6g}",
         "threshold": f"the loss of step {step} is {final:.6g}, at most the threshold {rule.threshold:.6g}",
         "patience": f"no new least validation loss in {rule.patience} validations, at step {step}",
         "interrupt": f"interrupted after step {step}",
-        "non-finite": f"step {step} is not finite, its loss is {final:.6g}; these parameters are of step {ended}",
+        "non-finite": f"step {step} is not finite, {cause}; these parameters are of step {ended}",
     }[stopped]
 
 

@@ -16,7 +16,12 @@ DEEP = fnbp.serial(
     fnbp.dense(11),
     fnbp.gelu(),
     fnbp.skip(fnbp.serial(fnbp.dense(5), fnbp.tanh(), fnbp.skip(fnbp.dense(5)), fnbp.dense(11))),
-    fnbp.silu(),
+    fnbp.dense(K),
+)
+TRACED = fnbp.serial(
+    fnbp.dense(HIDDEN),
+    fnbp.sigmoid(),
+    fnbp.skip(fnbp.serial(fnbp.dense(2), fnbp.tanh(), fnbp.dense(HIDDEN))),
     fnbp.dense(K),
 )
 POSITIONS = (2, 3)
@@ -126,11 +131,12 @@ def test_value_and_grad_is_the_automatic_one(x64, net, loss, shape, target):
 
 
 def test_eager_is_jitted(x64):
-    params, state, x = drawn(DOCUMENT)
-    run = fnbp.value_and_grad(DOCUMENT, CE)
-    assert relative(run(params, state, x, labels()), jax.jit(run)(params, state, x, labels())) <= 1e-12
-    automatic = fnbp.automatic_value_and_grad(DOCUMENT, CE)
-    assert relative(run(params, state, x, labels()), automatic(params, state, x, labels())) <= 1e-12
+    net = fnbp.serial(fnbp.dense(K), fnbp.sigmoid())
+    params, state, x = drawn(net)
+    manual, automatic = fnbp.value_and_grad(net, MSE), fnbp.automatic_value_and_grad(net, MSE)
+    eager = manual(params, state, x, targets()), automatic(params, state, x, targets())
+    jitted = jax.jit(lambda *args: (manual(*args), automatic(*args)))(params, state, x, targets())
+    assert relative(eager, jitted) <= 1e-12
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-11)])
@@ -200,10 +206,10 @@ def test_the_context_reaches_the_layers_of_every_function():
 @pytest.mark.parametrize("positions", [(), POSITIONS], ids=["one", "shared"])
 def test_per_example_norms_are_those_of_vmap_of_grad(dtype, tolerance, positions):
     with jax.enable_x64(dtype == "float64"):
-        params, state, x = drawn(DEEP, (M, *positions, N_IN), dtype)
+        params, state, x = drawn(TRACED, (M, *positions, N_IN), dtype)
         y = labels((M, *positions))
-        norms = jax.jit(fnbp.per_example_norms(DEEP, CE))(params, state, x, y)
-        rows = own_rows(DEEP, CE, params, state, x, y)
+        norms = jax.jit(fnbp.per_example_norms(TRACED, CE))(params, state, x, y)
+        rows = own_rows(TRACED, CE, params, state, x, y)
     assert norms.shape == (M,)
     assert relative(norms, np.sqrt(squares(rows))) <= tolerance
 
@@ -268,14 +274,6 @@ def test_a_finished_gradient_allows_total_alone_and_the_error_names_the_path():
         fnbp.per_example_norms(net, MSE)(*args)
     assert caught.value.__notes__ == ["in skip[0].from_jax(dense(5))", "in serial[1].skip"]
     assert fnbp.backprop(net, MSE, (fnbp.total,))(*args).grads[1][0]["W"][0].shape == (HIDDEN, HIDDEN)
-
-
-TRACED = fnbp.serial(
-    fnbp.dense(HIDDEN),
-    fnbp.sigmoid(),
-    fnbp.skip(fnbp.serial(fnbp.dense(2), fnbp.tanh(), fnbp.dense(HIDDEN))),
-    fnbp.dense(K),
-)
 
 
 def test_trace_has_every_layers_output_and_the_gradient_there(x64):
@@ -421,6 +419,45 @@ def test_what_is_no_array_is_refused(make, x, y, came):
         make(DOCUMENT, CE)(params, state, x, y)
 
 
+@each_maker
+def test_non_finite_targets_are_refused(make):
+    params, state, x = drawn(DOCUMENT)
+    y = targets()
+    y[4, 1] = np.nan
+    with pytest.raises(ValueError, match=r"backprop: y has 1 non-finite values, the first nan at index \(4, 1\)"):
+        make(DOCUMENT, MSE)(params, state, x, y)
+
+
+@each_maker
+def test_a_loss_that_returns_no_loss_an_example_is_refused(make):
+    params, state, x = drawn(DOCUMENT)
+    whole = MSE._replace(forward=lambda p, t: (jnp.mean(MSE.forward(p, t)[0]), (p, t)), name="whole")
+    with pytest.raises(ValueError, match=r"whole: forward must return one loss an example, shape \(13,\), got \(\)"):
+        jax.eval_shape(make(DOCUMENT, whole), params, state, x, targets())
+
+
+@pytest.mark.parametrize("make", [fnbp.value_and_grad, fnbp.trace])
+def test_a_backward_that_returns_another_shape_or_tree_is_refused(make):
+    layer = fnbp.dense(K)
+
+    def transposed(params, res, dy):
+        factors, dx = layer.backward(params, res, dy)
+        return factors | {"W": fnbp.Outer(res[0], dy)}, dx
+
+    def short(params, res, dy):
+        factors, dx = layer.backward(params, res, dy)
+        return {"W": factors["W"]}, dx
+
+    params, state, x = drawn(fnbp.serial(layer))
+    for wrong, words in (
+        (transposed, r"params\[0\]\['W'\] has shape \(3, 7\), its gradient \(7, 3\): is its backward wrong"),
+        (short, "backward returns PyTreeDef.*, params are PyTreeDef"),
+    ):
+        net = fnbp.serial(layer._replace(backward=wrong))
+        with pytest.raises(ValueError, match=words):
+            jax.eval_shape(make(net, MSE), params, state, x, targets())
+
+
 def test_non_finite_values_are_found_in_bfloat16_too():
     params, state, _ = drawn(DOCUMENT, dtype=jnp.bfloat16)
     x = jnp.ones((M, N_IN), jnp.bfloat16).at[2, 1].set(jnp.nan)
@@ -457,19 +494,17 @@ def test_a_contraction_that_is_no_function_is_refused_at_once(contract):
         fnbp.backprop(DOCUMENT, CE, contract)
 
 
-@pytest.mark.parametrize("make", [fnbp.backprop, fnbp.value_and_grad, fnbp.per_example_norms])
+@pytest.mark.parametrize("make", [fnbp.backprop, fnbp.value_and_grad, fnbp.per_example_norms, fnbp.trace])
 def test_what_is_no_net_or_no_loss_is_refused_at_once(make):
-    with pytest.raises(TypeError, match=r"backprop: net must be a Layer, got function sigmoid; call it: sigmoid\(\)"):
+    with pytest.raises(TypeError, match=r"net must be a Layer, got function sigmoid; call it: sigmoid\(\)"):
         make(fnbp.sigmoid, CE)
-    with pytest.raises(
-        TypeError, match="backprop: loss must be a Loss, got function mean_squared_error; call it: mean"
-    ):
+    with pytest.raises(TypeError, match="loss must be a Loss, got function mean_squared_error; call it: mean"):
         make(DOCUMENT, fnbp.mean_squared_error)
 
 
 def test_a_net_without_parameters_has_no_norms():
     with pytest.raises(ValueError, match="per_example_norms: serial has no parameters"):
-        fnbp.per_example_norms(fnbp.serial(fnbp.tanh()), CE)(({},), ({},), jnp.ones((M, K)), labels())
+        jax.jit(fnbp.per_example_norms(fnbp.serial(fnbp.tanh()), CE))(({},), ({},), jnp.ones((M, K)), labels())
 
 
 def test_x_may_be_a_constant_of_a_jitted_function():
@@ -477,3 +512,50 @@ def test_x_may_be_a_constant_of_a_jitted_function():
     run = fnbp.value_and_grad(DOCUMENT, CE)
     constant = jax.jit(lambda params: run(params, state, x, labels()))(params)
     assert relative(constant, jax.jit(run)(params, state, x, labels())) <= 1e-6
+
+
+def test_a_loss_that_is_not_one_number_an_example_is_refused():
+    net, x = fnbp.serial(fnbp.dense(3)), jnp.ones((7, 5))
+    params, state = net.init(jax.random.key(0), x)
+    for reduce, shape in ((lambda a: a, r"\(7, 3\)"), (jnp.mean, r"\(\)")):
+        loss = fnbp.Loss(lambda p, t, reduce=reduce: (reduce((p - t) ** 2), ()), lambda res: None, "mine")
+        words = rf"mine: forward must return one loss an example, shape \(7,\), got {shape}"
+        for make in (fnbp.value_and_grad, fnbp.automatic_value_and_grad):
+            with pytest.raises(ValueError, match=words):
+                make(net, loss)(params, state, x, jnp.zeros((7, 3)))
+
+
+def test_gradients_take_the_dtype_of_params_where_x_is_wider():
+    net, x, y = fnbp.serial(fnbp.dense(3)), jnp.linspace(0, 1, 35).reshape(7, 5), jnp.arange(7) % 3
+    params, state = net.init(jax.random.key(0), x.astype(jnp.bfloat16))
+    for make in (fnbp.value_and_grad, fnbp.automatic_value_and_grad):
+        grads = make(net, fnbp.softmax_cross_entropy())(params, state, x, y)[1]
+        assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_large_batch_of_float16_has_gradients_and_norms():
+    m = 70_001
+    net, x, y = fnbp.serial(fnbp.dense(2)), jnp.ones((m, 3), jnp.float16), jnp.zeros(m, int)
+    params, state = net.init(jax.random.key(0), x)
+    (_, _), grads = jax.jit(fnbp.value_and_grad(net, fnbp.softmax_cross_entropy()))(params, state, x, y)
+    assert all(float(jnp.abs(leaf).max()) > 0.1 for leaf in jax.tree.leaves(grads))
+    norms = jax.jit(fnbp.per_example_norms(net, fnbp.softmax_cross_entropy()))(params, state, x, y)
+    assert bool(jnp.isfinite(norms).all())
+
+
+def test_a_gradient_of_another_shape_than_its_parameter_is_refused():
+    right = fnbp.dense(3)
+    swapped = right._replace(
+        backward=lambda p, res, dz: ({"W": fnbp.Outer(res[0], dz), "b": fnbp.Sum(dz)}, dz @ p["W"])
+    )
+    net, x = fnbp.serial(swapped), jnp.ones((7, 5))
+    params, state = net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"params\[0\]\['W'\] has shape \(3, 5\), its gradient \(5, 3\)"):
+        fnbp.value_and_grad(net, fnbp.softmax_cross_entropy())(params, state, x, jnp.arange(7) % 3)
+
+
+def test_targets_that_are_not_finite_are_refused():
+    net, x = fnbp.serial(fnbp.dense(3)), jnp.ones((7, 5))
+    params, state = net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="backprop: y has 21 non-finite values, the first nan at index"):
+        fnbp.value_and_grad(net, fnbp.mean_squared_error())(params, state, x, np.full((7, 3), np.nan))

@@ -319,10 +319,11 @@ def test_another_key_draws_another_cotangent():
 
 
 def test_float32_is_the_mode_afterwards_and_float32_params_will_do():
-    report = compare()
+    params = {"W": PARAMS[6]["W"], "b": PARAMS[6]["b"]}
+    report = fnbp.compare(fnbp.dense(3), rng.standard_normal((13, 11)).astype(np.float32), params=params, state={})
     assert report.ok and report.worst <= 1e-12
     assert jnp.zeros(3).dtype == jnp.float32 and not jax.config.jax_enable_x64
-    assert {leaf.dtype for leaf in jax.tree.leaves(PARAMS)} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
 def test_a_loss_needs_y_and_y_a_loss():
@@ -330,6 +331,13 @@ def test_a_loss_needs_y_and_y_a_loss():
     for given in ({"loss": loss}, {"y": y}):
         with pytest.raises(ValueError, match="compare: a loss needs y, and y a loss"):
             fnbp.compare(NET, X, **given)
+
+
+def test_what_is_no_net_or_no_loss_is_refused():
+    with pytest.raises(TypeError, match=r"compare: net must be a Layer, got function tanh; call it: tanh\(\)"):
+        fnbp.compare(fnbp.tanh, X)
+    with pytest.raises(TypeError, match="compare: loss must be a Loss, got str 'mse'"):
+        fnbp.compare(NET, X, loss="mse", y=X)
 
 
 def test_non_finite_x_and_params_are_refused():

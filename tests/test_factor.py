@@ -123,6 +123,12 @@ def test_scaling_keeps_the_dtype_of_d_and_leaves_x_alone():
     assert fnbp.Sum(d).scaled(jnp.ones(M, jnp.float32)).d.dtype == jnp.bfloat16
 
 
+def test_scaling_is_done_in_float32():
+    assert fnbp.Sum(jnp.full((1, 1), 1.5, jnp.bfloat16)).scaled(257).d == 386  # 257 is no bfloat16, 385.5 rounds to 386
+    found = fnbp.Sum(jnp.full((1, 1), 2.0**-10, jnp.float16)).scaled(2**17).d  # 2^17 is no float16
+    assert found == 128 and found.dtype == jnp.float16
+
+
 def test_one_for_each_example_is_never_taken_for_one_a_feature(x64):
     d = normal(np.random.default_rng(0), (5, 5), float)
     c = np.arange(1.0, 6.0)

@@ -64,10 +64,15 @@ def scaling():
 def test_to_jax_inside_grad_and_jit_is_the_automatic_gradient(x64):
     params, _, x = drawn()
     manual, automatic = (jax.value_and_grad(scalar(f), (0, 1)) for f in (fnbp.to_jax(NET), forward_of(NET)))
-    eager = manual(params, x)
-    jitted, expected = jax.jit(lambda *args: (manual(*args), automatic(*args)))(params, x)
-    assert relative(eager, expected) <= 1e-12
-    assert relative(jitted, expected) <= 1e-12
+    found, expected = jax.jit(lambda *args: (manual(*args), automatic(*args)))(params, x)
+    assert relative(found, expected) <= 1e-12
+
+
+def test_to_jax_needs_no_jit(x64):
+    params, _, x = drawn(fnbp.dense(3))
+    manual = jax.grad(lambda params, x: jnp.sum(weights((M, 3)) * fnbp.to_jax(fnbp.dense(3))(params, x)), (0, 1))
+    dz, (dparams, dx) = np.asarray(weights((M, 3))), manual(params, x)
+    assert relative((dparams, dx), ({"W": dz.T @ x, "b": dz.sum(0)}, dz @ params["W"])) <= 1e-12
 
 
 def test_to_jax_inside_vmap_is_the_automatic_gradient(x64):
@@ -111,6 +116,16 @@ def test_to_jax_raises_what_the_layer_raises():
     params, _, x = drawn()
     with pytest.raises(ValueError, match=r"dense\(11\): params\['W'\] has shape"):
         fnbp.to_jax(NET)(params, x[:, :5])
+
+
+def test_to_jax_refuses_a_backward_that_returns_another_shape():
+    def transposed(params, res, dy):
+        return {"W": fnbp.Outer(res[0], dy), "b": fnbp.Sum(dy)}, dy @ params["W"]
+
+    params, _, x = drawn(fnbp.dense(3))
+    apply = fnbp.to_jax(fnbp.dense(3)._replace(backward=transposed))
+    with pytest.raises(ValueError, match=r"params\['W'\] has shape \(3, 7\), its gradient \(7, 3\)"):
+        jax.eval_shape(jax.grad(scalar(apply)), params, x)
 
 
 def value_and_grads(net, params, state, x, y):

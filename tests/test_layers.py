@@ -242,3 +242,24 @@ def test_dense_refuses_integer_inputs():
 def test_finish_is_total():
     d, x = jnp.ones((2, 3)), jnp.ones((2, 5))
     assert finish(fnbp.Outer(d, x)).shape == (3, 5)
+
+
+def test_forwards_can_be_differentiated_at_their_joints(x64):
+    joints = fnbp.elu(), fnbp.gelu(), fnbp.gelu(approximate=True), fnbp.softplus(), fnbp.relu(), fnbp.leaky_relu(0.2)
+    for layer in joints:
+        assert fnbp.compare(layer, jnp.zeros((7, 3))).ok, layer.name
+    loss = fnbp.binary_cross_entropy(from_logits=True)
+    assert fnbp.compare(fnbp.identity(), jnp.zeros((7, 3)), loss=loss, y=np.ones((7, 3))).ok
+
+
+def test_gelu_of_a_large_float16_has_a_slope():
+    layer = fnbp.gelu(approximate=True)
+    for x, slope in ((300, 1), (-300, 0)):
+        x = jnp.full((2, 3), x, jnp.float16)
+        dx = layer.backward({}, layer.forward({}, {}, x, fnbp.Context())[2], jnp.ones_like(x))[1]
+        assert (dx == slope).all()
+
+
+def test_init_takes_numpys_float64_without_a_word():
+    params, _ = fnbp.serial(fnbp.dense(3)).init(jax.random.key(0), np.ones((5, 7)))
+    assert params[0]["W"].dtype == jnp.float32

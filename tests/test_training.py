@@ -90,9 +90,11 @@ def all_finite(tree):
 
 
 def broken_at(step):
-    """A descent whose update of that step, counted from 0, is infinite."""
-    schedule = optax.scale_by_schedule(lambda count: jnp.where(count == step, jnp.inf, 1.0))
-    return optax.chain(optax.sgd(0.1), schedule)
+    """A descent whose update of that step, counted from 0, is infinite; its counter starts where that is the 100th."""
+    schedule = optax.scale_by_schedule(lambda count: jnp.where(count == 100, jnp.inf, 1.0))
+    optimizer = optax.chain(optax.sgd(0.1), schedule)
+    descent, counter = optimizer.init(PARAMS)
+    return {"optimizer": optimizer, "opt_state": (descent, counter._replace(count=jnp.int32(100 - step)))}
 
 
 def test_fit_is_the_loop_by_hand():
@@ -199,6 +201,12 @@ def test_patience_starts_anew_with_each_new_least(monkeypatch):
     assert found.history.validation_step.tolist() == [7, 14, 21, 28, 35, 42, 45]
 
 
+def test_the_epoch_that_reaches_the_threshold_is_measured_too(monkeypatch):
+    scripted(monkeypatch, [3.0])
+    found = fit(steps=9, batch_size=M, optimizer=optax.sgd(0.0), validation=VALID, patience=1, threshold=100.0)
+    assert (found.stopped, found.step, found.best.step) == ("threshold", 1, 1)
+
+
 def test_without_patience_validation_stops_nothing(monkeypatch):
     scripted(monkeypatch, [1.0, 2.0, 3.0])
     found = fit(epochs=3, validation=VALID)
@@ -227,8 +235,8 @@ def test_validation_in_batches_is_the_mean_of_the_whole(monkeypatch, examples):
 
 @pytest.mark.parametrize("step", [0, 11])
 def test_a_step_that_is_not_finite_hands_back_the_last_finite_params(step):
-    found = fit(steps=1000, optimizer=broken_at(step))
-    before = fit(steps=step, optimizer=broken_at(step)) if step else None
+    found = fit(steps=1000, **broken_at(step))
+    before = fit(steps=step, **broken_at(step)) if step else None
     assert (found.stopped, found.step) == ("non-finite", step)
     assert all_finite((found.params, found.state, found.opt_state))
     assert same(found.params, before.params if before else PARAMS)
@@ -238,8 +246,8 @@ def test_a_step_that_is_not_finite_hands_back_the_last_finite_params(step):
         assert len(losses) == step + 2 and np.isfinite(losses[:-1]).all() and np.isnan(losses[-1])
     else:  # the first call is of one step: the params tell
         assert len(losses) == 1 and np.isfinite(losses).all()
-    words = f"step {len(losses)} is not finite, its loss is {losses[-1]:.6g}; these parameters are of step {step}"
-    assert found.message == words
+    cause = "its loss is nan" if step else "its update is not"
+    assert found.message == f"step {len(losses)} is not finite, {cause}; these parameters are of step {step}"
 
 
 def test_an_infinite_loss_stops_before_the_step_that_had_it():
@@ -255,10 +263,10 @@ def test_an_infinite_loss_stops_before_the_step_that_had_it():
 
 
 def test_params_that_end_non_finite_on_the_last_step_are_caught():
-    found = fit(steps=12, optimizer=broken_at(11))
+    found = fit(steps=12, **broken_at(11))
     assert (found.stopped, found.step) == ("non-finite", 11)
     assert all_finite(found.params) and np.isfinite(found.history.loss).all() and len(found.history.loss) == 12
-    assert found.message.startswith("step 12 is not finite, its loss is ")
+    assert found.message == "step 12 is not finite, its update is not; these parameters are of step 11"
     again = fit(steps=9, params=found.params, state=found.state, opt_state=optax.sgd(0.1).init(PARAMS), start=11,
                 optimizer=optax.sgd(0.1))  # fmt: skip
     assert again.stopped == "steps"
@@ -370,7 +378,7 @@ def captured(monkeypatch):
 
 def test_the_loop_is_compiled_once(monkeypatch):
     loops, calls = captured(monkeypatch)
-    found = fit(steps=100, validation=VALID, threshold=-1.0, optimizer=broken_at(60))
+    found = fit(steps=100, validation=VALID, threshold=-1.0, **broken_at(60))
     assert found.stopped == "non-finite" and len(calls) > 10
     assert [loop._cache_size() for loop in loops] == [1]
 
@@ -480,6 +488,7 @@ def test_layers_are_in_training_with_another_key_every_step():
         ({"steps": 0}, ValueError, "fit: steps must be at least 1, got 0"),
         ({"steps": 2.5}, TypeError, "fit: steps must be a whole number, got 2.5"),
         ({"steps": None, "epochs": 0}, ValueError, "fit: epochs must be at least 1, got 0"),
+        ({"start": -1}, ValueError, "fit: start must be at least 0, got -1"),
         ({"patience": 3}, ValueError, r"fit: patience needs validation=\(x, y\)"),
         ({"patience": 0, "validation": VALID}, ValueError, "fit: patience must be at least 1, got 0"),
         ({"key": 0}, TypeError, r"fit: a random key is due, such as jax.random.key\(0\); got int 0"),
@@ -571,3 +580,13 @@ def test_a_validation_loss_of_nan_is_never_the_best(monkeypatch):
     scripted(monkeypatch, [float("nan"), float("inf")])
     found = fit(epochs=5, validation=VALID, patience=2)
     assert (found.stopped, found.step, found.best) == ("patience", 2 * BATCHES, None)
+
+
+def test_a_threshold_met_at_the_end_of_an_epoch_is_validated_still():
+    found = fit(epochs=1, threshold=float("inf"), validation=VALID, batch_size=M)
+    assert found.stopped == "threshold" and len(found.history.validation_loss) == 1 and found.best is not None
+
+
+def test_a_negative_start_is_refused():
+    with pytest.raises(ValueError, match="start must be at least 0, got -3"):
+        fit(steps=2, start=-3)

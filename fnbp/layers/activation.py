@@ -133,12 +133,12 @@ def elu(alpha: float = 1.0) -> Layer:
     """
 
     def forward(x: X) -> tuple[X, tuple]:
-        return jnp.where(x > 0, x, alpha * jnp.expm1(jnp.minimum(x, 0))), (x,)
+        return jnp.where(x > 0, x, alpha * jnp.expm1(jnp.where(x > 0, 0, x))), (x,)
 
     def backward(res: tuple, dy: X) -> X:
         (x,) = res
         # from x, not as y + alpha, which cancels for x far below 0
-        return jnp.where(x > 0, dy, dy * (alpha * jnp.exp(jnp.minimum(x, 0))))
+        return jnp.where(x > 0, dy, dy * (alpha * jnp.exp(jnp.where(x > 0, 0, x))))
 
     return parameterless(forward, backward, f"elu({alpha:g})")
 
@@ -207,10 +207,10 @@ def gelu(approximate: bool = False) -> Layer:
         return x * (1 + jnp.tanh(u)) / 2, (x,)
 
     def backward_tanh(res: tuple, dy: X) -> X:
-        (x,) = res
+        x = wide(res[0])  # x^2 overflows float16 where 1 - t is 0
         t = jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
         du = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
-        return dy * (1 + t) / 2 * (1 + x * (1 - t) * du)
+        return (wide(dy) * (1 + t) / 2 * (1 + x * (1 - t) * du)).astype(dy.dtype)
 
     if approximate:
         return parameterless(forward_tanh, backward_tanh, "gelu(approximate)")
