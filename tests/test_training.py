@@ -201,10 +201,11 @@ def test_patience_starts_anew_with_each_new_least(monkeypatch):
     assert found.history.validation_step.tolist() == [7, 14, 21, 28, 35, 42, 45]
 
 
-def test_the_epoch_that_reaches_the_threshold_is_measured_too(monkeypatch):
-    scripted(monkeypatch, [3.0])
+def test_the_epoch_that_reaches_the_threshold_is_measured_too_and_the_threshold_is_why_it_stopped(monkeypatch):
+    scripted(monkeypatch, [float("nan")])
     found = fit(steps=9, batch_size=M, optimizer=optax.sgd(0.0), validation=VALID, patience=1, threshold=100.0)
-    assert (found.stopped, found.step, found.best.step) == ("threshold", 1, 1)
+    assert (found.stopped, found.step) == ("threshold", 1)
+    assert found.history.validation_step.tolist() == [1]
 
 
 def test_without_patience_validation_stops_nothing(monkeypatch):
