@@ -189,7 +189,7 @@ def draw_errors(axes, compared: fnbp.Report) -> None:
     least = 1e-18
     names = [f"{row.path.split('.')[-1]}  d{row.leaf}" for row in rows]
     at = np.arange(len(rows))[::-1]
-    axes.scatter([max(row.inherited, least) for row in rows], at, color=report.MANUAL, label="whole pass", zorder=3)
+    axes.scatter([max(row.whole or 0, least) for row in rows], at, color=report.MANUAL, label="whole pass", zorder=3)
     axes.scatter(
         [max(row.error, least) for row in rows], at, color=report.AUTOMATIC, s=14, label="layer alone", zorder=4
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.backpropagation import check_batch, conform, contracted
-from fnbp.checks import check_key
+from fnbp.checks import check_is, check_key
 from fnbp.factor import total
 from fnbp.layer import Context, Layer, map_layers
 from fnbp.losses import Loss, check_losses
@@ -29,8 +29,9 @@ def to_jax(layer: Layer, state: Any = None, ctx: Context = Context()) -> Callabl
     jax.grad, vjp, jit, vmap and hessian go through it; jvp cannot, as for any jax.custom_vjp.
     state and ctx are fixed; the new state is dropped. Params come from layer.init(key, x)[0].
 
-    Raises: ValueError for a layer with state where none is given; what the layer raises.
+    Raises: ValueError for a layer with state where none is given; TypeError for what is no Layer.
     """
+    check_is("to_jax", "layer", layer, Layer)
     net = map_layers(contracted(total), layer)
 
     @jax.custom_vjp
@@ -102,8 +103,10 @@ def lifted(apply: Callable, init: Callable, name: str) -> Layer:
 def automatic_value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
     """fnbp.value_and_grad by jax.value_and_grad of the same forward: the reference for every comparison.
 
-    Raises: as fnbp.value_and_grad.
+    Raises: as fnbp.value_and_grad; TypeError for what is no Layer, or no Loss.
     """
+    check_is("automatic_value_and_grad", "net", net, Layer)
+    check_is("automatic_value_and_grad", "loss", loss, Loss)
 
     def J(params, state, x, y, ctx):
         prediction, state, _ = net.forward(params, state, x, ctx)

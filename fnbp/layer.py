@@ -1,5 +1,6 @@
 """A layer is a value: three pure functions, a name, and its parts."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ class Layer(NamedTuple):
         rebuild  parts -> the same combinator over other parts, None for a leaf
 
     Replace the functions of a leaf (layer._replace), or the parts of a combinator: map_layers rebuilds a combinator
-    from its parts, and what was put in place of its own functions is lost. With rebuild=None it is taken as a leaf.
+    from its parts, and refuses one whose own functions were replaced. With rebuild=None it is taken as a leaf.
 
     The params and state of a leaf are dicts. Those of a combinator are tuples, one entry a part.
     """
@@ -88,9 +89,23 @@ def map_layers(f: Callable[[str, Layer], Layer], net: Layer) -> Layer:
     def at(path: str, layer: Layer) -> Layer:
         if layer.rebuild is None:
             return f(path, layer)
-        return layer.rebuild(tuple(at(f"{path}[{i}].{part.name}", part) for i, part in enumerate(layer.parts)))
+        return rebuilt(layer, tuple(at(f"{path}[{i}].{part.name}", part) for i, part in enumerate(layer.parts)))
 
     return at(net.name, net)
+
+
+def rebuilt(layer: Layer, parts: tuple[Layer, ...]) -> Layer:
+    """A combinator over other parts. ValueError where a function of its own was replaced: rebuild would lose it."""
+    assert layer.rebuild is not None
+    fresh = layer.rebuild(layer.parts)
+    for name in ("init", "forward", "backward"):
+        ours, made = (inspect.unwrap(getattr(one, name)) for one in (layer, fresh))
+        if getattr(ours, "__code__", None) is not getattr(made, "__code__", None):
+            raise ValueError(
+                f"{layer.name}: its {name} was replaced, and rebuilding it over other parts would lose that; give it a "
+                "rebuild that keeps it, or rebuild=None to make it a leaf"
+            )
+    return layer.rebuild(parts)
 
 
 def leaves(net: Layer, *trees: Any) -> Iterator[tuple[Any, ...]]:

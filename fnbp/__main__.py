@@ -1,0 +1,135 @@
+"""The command line: python -m fnbp compare MODULE:ATTRIBUTE."""
+
+import difflib
+import importlib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from fnbp.comparison import compare
+from fnbp.layer import Layer
+
+
+class InputError(Exception):
+    """A mistake of the person at the keyboard, told in a sentence and without a traceback."""
+
+
+@dataclass
+class Compare:
+    """Is the backward right? Exit code 0: yes; 1: no; 2: there is a mistake in the command.
+
+    An input is drawn from a Gaussian: 7x11 is a float32 array of that shape, 7x11:bfloat16 one of bfloat16, and
+    7x5:int32:50 holds integers below 50.
+    """
+
+    subject: tyro.conf.Positional[str]
+    """MODULE:ATTRIBUTE of a Layer, a function that returns one, a jax.custom_vjp, or a function with --vjp."""
+    inputs: tuple[str, ...] = field(default=("7x11",))
+    """The x of a Layer, or the arguments of a function: shapes."""
+    reference: str | None = None
+    """MODULE:ATTRIBUTE of the plain function that a jax.custom_vjp is held against."""
+    vjp: str | None = None
+    """MODULE:ATTRIBUTE of backward(args, cotangent) -> cotangents of args."""
+    seed: int = 0
+    """What inputs, parameters and cotangents are drawn from."""
+    json: Path | None = None
+    """Write the report here, as JSON."""
+    plot: Path | None = None
+    """Draw the figure here, as PNG or PDF."""
+
+
+def find(place: str) -> Any:
+    """The object at MODULE:ATTRIBUTE. InputError where there is none, with the nearest names."""
+    module_name, colon, attribute = place.partition(":")
+    if not colon or not module_name or not attribute:
+        raise InputError(f"{place!r} is not MODULE:ATTRIBUTE, such as mypackage.layers:my_layer")
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"there is no module {error.name!r} to be found from {Path.cwd()}") from error
+    except Exception as error:
+        raise InputError(f"importing {module_name} raises {type(error).__name__}: {error}") from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            names = [n for n in dir(found) if not n.startswith("_")]
+            near = difflib.get_close_matches(name, names, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"{module_name} has no attribute {attribute!r}{hint}")
+        found = getattr(found, name)
+    return found
+
+
+def draw(spec: str, rng: np.random.Generator) -> jax.Array:
+    """An array from a shape in words. InputError for words that are none."""
+    shape_text, _, rest = spec.partition(":")
+    dtype_text, _, below = rest.partition(":")
+    try:
+        shape = tuple(int(n) for n in shape_text.split("x") if n)
+        dtype = jnp.dtype(dtype_text or "float32")
+        limit = int(below) if below else 2
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{spec!r} is no input, such as 7x11, 7x11:bfloat16 or 7x5:int32:50") from error
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.asarray(rng.integers(0, limit, shape), dtype)
+    return jnp.asarray(np.asarray(rng.standard_normal(shape), np.float32), dtype)
+
+
+def layer_of(place: str, found: Any) -> Layer:
+    """A Layer, or what a function without arguments returns."""
+    if callable(found) and not isinstance(found, Layer):
+        try:
+            found = found()
+        except TypeError as error:
+            raise InputError(
+                f"{place} is a function: give --reference or --vjp to compare it, or name one that returns a Layer "
+                f"when called without arguments ({error})"
+            ) from error
+    if not isinstance(found, Layer):
+        raise InputError(f"{place} is a {type(found).__name__}; a Layer or a function is due")
+    return found
+
+
+def run(settings: Compare, console: Console) -> int:
+    """Compare as told; the exit code."""
+    rng = np.random.default_rng(settings.seed)
+    found = find(settings.subject)
+    inputs = [draw(spec, rng) for spec in settings.inputs]
+    options: dict[str, Any] = {"key": jax.random.key(settings.seed)}
+    if settings.reference or settings.vjp:
+        options |= {name: find(p) for name, p in (("reference", settings.reference), ("vjp", settings.vjp)) if p}
+    else:
+        found = layer_of(settings.subject, found)
+    try:
+        report = compare(found, *inputs, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError("; ".join([str(error), *getattr(error, "__notes__", [])])) from error
+    console.print(report)
+    if settings.json:
+        settings.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    if settings.plot:
+        report.plot(settings.plot)
+    return 0 if report.ok else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run it; the exit code."""
+    settings = tyro.extras.subcommand_cli_from_dict(
+        {"compare": Compare}, prog="python -m fnbp", description=__doc__, args=arguments
+    )
+    try:
+        return run(settings, Console(width=None if sys.stdout.isatty() else 120))
+    except InputError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

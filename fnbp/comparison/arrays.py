@@ -1,0 +1,101 @@
+"""Numbers on their way between NumPy and JAX, in the arithmetic that is asked for, and how far apart they are."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+U64, U32 = 2.0**-53, 2.0**-24  # unit roundoff
+HAVE_FLOAT64 = ("cpu", "gpu", "cuda", "rocm")
+
+
+@contextmanager
+def arithmetic(dtype: Any) -> Iterator[None]:
+    """In float64: enabled, and on the CPU where the accelerator has none."""
+    with ExitStack() as stack:
+        if dtype == np.float64:
+            stack.enter_context(jax.enable_x64(True))
+            if jax.default_backend() not in HAVE_FLOAT64:
+                stack.enter_context(jax.default_device(jax.devices("cpu")[0]))
+        yield
+
+
+HAVE_FLOAT64 = ("cpu", "gpu", "cuda", "rocm")
+
+
+def is_floating(a: Any) -> bool:
+    """True for an array of floating point numbers."""
+    return hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating)
+
+
+def is_float0(a: Any) -> bool:
+    """True for the cotangent of an integer, which has none."""
+    return getattr(a, "dtype", None) == jax.dtypes.float0
+
+
+def on_host(tree: Any) -> Any:
+    """Numbers as NumPy arrays, of at most 32 bits where they are floating; random keys as they are."""
+
+    def one(a):
+        a = np.asarray(a) if isinstance(a, (float, int, bool, np.generic)) else a
+        if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, jax.dtypes.extended) or is_float0(a):
+            return a
+        return np.asarray(a, np.float32 if a.dtype == np.float64 else a.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def host(tree: Any) -> Any:
+    """Arrays as NumPy arrays, random keys as they are."""
+    return jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jax.dtypes.extended) else np.asarray(a), tree)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Floating point leaves in that dtype, or, for None, as they are."""
+    return jax.tree.map(lambda a: np.asarray(a, dtype) if dtype is not None and is_floating(a) else a, tree)
+
+
+def on_device(tree: Any) -> Any:
+    """NumPy arrays as JAX arrays, in the arithmetic of the time."""
+    return jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) and not is_float0(a) else a, tree)
+
+
+def compiled_or_plain(f: Callable, *args: Any) -> Any:
+    """f(*args), compiled; step by step where it cannot be."""
+    try:
+        return jax.jit(f)(*args)
+    except Exception:
+        return f(*on_device(args))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else ""
+
+
+def rms(a: Any) -> float:
+    """The root mean square; 0 for an empty array."""
+    a = np.asarray(a, np.float64)
+    return float(np.sqrt(np.mean(a**2))) if a.size else 0.0
+
+
+def finite(arrays: Any) -> bool:
+    """True where no floating point array holds NaN or infinity."""
+    return all(np.isfinite(np.asarray(a, np.float64)).all() for a in arrays if jnp.issubdtype(a.dtype, jnp.floating))
+
+
+def roundoff(dtype: Any) -> float:
+    """Half the distance from 1 to the next number."""
+    return float(jnp.finfo(dtype).eps) / 2 if jnp.issubdtype(dtype, jnp.floating) else 0.0
+
+
+def relative(a: Any, b: Any) -> float:
+    """|a - b| / |b|; 0 where both are 0, infinite where b alone is, or where a is not finite."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    difference, size = np.linalg.norm(a - b), np.linalg.norm(b)
+    error = 0.0 if difference == 0 else difference / size if size else np.inf
+    return float(error) if np.isfinite(error) else np.inf

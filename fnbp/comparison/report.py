@@ -1,0 +1,187 @@
+"""What compare found, for a person at a terminal, for a log, for JSON, and as a figure."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fnbp.rendering import Tabular
+
+FAULTS = {  # the gravest first
+    "raises": "the backward raises",
+    "structure": "tree, shape or dtype is not that of the argument",
+    "random": "another value each time",
+    "nonfinite": "NaN or infinity where autodiff has none",
+    "formula": "wrong in float64: another formula",
+    "precision": "right in float64, but less accurate than autodiff where it runs",
+    "jit": "differs, or fails, under jit",
+    "vmap": "differs, or fails, under vmap",
+    "sharded": "differs, or fails, spread over devices",
+    "forward": "the two functions return different values",
+}
+SEVERITY = {kind: i for i, kind in enumerate((*FAULTS, "inherits", "convention", "ok"))}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf: the gradient of a parameter or an argument, of one layer alone.
+
+    path       "serial[3].dense(17)", or the name of a function
+    leaf       "W", or "x" for the input's cotangent
+    kind       "ok", or a fault: a key of FAULTS; or "inherits": right, but told a wrong delta in the whole pass; or
+               "convention": at a kink or a tie the two choose other slopes, or autodiff follows a rule of its own
+    error      |manual - automatic| / |automatic| in float64, on the given arguments, the layer alone
+    limit      the error that rounding may make there: 64 times the noise of this leaf
+    z          the same over this leaf's own rounding noise, at the worst probe; a formula is wrong above 64
+    rho        the error of manual over that of automatic in the working dtype, or None where there is none
+    whole      error, but at the end of the whole backward pass; None for a function, a loss
+    probe      where it is worst
+    index      the worst element there, with both values
+    hint       the likely mistake
+    """
+
+    path: str
+    leaf: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str = "ok"
+    error: float = 0.0
+    limit: float = 0.0
+    z: float = 0.0
+    rho: float | None = None
+    whole: float | None = None
+    probe: str = ""
+    index: tuple[int, ...] = ()
+    manual: float = float("nan")
+    automatic: float = float("nan")
+    hint: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.kind not in FAULTS
+
+    @property
+    def verdict(self) -> str:
+        """As the table has it: faults in capitals."""
+        return self.kind if self.ok else self.kind.upper()
+
+
+@dataclass(frozen=True)
+class Report(Tabular):
+    """What compare found: rows from input to output, faults from the last layer to the first.
+
+    checks  how determinism, the transforms and the third witness went, by name
+    notes   what was not tried and why, one line each
+    """
+
+    rows: tuple[Row, ...]
+    checks: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    conventions: tuple[Row, ...] = ()
+
+    @property
+    def faults(self) -> tuple[Row, ...]:
+        paths = dict.fromkeys(row.path for row in self.rows)
+        return tuple(row for path in reversed(paths) for row in self.rows if row.path == path and not row.ok)
+
+    @property
+    def first_fault(self) -> Row | None:
+        """The fault that a backward pass meets first."""
+        return next(iter(self.faults), None)
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error on the given arguments, of a layer alone or of the whole pass."""
+        return max((max(row.error, row.whole or 0.0) for row in self.rows), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what is not finite as text."""
+
+        def plain(row: Row) -> dict[str, Any]:
+            values = asdict(row) | {"ok": row.ok, "shape": list(row.shape), "index": list(row.index)}
+            return {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
+
+        return {
+            "ok": self.ok,
+            "worst": self.worst if isfinite(self.worst) else str(self.worst),
+            "rows": [plain(row) for row in self.rows],
+            "faults": [plain(row) for row in self.faults],
+            "conventions": [plain(row) for row in self.conventions],
+            "checks": dict(self.checks),
+            "notes": list(self.notes),
+        }
+
+    def raise_if_bad(self) -> None:
+        """AssertionError, with the report as its message, unless every row is ok."""
+        if not self.ok:
+            raise AssertionError(f"manual and automatic gradients differ\n{self}")
+
+    def plot(self, path: Any = None) -> Any:
+        """A figure: each leaf's error alone and in the whole pass, by layer; saved to path where one is given.
+
+        Returns: a matplotlib Figure. Raises: ImportError without matplotlib.
+        """
+        from fnbp.comparison.figure import draw
+
+        return draw(self, path)
+
+    def __rich__(self) -> RenderableType:
+        return Group(self.table(), *self.lines())
+
+    def table(self) -> Table:
+        """A row a leaf."""
+        title = "manual against automatic: " + ("ok" if self.ok else "WRONG")
+        table = Table(title=title, title_justify="left", title_style="bold" if self.ok else "bold red")
+        whole = any(row.whole is not None for row in self.rows)
+        numbers = ("error", "z", "rho", *(("whole pass",) if whole else ()))
+        for name in ("layer", "leaf", "shape", *numbers, "verdict"):
+            table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name != "layer")
+        for row in self.rows:
+            style = {"ok": "", "inherits": "yellow", "convention": "cyan"}.get(row.kind, "bold red")
+            shape = "x".join(map(str, row.shape)) or "()"
+            cells = [f"{row.error:.1e}", short(row.z), "-" if row.rho is None else f"{row.rho:.2g}"]
+            if whole:
+                cells.append("-" if row.whole is None else f"{row.whole:.1e}")
+            table.add_row(row.path, row.leaf, shape, *cells, row.verdict, style=style)
+        return table
+
+    def lines(self) -> list[Text]:
+        """Below the table: the first fault, the other faults, conventions, checks, notes."""
+        found = []
+        for i, row in enumerate(self.faults):
+            found.append(
+                Text(("first fault: " if i == 0 else "also: ") + describe(row), "bold red" if i == 0 else "red")
+            )
+        for row in self.conventions:
+            found.append(Text(describe(row), "cyan"))
+        inherited = sum(row.kind == "inherits" for row in self.rows)
+        if inherited:
+            found.append(
+                Text(f"{inherited} leaves below inherit the error; told the right delta, they are right", "yellow")
+            )
+        if self.checks:
+            found.append(Text(" · ".join(f"{name} {word}" for name, word in self.checks.items())))
+        return found + [Text(f"note: {note}", "dim") for note in self.notes]
+
+
+def short(z: float) -> str:
+    """A number for the table."""
+    return f"{z:.1f}" if z < 1000 else f"{z:.0e}"
+
+
+def describe(row: Row) -> str:
+    """A fault in one line."""
+    where = f"{row.path} -> d{row.leaf}" if row.leaf else row.path
+    where = row.path if row.kind == "forward" else where
+    values = f", worst at {list(row.index)}: manual {row.manual:+.6g}, automatic {row.automatic:+.6g}"
+    values = values if row.manual == row.manual or row.automatic == row.automatic else ""
+    probe = f" on {row.probe!r}" if row.probe else ""
+    return f"{where}: {row.kind}{probe}{values}{': ' + row.hint if row.hint else ''}"

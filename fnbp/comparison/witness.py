@@ -1,0 +1,140 @@
+"""The third witness: differences of the forward in float64. Autodiff has rules of its own; differences have none."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fnbp.comparison.arrays import is_float0, is_floating, rms
+from fnbp.comparison.probes import Probe
+from fnbp.comparison.runner import Runner
+from fnbp.comparison.unit import Unit, leaf_names
+
+STEPS = tuple(2.0**-k for k in range(4, 28, 2))  # relative to the size of what is moved
+DIFFERS = 1e-4  # of the directional derivative; differences agree to about 1e-9 where autodiff is right
+KINK = 1e-3  # one-sided slopes that differ by so much, relatively, meet in a kink
+ELEMENTS = 6  # of those that differ most, and as many at random, are tried for a kink
+
+
+class Slope(NamedTuple):
+    """What differences say of a directional derivative.
+
+    order       of the Taylor remainder |phi(h) - phi(0) - h phi'|: 2 where phi' is right, 1 where it is wrong
+    derivative  by differences, the best of all steps
+    claimed     by autodiff
+    verdict     "agrees", "differs" or "unclear": kinks nearby, noise, or nothing to see
+    """
+
+    order: float
+    derivative: float
+    claimed: float
+    verdict: str
+
+
+def projected(
+    runner: Runner, probe: Probe, dtype: Any = np.float64, size: bool = False
+) -> Callable[[list[np.ndarray]], float]:
+    """phi(args) = <dy, f(args)> in dtype, as a function of the floating leaves of args; size: of absolute terms."""
+    flat, tree = jax.tree.flatten(probe.args)
+    dy = [None if is_float0(d) else np.asarray(d, np.float64) for d in jax.tree.leaves(probe.dy)]
+
+    def phi(leaves):
+        moving = iter(leaves)
+        args = jax.tree.unflatten(tree, [next(moving) if is_floating(a) else a for a in flat])
+        y = runner.evaluate(probe._replace(args=args), dtype).due
+        terms = [np.asarray(a, np.float64) * d for a, d in zip(y, dy, strict=True) if d is not None]
+        return float(sum(np.sum(abs(t) if size else t) for t in terms))
+
+    return phi
+
+
+def floating(probe: Probe) -> list[np.ndarray]:
+    """The floating leaves of args, in float64."""
+    return [np.asarray(a, np.float64) for a in jax.tree.leaves(probe.args) if is_floating(a)]
+
+
+def floating_names(unit: Unit) -> list[str]:
+    """Their names."""
+    flat = jax.tree.leaves(unit.args)
+    return [name for (_, name), a in zip(leaf_names(unit), flat, strict=True) if is_floating(a)]
+
+
+def taylor(
+    runner: Runner, probe: Probe, automatic: dict[str, np.ndarray], rng: np.random.Generator, only=None
+) -> Slope:
+    """Along a random direction in all leaves, or in one: is the automatic gradient the derivative of the forward?"""
+    names, at = floating_names(runner.unit), floating(probe)
+    direction = [
+        rng.standard_normal(a.shape) * (rms(a) or 1.0) if only in (None, name) else np.zeros(a.shape)
+        for name, a in zip(names, at, strict=True)
+    ]
+    claimed = float(sum(np.sum(automatic[name] * v) for name, v in zip(names, direction, strict=True)))
+    size = float(sum(np.linalg.norm(automatic[name]) * rms(v) for name, v in zip(names, direction, strict=True)))
+    phi = projected(runner, probe)
+
+    def along(h):
+        return phi([a + h * v for a, v in zip(at, direction, strict=True)])
+
+    middle = along(0.0)
+    up, down = (np.array([along(sign * h) for h in STEPS]) for sign in (1, -1))
+    h = np.array(STEPS)
+    right, left = (up - middle) / h, (middle - down) / h
+    central = (right + left) / 2
+    scale = size + abs(claimed)
+    if not scale or not np.isfinite(central).all():
+        return Slope(np.nan, np.nan, claimed, "unclear")
+    best = int(np.argmin(abs(central - claimed)))
+    if abs(central[best] - claimed) <= DIFFERS * 1e-2 * scale:
+        return Slope(order_of(abs(up - middle - h * claimed), h), central[best], claimed, "agrees")
+    steady = int(np.argmin(abs(np.diff(central)))) + 1  # where one more step changes least
+    smooth = abs(right[steady] - left[steady]) <= KINK * scale and abs(central[steady] - central[steady - 1]) <= (
+        DIFFERS * scale / 10
+    )
+    verdict = "differs" if smooth and abs(central[steady] - claimed) > DIFFERS * scale else "unclear"
+    return Slope(order_of(abs(up - middle - h * claimed), h), central[steady], claimed, verdict)
+
+
+def order_of(remainders: np.ndarray, h: np.ndarray) -> float:
+    """The slope of the remainder's logarithm over the steps that stand clear of rounding."""
+    keep = remainders > 1e-10 * remainders.max()
+    if keep.sum() < 3:
+        return np.nan
+    return float(np.polyfit(np.log(h[keep]), np.log(remainders[keep]), 1)[0])
+
+
+def only_kinks(
+    runner: Runner, probe: Probe, leaf: str, manual: np.ndarray, automatic: np.ndarray, rng: Any, dtype: Any
+) -> bool:
+    """True where manual and automatic differ at kinks and ties alone, and manual stays between the two slopes there."""
+    apart = abs(manual - automatic)
+    wrong = np.argwhere(apart > 1e-9 * (apart.max() + abs(automatic)))
+    order = np.argsort([-apart[tuple(i)] for i in wrong], kind="stable")
+    tried = {*order[:ELEMENTS].tolist(), *rng.permutation(len(wrong))[:ELEMENTS].tolist()}
+    at, which = floating(probe), floating_names(runner.unit).index(leaf)
+    phi, h = projected(runner, probe, dtype), (rms(at[which]) or 1.0) * float(np.finfo(dtype).eps) ** 0.375
+    middle = phi(at)
+    rounding = 16 * float(np.finfo(dtype).eps) * projected(runner, probe, dtype, size=True)(at) / h
+    for i in tried:
+        index = tuple(wrong[i])
+        near, far = (slopes(phi, at, which, index, step, middle) for step in (h, 8 * h))
+        low, high = min(near), max(near)
+        gap = high - low
+        if not gap > KINK * max(abs(low), abs(high)) + rounding:
+            return False
+        if not np.allclose(near, far, rtol=0, atol=0.1 * gap):  # a kink looks the same from further off, noise does not
+            return False
+        if not low - 1e-3 * gap <= manual[index] <= high + 1e-3 * gap:
+            return False
+    return True
+
+
+def slopes(phi: Callable, at: list, which: int, index: tuple, h: float, middle: float) -> tuple[float, float]:
+    """The slope to the right and to the left of one element."""
+
+    def moved(step: float) -> Any:
+        leaf = at[which].copy()
+        leaf[index] += step
+        return [leaf if i == which else a for i, a in enumerate(at)]
+
+    return (phi(moved(h)) - middle) / h, (middle - phi(moved(-h))) / h
