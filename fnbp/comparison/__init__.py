@@ -19,7 +19,7 @@ from fnbp.layer import Context, Layer
 from fnbp.losses import Loss, check_losses
 
 float0 = jax.dtypes.float0
-DRAWS = ("given", "another", "nearby", "another", "nearby", "another")
+DRAWS = ("given", "another", "nearby", "another", "another", "nearby")
 EXTREMES = tuple(name for name in PROBES if name not in DRAWS)
 
 
@@ -200,7 +200,7 @@ def compare_net(net, x, params, state, ctx, loss, y, key, options: Options) -> R
         check_losses(loss.name, jax.eval_shape(loss.forward, prediction, y)[0], prediction)
         units.append(unit_of_loss(loss, prediction, y))
     deltas = first_deltas(prediction, loss, options.rng)
-    whole = Whole(net, params, state, x, ctx, y, deltas)
+    whole = Whole(net, params, state, x, ctx, y, prediction, deltas)
     units = [
         unit_of_layer(path, layer, (s.params, s.x), (s.state, s.ctx), s.dy) for path, layer, s in whole.nodes
     ] + units

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 U64, U32 = 2.0**-53, 2.0**-24  # unit roundoff
+FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
 HAVE_FLOAT64 = ("cpu", "gpu", "cuda", "rocm")
 
 
@@ -23,6 +24,7 @@ def arithmetic(dtype: Any) -> Iterator[None]:
         yield
 
 
+FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
 HAVE_FLOAT64 = ("cpu", "gpu", "cuda", "rocm")
 
 
@@ -63,10 +65,15 @@ def on_device(tree: Any) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) and not is_float0(a) else a, tree)
 
 
+def compiled(f: Callable) -> Any:
+    """jax.jit(f); on the CPU without LLVM's optimisations, which take longer than they save."""
+    return jax.jit(f, compiler_options=FAST if jax.default_backend() == "cpu" else None)
+
+
 def compiled_or_plain(f: Callable, *args: Any) -> Any:
     """f(*args), compiled; step by step where it cannot be."""
     try:
-        return jax.jit(f)(*args)
+        return compiled(f)(*args)
     except Exception:
         return f(*on_device(args))
 
@@ -96,6 +103,7 @@ def roundoff(dtype: Any) -> float:
 def relative(a: Any, b: Any) -> float:
     """|a - b| / |b|; 0 where both are 0, infinite where b alone is, or where a is not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    difference, size = np.linalg.norm(a - b), np.linalg.norm(b)
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference, size = np.linalg.norm(a - b), np.linalg.norm(b)
     error = 0.0 if difference == 0 else difference / size if size else np.inf
     return float(error) if np.isfinite(error) else np.inf

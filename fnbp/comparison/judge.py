@@ -9,9 +9,9 @@ import numpy as np
 
 from fnbp.comparison.arrays import finite, first_line, relative, roundoff
 from fnbp.comparison.hints import hint_of_mismatch
-from fnbp.comparison.probes import Probe, probes_of
+from fnbp.comparison.probes import SIZES, Probe, probes_of
 from fnbp.comparison.report import SEVERITY, Row
-from fnbp.comparison.runner import FailedError, Point, Runner, compile_together
+from fnbp.comparison.runner import FailedError, Plain, Point, Runner, compile_together
 from fnbp.comparison.transforms import TRANSFORMS
 from fnbp.comparison.unit import Mismatch, Unit, leaf_names
 from fnbp.comparison.verdicts import Leaf, Scale, Sight, Values, noise, perturbed, precision, verdicts, worst_spot
@@ -27,21 +27,30 @@ class Options(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A unit with the points that it is to be tried at."""
+    """A unit with the points that it is to be tried at; brief: sizes and transforms are tried elsewhere."""
 
     runner: Runner
     points: list[Probe]
     notes: list[str]
     rng: np.random.Generator
+    brief: bool
 
 
 def prepare(units: list[Unit], options: Options) -> list[Prepared]:
-    """Points for every unit, each from draws of its own; what they need is compiled side by side."""
-    found = []
+    """Points for every unit, each from draws of its own; what they need is compiled side by side.
+
+    A layer that is the same code as an earlier one, with the same options, is not tried at other sizes again.
+    """
+    found, known = [], set()
     for unit, rng in zip(units, options.rng.spawn(len(units)), strict=True):
-        points = list(probes_of(unit, rng, options.probes))
+        brief = unit.kind in known
+        wanted = tuple(name for name in options.probes if not (brief and name in SIZES))
+        points = list(probes_of(unit, rng, wanted))
         notes = [point for point in points if isinstance(point, str)]
-        found.append(Prepared(Runner(unit), [point for point in points if isinstance(point, Probe)], notes, rng))
+        points = [point for point in points if isinstance(point, Probe)]
+        joins = unit.layer is not None and bool(unit.layer.parts)  # its parts go through all of it by themselves
+        found.append(Prepared(Runner(unit), points, notes, rng, brief or joins))
+        known.add(unit.kind)
     compile_together([one.runner for one in found], [one.points for one in found], (None, np.float64))
     return found
 
@@ -57,22 +66,24 @@ class Judged(NamedTuple):
 
 def judge(prepared: Prepared, options: Options) -> Judged:
     """Every test of one unit."""
-    runner, points, notes, rng = prepared
+    runner, points, notes, rng, brief = prepared
     unit, given = runner.unit, points[0]
     try:
         first = runner.at(given)
-        plain = runner.plain(given)
-        again = plain if alike(plain, first) else runner.plain(given)
+        once = twice = plain = Plain(first.y, first.manual)
+        if not brief:
+            once = plain = runner.plain(given)
+            twice = once if alike(once, Plain(first.y, first.manual)) else runner.plain(given)
     except FailedError as failed:
         return Judged([broken(unit, failed)], notes, [], {})
-    check_subject(unit, plain, again)
+    check_subject(unit, first, once, twice)
     leaves = {
         name: Leaf(unit.path, name, np.shape(a), str(a.dtype))
         for (_, name), a in zip(leaf_names(unit), jax.tree.leaves(unit.args), strict=True)
         if name in first.manual
     }
     rows = [structure_row(unit, m) for m in first.wrong]
-    repeated(plain, again, leaves)
+    repeated(once, twice, leaves)
     scale = Scale(runner, given, notes)
     for probe in points:
         try:
@@ -90,7 +101,9 @@ def judge(prepared: Prepared, options: Options) -> Judged:
         precision(leaf)
     witness(runner, given, leaves, scale, rng)
     steady = {name: leaf for name, leaf in leaves.items() if all(row.kind != "random" for row in leaf.found)}
-    results = {name: TRANSFORMS[name](runner, points, steady) for name in options.transforms} if leaves else {}
+    results = {}
+    if leaves and not brief:
+        results = {name: TRANSFORMS[name](runner, points, steady, plain.manual) for name in options.transforms}
     rows += [settle(leaf) for leaf in leaves.values()]
     conventions = [row for leaf in leaves.values() for row in leaf.found if row.kind == "convention"]
     return Judged(rows, notes, first_of_each(conventions), results)
@@ -115,9 +128,9 @@ def look(runner: Runner, probe: Probe, leaves: Mapping[str, Leaf], scale: Scale,
     return None
 
 
-def alike(one: Point, other: Point) -> bool:
+def alike(one: Plain, other: Plain) -> bool:
     """True where two runs gave the same, up to the rounding of other orders of summation."""
-    sides = [list(p.y) + list(p.due) + list(p.manual.values()) for p in (one, other)]
+    sides = [p.y + [p.manual[name] for name in sorted(p.manual)] for p in (one, other)]
     return all(relative(a, b) <= 64 * roundoff(a.dtype) for a, b in zip(*sides, strict=True))
 
 
@@ -126,11 +139,11 @@ def first_of_each(rows: list[Row]) -> list[Row]:
     return list({(row.leaf, row.hint): row for row in reversed(rows)}.values())[::-1]
 
 
-def check_subject(unit: Unit, first: Point, again: Point) -> None:
+def check_subject(unit: Unit, first: Point, once: Plain, twice: Plain) -> None:
     """ValueError for a subject that returns NaN, or another value each time."""
     if not finite(first.y) or not finite(first.due):
         raise ValueError(f"compare: {unit.path} returns values that are not finite at the given arguments")
-    for a, b in zip(first.y + first.due, again.y + again.due, strict=True):
+    for a, b in zip(once.y, twice.y, strict=True):
         if relative(a, b) > 1e3 * roundoff(a.dtype):
             raise ValueError(
                 f"compare: {unit.path} is random: called twice on the same arguments it returns values that differ by "
@@ -156,13 +169,12 @@ def settle(leaf: Leaf) -> Row:
     return replace(worst, error=leaf.error, limit=leaf.limit, z=leaf.z, rho=max(rhos, default=None))
 
 
-def repeated(first: Point, again: Point, leaves: Mapping[str, Leaf]) -> None:
+def repeated(once: Plain, twice: Plain, leaves: Mapping[str, Leaf]) -> None:
     """The backward again, on the same arguments."""
     for name, leaf in leaves.items():
-        m, same = first.manual[name], again.manual[name]
-        apart = relative(same, m) if np.isfinite(m).all() else 0
-        size = max(relative(again.automatic[name], first.automatic[name]), roundoff(m.dtype))
-        if apart > 1e3 * size:
+        m, same = once.manual[name], twice.manual[name]
+        apart = relative(same, m) if np.isfinite(m).all() else 0.0
+        if apart > 1e3 * roundoff(m.dtype):
             hint = f"called twice on the same arguments it returns values that differ by {apart:.1e}"
             spot = worst_spot(np.asarray(same, np.float64), np.asarray(m, np.float64))
             leaf.found.append(leaf.row("random", probe="given", hint=hint, **spot))

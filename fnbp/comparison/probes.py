@@ -8,24 +8,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.comparison.arrays import compiled_or_plain, first_line, is_floating, on_host, rms
+from fnbp.comparison.arrays import cast, compiled_or_plain, first_line, is_floating, on_host, rms
 from fnbp.comparison.unit import Unit
-from fnbp.layer import Context
 
 LARGE = 50.0  # root mean square of large logits: e^50 is near the end of float32
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
 
 
+SIZES = ("one_example", "one_position", "prime_sizes")
 JOINS = ("given", "another")  # the probes of a combinator
 
 
 class Probe(NamedTuple):
-    """A point to try a unit at."""
+    """A point to try a unit at.
+
+    wide  args and dy in float64 with all their digits, where they were drawn so: what a cast to float32 inside a
+          backward loses is then seen
+    """
 
     name: str
     args: tuple
     fixed: Any
     dy: Any
+    wide: tuple | None = None
+
+    def moved_to(self, args: tuple, dy: Any = None) -> "Probe":
+        """The same with other args, and another dy where one is given."""
+        return self._replace(args=args, dy=self.dy if dy is None else dy, wide=None)
+
+    def of(self, dtype: Any) -> tuple:
+        """args, fixed, dy in dtype, or, for None, as given."""
+        args, dy = (self.args, self.dy) if dtype is None or self.wide is None else self.wide
+        return cast((args, self.fixed, dy), dtype)
 
 
 Rng = np.random.Generator
@@ -46,7 +60,7 @@ def probes_of(unit: Unit, rng: Rng, wanted: tuple[str, ...]) -> Iterator[Probe |
             args, fixed = point
             told = name == "given" and unit.dy is not None
             dy = unit.dy if told else draw_dy(unit, args, fixed, rng)
-            yield Probe(name, args, fixed, dy)
+            yield widened(Probe(name, args, fixed, dy), rng) if name == "nearby" else Probe(name, args, fixed, dy)
         except Exception as error:  # the subject refuses that size or those values
             yield f"{unit.path}: not tried at {name!r}, it raises {type(error).__name__}: {first_line(error)}"
 
@@ -67,6 +81,15 @@ def draw_dy(unit: Unit, args: tuple, fixed: Any, rng: Rng) -> Any:
         return np.asarray(rng.standard_normal(a.shape) * scale, a.dtype)
 
     return jax.tree.unflatten(jax.tree.structure(y), list(map(one, jax.tree.leaves(y), sizes)))
+
+
+def widened(probe: Probe, rng: Rng) -> Probe:
+    """The probe with digits of its own beyond those of the working dtype."""
+
+    def one(a):
+        return np.asarray(a, np.float64) * (1 + 2.0**-26 * rng.uniform(-1, 1, np.shape(a))) if is_floating(a) else a
+
+    return probe._replace(wide=jax.tree.map(one, (probe.args, probe.dy)))
 
 
 def with_values(tree: Any, f: Callable[[np.ndarray], Any]) -> Any:
@@ -134,8 +157,10 @@ def ties(unit: Unit, rng: Rng):
 
 
 def large(unit: Unit, rng: Rng):
-    """x of root mean square 50: saturation, and logits whose exponentials overflow."""
-    return on_x(unit, lambda x: with_values(x, lambda a: a * (LARGE / (rms(a) or 1.0)))), unit.fixed
+    """x of root mean square 50: saturation, and logits whose exponentials overflow. Several arguments share the 50:
+    they may be multiplied."""
+    several = sum(is_floating(leaf) for leaf in flowing(unit))
+    return on_x(unit, lambda x: with_values(x, lambda a: a * (LARGE ** (1 / several) / (rms(a) or 1.0)))), unit.fixed
 
 
 def masked(unit: Unit, rng: Rng):
@@ -161,6 +186,23 @@ def one_position(unit: Unit, rng: Rng):
     return unit.take(unit.args, unit.fixed, lambda a: a[:, :1] if a.ndim > 1 else a)
 
 
+def prime_sizes(unit: Unit, rng: Rng):
+    """Every axis of x a prime of its own, with parameters of that size: square ones hide a transpose."""
+    if not resizable(unit):
+        return prime_batch(unit, rng)
+    assert unit.layer is not None
+    (x,) = flowing(unit)
+    shape = tuple(PRIMES[3 + 2 * i] for i in range(x.ndim))
+    x = np.asarray(rng.choice(np.asarray(x, np.float64).ravel(), shape), x.dtype)
+    key = jax.random.key(int(rng.integers(1 << 31)))
+    try:
+        params, state = on_host(compiled_or_plain(unit.layer.init, key, x))
+        jax.eval_shape(unit.layer.forward, params, state, x, unit.fixed[1])
+    except Exception:  # the layer is of one size
+        return prime_batch(unit, rng)
+    return (moved(params, rng), x), (state, unit.fixed[1])
+
+
 def prime_batch(unit: Unit, rng: Rng):
     """A batch whose size is no other size."""
     m = batch_of(unit)
@@ -174,24 +216,13 @@ def prime_batch(unit: Unit, rng: Rng):
     return unit.take(unit.args, unit.fixed, lambda a: a[rows])
 
 
-def prime_sizes(unit: Unit, rng: Rng):
-    """Every axis of x a prime of its own, with parameters of that size: square ones hide a transpose."""
+def resizable(unit: Unit) -> bool:
+    """True for a layer with parameters but no state, of one floating x without a mask."""
+    if unit.layer is None or unit.layer.parts or unit.fixed[1].mask is not None:
+        return False
     xs = flowing(unit)
-    if (
-        unit.layer is None
-        or unit.layer.parts
-        or len(xs) != 1
-        or not is_floating(xs[0])
-        or unit.fixed[1].mask is not None
-    ):
-        return None
-    if jax.tree.leaves(unit.fixed[0]) or not jax.tree.leaves(unit.args[0]):
-        return None
-    shape = tuple(PRIMES[3 + 2 * i] for i in range(xs[0].ndim))
-    x = np.asarray(rng.choice(np.asarray(xs[0], np.float64).ravel(), shape), xs[0].dtype)
-    key = jax.random.key(int(rng.integers(1 << 31)))
-    params, state = on_host(compiled_or_plain(unit.layer.init, key, x))
-    return (moved(params, rng), x), (state, Context(unit.fixed[1].key, None, unit.fixed[1].train))
+    stateless = jax.tree.leaves(unit.args[0]) and not jax.tree.leaves(unit.fixed[0])
+    return bool(stateless) and len(xs) == 1 and is_floating(xs[0])
 
 
 def flowing(unit: Unit) -> list[Any]:
@@ -217,7 +248,6 @@ PROBES: dict[str, Callable[[Unit, Rng], Any]] = {
         masked,
         one_example,
         one_position,
-        prime_batch,
         prime_sizes,
     )
 }

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnbp.comparison.arrays import arithmetic, cast, first_line, is_float0, on_device
+from fnbp.comparison.arrays import arithmetic, compiled, first_line, is_float0, on_device
 from fnbp.comparison.probes import Probe
 from fnbp.comparison.unit import Mismatch, Unit, flatten
-
-FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}  # on the CPU it compiles in half the time
 
 
 class FailedError(Exception):
@@ -30,11 +28,18 @@ class Point(NamedTuple):
     wrong: tuple[Mismatch, ...]
 
 
+class Plain(NamedTuple):
+    """What a unit gave step by step."""
+
+    y: list[np.ndarray]
+    manual: dict[str, np.ndarray]
+
+
 class Inputs:
     """A probe as arrays for a compiled function, and what makes them another function's: tree, shapes, dtypes."""
 
     def __init__(self, probe: Probe, dtype: Any):
-        self.flat, self.tree = jax.tree.flatten(cast((probe.args, probe.fixed, probe.dy), dtype))
+        self.flat, self.tree = jax.tree.flatten(probe.of(dtype))
         self.arrays = [a for a in self.flat if not is_float0(a)]
         shapes = tuple((np.shape(a), getattr(a, "dtype", type(a))) for a in self.flat)
         self.key = str(dtype), self.tree, shapes
@@ -80,21 +85,23 @@ class Runner:
                     return self.point(*self.compiled[inputs.key](inputs.arrays))
                 except Exception:  # it cannot be traced, or it fails anyway: step by step will tell
                     pass
-        found = self.plain(probe, dtype)
-        self.eager = True
-        return found
+            found = self.point(*self.run(*on_device(inputs.whole(inputs.arrays))))
+            self.eager = True
+            return found
 
-    def plain(self, probe: Probe, dtype: Any = None) -> Point:
-        """The same step by step, as the subject's author wrote it."""
-        with arithmetic(dtype):
-            inputs = Inputs(probe, dtype)
-            return self.point(*self.run(*on_device(inputs.whole(inputs.arrays))))
+    def plain(self, probe: Probe) -> Plain:
+        """Forward and manual backward step by step, as their author wrote them. Raises: FailedError."""
+        args, fixed, dy = on_device((probe.args, probe.fixed, probe.dy))
+        y = self.unit.forward(args, fixed)
+        try:
+            manual, _ = flatten(self.unit, args, self.unit.manual(args, fixed, dy))
+        except Exception as error:
+            raise FailedError(f"{type(error).__name__}: {first_line(error)}") from error
+        return Plain([np.asarray(a) for a in jax.tree.leaves(y)], {name: np.asarray(a) for name, a in manual.items()})
 
     def lower(self, inputs: "Inputs") -> Callable:
         """run, traced for inputs of that shape; call what is returned to compile it."""
-        lowered = jax.jit(lambda arrays: self.run(*inputs.whole(arrays))).lower(inputs.arrays)
-        options = FAST if jax.default_backend() == "cpu" else None
-        return lambda: lowered.compile(compiler_options=options)
+        return compiled(lambda arrays: self.run(*inputs.whole(arrays))).lower(inputs.arrays).compile
 
     def prepare(self, probes: list[Probe], dtypes: tuple) -> dict[Any, Callable]:
         """What is still to be compiled for these probes, by key."""

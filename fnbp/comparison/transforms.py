@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fnbp.comparison.arrays import first_line, is_float0, is_floating, on_device
+from fnbp.comparison.arrays import compiled, first_line, is_float0, is_floating, on_device
 from fnbp.comparison.probes import Probe
 from fnbp.comparison.runner import Runner
 from fnbp.comparison.unit import Unit, flatten
@@ -73,15 +73,15 @@ def apart(a: Any, b: Any) -> float:
     return float(error) if np.isfinite(error) else np.inf
 
 
-def under_jit(runner: Runner, points: list[Probe], leaves: Mapping[str, Any]) -> str:
+def under_jit(runner: Runner, points: list[Probe], leaves: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
     """The compiled backward against the same, step by step."""
-    point, plain = moving(runner.unit, points[0]), runner.plain(points[0]).manual
+    point = moving(runner.unit, points[0])
     if runner.eager:
         return held("jit", point, jax.jit, leaves, plain)
     return held("jit", point, lambda run: lambda *arrays: runner.at(points[0]).manual, leaves, plain)
 
 
-def under_vmap(runner: Runner, points: list[Probe], leaves: Mapping[str, Any]) -> str:
+def under_vmap(runner: Runner, points: list[Probe], leaves: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
     """vmap over everything: this point, beside another one."""
     point = moving(runner.unit, points[0])
     alike = [p for p in points[1:] if shapes(p) == shapes(points[0])]
@@ -90,11 +90,11 @@ def under_vmap(runner: Runner, points: list[Probe], leaves: Mapping[str, Any]) -
     def through(run):
         def both(*arrays):
             stacked = [stack(b, a) for a, b in zip(arrays, beside, strict=True)]
-            return {key: d[1] for key, d in compiled(jax.vmap(run), runner)(*stacked).items()}
+            return {key: d[1] for key, d in fast(jax.vmap(run), runner)(*stacked).items()}
 
         return both
 
-    return held("vmap", point, through, leaves, runner.at(points[0]).manual)
+    return held("vmap", point, through, leaves, plain)
 
 
 def stack(b: Any, a: Any) -> Any:
@@ -104,9 +104,9 @@ def stack(b: Any, a: Any) -> Any:
     return jnp.asarray(np.stack([np.asarray(b), np.asarray(a)]))
 
 
-def compiled(f: Callable, runner: Runner) -> Callable:
-    """f under jit, where the unit can be compiled."""
-    return f if runner.eager else jax.jit(f)
+def fast(f: Callable, runner: Runner) -> Callable:
+    """f compiled, where the unit can be."""
+    return f if runner.eager else compiled(f)
 
 
 def shapes(probe: Probe) -> list[Any]:
@@ -114,7 +114,7 @@ def shapes(probe: Probe) -> list[Any]:
     return [(jnp.shape(a), getattr(a, "dtype", None)) for a in jax.tree.leaves(probe[1:])]
 
 
-def sharded(runner: Runner, points: list[Probe], leaves: Mapping[str, Any]) -> str:
+def sharded(runner: Runner, points: list[Probe], leaves: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
     """The batch spread over all devices."""
     n, unit, probe = jax.device_count(), runner.unit, points[0]
     if n == 1:
@@ -134,7 +134,7 @@ def sharded(runner: Runner, points: list[Probe], leaves: Mapping[str, Any]) -> s
     def through(run):
         return lambda *arrays: jax.jit(run)(*map(place, arrays))
 
-    return held("sharded", point, through, leaves, compiled(point.manual, runner)(*point.arrays))
+    return held("sharded", point, through, leaves, fast(point.manual, runner)(*point.arrays))
 
 
 TRANSFORMS: dict[str, Callable[..., str]] = {"jit": under_jit, "vmap": under_vmap, "sharded": sharded}

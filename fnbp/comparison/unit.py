@@ -41,10 +41,28 @@ class Unit:
     moved: bool = True  # args may be moved a little, off the values that they are given
     conforms: tuple[str, ...] = field(default=())  # args whose cotangents may be wider than they are
 
+    @property
+    def kind(self) -> Any:
+        """What two layers have in common that are the same code with the same options; of its own for a function."""
+        if self.layer is None:
+            return id(self)
+        ranks = tuple(jnp.ndim(leaf) for leaf in jax.tree.leaves(self.args))
+        return self.layer.name, fingerprint(self.layer.forward), fingerprint(self.layer.backward), ranks
+
     def automatic(self, args: tuple, fixed: Any, dy: Any) -> tuple:
         """What jax.vjp gives."""
         _, pull = jax.vjp(lambda *args: self.reference(args, fixed), *args)
         return pull(dy)
+
+
+def fingerprint(f: Any, depth: int = 8) -> Any:
+    """The code of a function with all that it closes over; two of one fingerprint do the same."""
+    if not inspect.isfunction(f):
+        return f if isinstance(f, (int, float, str, bool, type(None))) else id(f)
+    if not depth:
+        return id(f)
+    cells = [cell.cell_contents for cell in f.__closure__ or ()]
+    return f.__code__, tuple(fingerprint(cell, depth - 1) for cell in cells), f.__defaults__ and id(f.__defaults__)
 
 
 def unit_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any = None) -> Unit:

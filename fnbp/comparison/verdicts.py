@@ -16,7 +16,7 @@ from fnbp.comparison.unit import Unit, leaf_names
 from fnbp.comparison.witness import only_kinks
 
 Z = 64.0  # a right formula reaches 8.5 at the most over hundreds of leaves, the mildest mistakes 1e10
-POOLED = ("given", "another", "nearby")
+POOLED = ("given", "another")  # where float64 starts from the same digits as the working dtype
 ROOM = 100.0  # times a leaf's noise in the working dtype: jit, vmap and devices sum in other orders
 RHO_FACTOR, RHO_TAIL = 4.0, 1e-7  # how much less accurate than autodiff is fair, and how rare an accident
 LONE = 1e3  # at a probe of extremes, alone: three digits lost that autodiff keeps
@@ -109,7 +109,7 @@ def perturbed(runner: Runner, probe: Probe) -> Point:
             return a
         return np.asarray(np.asarray(a, np.float64) * (1 + 2 * U32 * rng.uniform(-1, 1, a.shape)), a.dtype)
 
-    return runner.evaluate(probe._replace(args=jax.tree.map(one, probe.args)), np.float32)
+    return runner.evaluate(probe.moved_to(jax.tree.map(one, probe.args)), np.float32)
 
 
 def verdicts(at: Sight) -> list[Row]:
@@ -135,7 +135,7 @@ def verdicts(at: Sight) -> list[Row]:
     if z > Z and scale.dtype == np.float64 and error < 2.0**-16 and reference_is_narrow(at, a):
         scale.narrow(at.notes, at.runner.unit, "it computes in float32 whatever comes in")
         z = error / at.noise
-    rounding = z > Z and scale.dtype == np.float64 and shrinks(at.v, error)
+    rounding = z > Z and scale.dtype == np.float64 and is_rounding(at, m - a)
     if z > Z and not rounding:
         if only_kinks(at.runner, at.probe, leaf.leaf, m, a, at.rng, scale.dtype):
             hint = "at a kink or a tie: the two take different slopes, both of them fair"
@@ -144,29 +144,35 @@ def verdicts(at: Sight) -> list[Row]:
         return [*found, at.row("formula", hint=hint_at(at, m, a))]
     if not rounding:
         leaf.z = max(leaf.z, z)
-    return found + in_working_dtype(at, a, rounding)
+    return found + in_working_dtype(at, a)
 
 
 def reference_is_narrow(at: Sight, a: np.ndarray) -> bool:
     """True where arguments moved by 1e-13 move the automatic gradient as float32 would: by steps, or not at all."""
-    rng = np.random.default_rng(0)
-
-    def one(x):
-        return np.asarray(x, np.float64) * (1 + 1e-13 * rng.uniform(-1, 1, x.shape)) if is_floating(x) else x
-
-    moved = at.probe._replace(args=jax.tree.map(one, at.probe.args), dy=jax.tree.map(one, at.probe.dy))
-    change = relative(at.runner.evaluate(moved, np.float64).automatic[at.leaf.leaf], a)
+    change = relative(at.runner.evaluate(shaken(at.probe, 1e-13), np.float64).automatic[at.leaf.leaf], a)
     return change == 0 or change > 1e4 * 1e-13 * at.noise / U32
 
 
-def shrinks(v: Values, error: float) -> bool:
-    """True where the error is rounding: it falls as the precision rises, by more than a wrong formula's ever does."""
-    if error > 1e-6:
-        return False
-    return relative(v.mw, v.a64) / error > min(2.0**20, roundoff(v.mw.dtype) / U64 / 512)
+def is_rounding(at: Sight, difference: np.ndarray) -> bool:
+    """True where the error is another one, as large, after arguments moved by 2^-36: a wrong formula's stays."""
+    point = at.runner.evaluate(shaken(at.probe, 2.0**-36), np.float64)
+    other = np.asarray(point.manual[at.leaf.leaf], np.float64) - point.automatic[at.leaf.leaf]
+    size = np.linalg.norm(difference)
+    return bool(np.linalg.norm(other - difference) > 0.1 * size and np.linalg.norm(other) > 0.1 * size)
 
 
-def in_working_dtype(at: Sight, a: np.ndarray, lossy: bool) -> list[Row]:
+def shaken(probe: Probe, by: float) -> Probe:
+    """The probe in float64 with args and dy moved by so much, relatively."""
+    rng = np.random.default_rng(0)
+
+    def one(x):
+        return np.asarray(x, np.float64) * (1 + by * rng.uniform(-1, 1, x.shape)) if is_floating(x) else x
+
+    args, _, dy = probe.of(np.float64)
+    return probe.moved_to(jax.tree.map(one, args), jax.tree.map(one, dy))
+
+
+def in_working_dtype(at: Sight, a: np.ndarray) -> list[Row]:
     """Accuracy and finiteness where the subject will run."""
     mw, aw = np.asarray(at.v.mw, np.float64), np.asarray(at.v.aw, np.float64)
     lost = ~np.isfinite(mw) & np.isfinite(aw) & np.isfinite(at.v.a64)
@@ -178,9 +184,6 @@ def in_working_dtype(at: Sight, a: np.ndarray, lossy: bool) -> list[Row]:
         return []
     off_m, off_a = (float(np.linalg.norm(side - a) / size) for side in (mw, aw))
     off_a = float(np.hypot(off_a, roundoff(at.v.mw.dtype)))
-    if lossy:
-        hint = f"even in float64 it is off by {relative(at.v.m64, at.v.a64):.0e}: does something cancel?"
-        return [at.row("precision", mw, aw, hint=hint, rho=off_m / off_a)]
     if off_a < 0.1 and at.probe.name in POOLED:
         at.leaf.pooled.append((off_m**2, off_a**2))
     elif off_a < 0.1 and off_m > LONE * off_a:
@@ -227,14 +230,15 @@ def worst_spot(m: np.ndarray, a: np.ndarray) -> dict[str, Any]:
 def hint_at(at: Sight, m: np.ndarray, a: np.ndarray) -> str:
     """The likely mistake, by the numbers of a probe."""
     unit, probe = at.runner.unit, at.probe
-    named = zip(leaf_names(unit), jax.tree.leaves(probe.args), strict=True)
+    named = zip(leaf_names(unit), jax.tree.leaves(probe.of(np.float64)[0]), strict=True)
     arrays = {name: np.asarray(x, np.float64) for (_, name), x in named if is_floating(x)}
-    dys = [d for d in jax.tree.leaves(probe.dy) if not is_float0(d)]
+    dys = [d for d in jax.tree.leaves(probe.of(np.float64)[2]) if not is_float0(d)]
     arrays |= {"dy": np.asarray(dys[0], np.float64)} if len(dys) == 1 else {}
     others = {name: b for name, b in at.exact.automatic.items() if name != at.leaf.leaf}
-    twice = probe._replace(dy=jax.tree.map(lambda d: d if is_float0(d) else 2 * d, probe.dy))
+    args, _, dy = probe.of(np.float64)
+    more = probe.moved_to(args, jax.tree.map(lambda d: d if is_float0(d) else 3 * d, dy))
     try:
-        again = np.asarray(at.runner.evaluate(twice, at.scale.dtype).manual[at.leaf.leaf], np.float64)
+        thrice = np.asarray(at.runner.evaluate(more, at.scale.dtype).manual[at.leaf.leaf], np.float64)
     except Exception:  # no hint is worth a crash
-        again = None
-    return hint_of(Evidence(at.leaf.leaf, m, a, others, arrays, again, unit.path))
+        thrice = None
+    return hint_of(Evidence(at.leaf.leaf, m, a, others, arrays, thrice, unit.path))

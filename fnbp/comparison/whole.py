@@ -88,7 +88,9 @@ def first_deltas(prediction: Any, loss: Loss | None, rng: np.random.Generator) -
 class Whole:
     """The whole backward pass, manual and automatic: who inherits an error, and is the net right as a whole?"""
 
-    def __init__(self, net: Layer, params: Any, state: Any, x: Any, ctx: Context, y: Any, deltas: Callable):
+    def __init__(
+        self, net: Layer, params: Any, state: Any, x: Any, ctx: Context, y: Any, prediction: Any, deltas: Callable
+    ):
         def reference(params, state, x, ctx, y):
             return capture(net, params, state, x, ctx, deltas(net.forward(params, state, x, ctx)[0], y))
 
@@ -97,9 +99,13 @@ class Whole:
                 return host(compiled_or_plain(reference, *cast((params, state, x, ctx, y), dtype)))
 
         self.net = net
+        self.errors: dict[tuple[str, str], tuple[float, float]] = {}
+        if not net.parts:  # the whole is the layer alone
+            delta = np.asarray(deltas(prediction, y))
+            self.nodes = [(net.name, net, Seen(params, state, x, ctx, delta, None, None, ()))]
+            return
         seen = seen_in(None)
         self.nodes = list(nodes(net, seen))
-        self.errors: dict[tuple[str, str], tuple[float, float]] = {}
         try:
             exact = seen_in(np.float64)
             single = seen if seen.dx is not None and seen.dx.dtype == np.float32 else seen_in(np.float32)

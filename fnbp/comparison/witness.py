@@ -37,12 +37,12 @@ def projected(
 ) -> Callable[[list[np.ndarray]], float]:
     """phi(args) = <dy, f(args)> in dtype, as a function of the floating leaves of args; size: of absolute terms."""
     flat, tree = jax.tree.flatten(probe.args)
-    dy = [None if is_float0(d) else np.asarray(d, np.float64) for d in jax.tree.leaves(probe.dy)]
+    dy = [None if is_float0(d) else np.asarray(d) for d in jax.tree.leaves(probe.of(np.float64)[2])]
 
     def phi(leaves):
         moving = iter(leaves)
         args = jax.tree.unflatten(tree, [next(moving) if is_floating(a) else a for a in flat])
-        y = runner.evaluate(probe._replace(args=args), dtype).due
+        y = runner.evaluate(probe.moved_to(args), dtype).due
         terms = [np.asarray(a, np.float64) * d for a, d in zip(y, dy, strict=True) if d is not None]
         return float(sum(np.sum(abs(t) if size else t) for t in terms))
 
@@ -51,7 +51,7 @@ def projected(
 
 def floating(probe: Probe) -> list[np.ndarray]:
     """The floating leaves of args, in float64."""
-    return [np.asarray(a, np.float64) for a in jax.tree.leaves(probe.args) if is_floating(a)]
+    return [np.asarray(a) for a in jax.tree.leaves(probe.of(np.float64)[0]) if is_floating(a)]
 
 
 def floating_names(unit: Unit) -> list[str]:
@@ -126,15 +126,30 @@ def only_kinks(
             return False
         if not low - 1e-3 * gap <= manual[index] <= high + 1e-3 * gap:
             return False
+    return along_together(phi, at, which, wrong, manual, h, middle, rounding)
+
+
+def along_together(phi, at, which, wrong, manual, h, middle, rounding) -> bool:
+    """Ties moved together stay ties, and there the slope is one: False where manual has another."""
+    every = np.zeros(manual.shape)
+    every[tuple(wrong.T)] = 1
+    for direction in (every, np.ones(manual.shape)):
+        right, left = slopes(phi, at, which, direction, h, middle)
+        room = KINK * max(abs(right), abs(left)) + rounding
+        if abs(right - left) <= room and abs(np.sum(manual * direction) - right) > 10 * room:
+            return False
     return True
 
 
-def slopes(phi: Callable, at: list, which: int, index: tuple, h: float, middle: float) -> tuple[float, float]:
-    """The slope to the right and to the left of one element."""
+def slopes(phi: Callable, at: list, which: int, where: Any, h: float, middle: float) -> tuple[float, float]:
+    """The slope to the right and to the left: of one element, by its index, or along a direction of the leaf."""
 
     def moved(step: float) -> Any:
         leaf = at[which].copy()
-        leaf[index] += step
+        if isinstance(where, tuple):
+            leaf[where] += step
+        else:
+            leaf += step * where
         return [leaf if i == which else a for i, a in enumerate(at)]
 
     return (phi(moved(h)) - middle) / h, (middle - phi(moved(-h))) / h

@@ -1,0 +1,211 @@
+"""Does compare name the culprit? One mistake planted in a random net of eight layers or more: layer, leaf, likely mistake."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+from rich.table import Table
+
+import fnbp
+from experiments import report
+from experiments.random_nets import random_net, size
+
+
+@dataclass
+class Settings:
+    """Does compare name the culprit? One mistake planted in a random net of eight layers or more."""
+
+    trials: int = 200
+    """How many nets. 200 take about 15 minutes on 2 cores."""
+    seed: int = 0
+    """Of the first net; the others follow."""
+    jobs: int = os.cpu_count() or 1
+    """How many processes share the work."""
+    out: Path = Path("results/localisation")
+    """The folder for result.json and trials.jsonl."""
+
+
+class Mistake(NamedTuple):
+    """A change to one cotangent: (right, x, dy) -> wrong; and what the hint must say if it says anything."""
+
+    change: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    says: str
+    fits: Callable[[jax.Array, jax.Array], bool] = lambda d, dy: True
+
+
+MISTAKES = {
+    "sign": Mistake(lambda d, x, dy: -d, "the sign is flipped"),
+    "a factor 2": Mistake(lambda d, x, dy: 2 * d, "a factor 2 too many"),
+    "a missing 2": Mistake(lambda d, x, dy: d / 2, "a factor 2 is missing"),
+    "mean for sum": Mistake(lambda d, x, dy: d / len(x), f"divided by {13}"),
+    "sum for mean": Mistake(lambda d, x, dy: d * len(x), f"times {13}"),
+    "dropped": Mistake(lambda d, x, dy: 0 * d, "all zero"),
+    "one percent": Mistake(lambda d, x, dy: 1.01 * d, "1.01 times"),
+    "bfloat16 inside": Mistake(lambda d, x, dy: d.astype(jnp.bfloat16).astype(d.dtype), "bfloat16"),
+    "float32 inside": Mistake(lambda d, x, dy: d.astype(jnp.float32).astype(d.dtype), "float32"),
+    "a row left out": Mistake(lambda d, x, dy: d.at[-1].set(0), "wrong at", lambda d, dy: len(d) > 2),
+    "off by one": Mistake(lambda d, x, dy: jnp.roll(d, 1, 0), "off by one", lambda d, dy: len(d) > 3),
+    "transposed": Mistake(lambda d, x, dy: d.T, "transposed", lambda d, dy: d.ndim == 2 and len(set(d.shape)) == 1),
+    "slope left out": Mistake(lambda d, x, dy: dy, "dy as it came", lambda d, dy: d.shape == dy.shape),
+    "dy twice": Mistake(lambda d, x, dy: d + dy, "once too often", lambda d, dy: d.shape == dy.shape),
+    "decay": Mistake(lambda d, x, dy: d + 1e-4 * x, "0.0001 times x", lambda d, dy: d.shape == dy.shape),
+    "dy ignored": Mistake(lambda d, x, dy: jnp.cos(jnp.arange(1.0, d.size + 1)).reshape(d.shape), "does not depend"),
+    "a mean missing": Mistake(
+        lambda d, x, dy: d + d.mean(-1, keepdims=True), "a mean over it", lambda d, dy: d.ndim == 2 and d.shape[1] > 2
+    ),
+}  # fmt: skip
+M = 13
+
+
+def planted(net: fnbp.Layer, path: str, leaf: str, mistake: Mistake) -> fnbp.Layer:
+    """net with a mistake in one cotangent of one layer."""
+
+    def at(here, layer):
+        if here != path:
+            return layer
+
+        def forward(params, state, x, ctx):
+            y, state, res = layer.forward(params, state, x, ctx)
+            return y, state, (res, x)
+
+        def backward(params, res, dy):
+            res, x = res
+            factors, dx = layer.backward(params, res, dy)
+            if leaf == "x":
+                return factors, mistake.change(dx, x, dy).astype(dx.dtype)
+            total = factors[leaf].total()
+            return factors | {leaf: mistake.change(total, x, dy).astype(total.dtype)}, dx
+
+        return layer._replace(forward=forward, backward=backward)
+
+    return fnbp.map_layers(at, net)
+
+
+def one_trial(seed: int) -> dict[str, Any]:
+    """A net, a mistake, and whom compare blames."""
+    rng = np.random.default_rng(seed)
+    net = random_net(rng, int(rng.integers(8, 13)), 12)
+    x = jnp.asarray(rng.standard_normal((M, size(rng, 11))), jnp.float32)
+    params, state = jax.jit(net.init)(jax.random.key(seed), x)
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+    seen = list(fnbp.leaves(net, params, traced_shapes(net, params, state, x)))
+    while True:
+        path, layer, p, (d, dy) = seen[rng.integers(len(seen))]
+        leaf = ["x", *p][rng.integers(1 + len(p))]
+        name = list(MISTAKES)[rng.integers(len(MISTAKES))]
+        right = d if leaf == "x" else p[leaf]
+        if MISTAKES[name].fits(right, dy) and not harmless(layer, leaf, name):
+            break
+    start = time.perf_counter()
+    found = fnbp.compare(
+        planted(net, path, leaf, MISTAKES[name]), x, params=params, state=state, key=jax.random.key(seed),
+        probes=("given", "another", "nearby"), transforms=(),
+    )  # fmt: skip
+    fault = found.first_fault
+    return {
+        "seed": seed,
+        "layers": len(seen),
+        "planted": [path, leaf, name],
+        "blamed": [fault.path, fault.leaf, fault.kind, fault.hint] if fault else None,
+        "caught": fault is not None,
+        "layer": bool(fault and fault.path == path),
+        "leaf": bool(fault and (fault.path, fault.leaf) == (path, leaf)),
+        "named": bool(fault and fault.hint),
+        "mistake": bool(fault and fault.hint and MISTAKES[name].says in fault.hint),
+        "others": len(found.faults) - 1 if fault else 0,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def harmless(layer: fnbp.Layer, leaf: str, name: str) -> bool:
+    """True for what is no mistake there."""
+    return layer.name == "identity" and leaf == "x" and name == "slope left out"
+
+
+def traced_shapes(net: fnbp.Layer, params: Any, state: Any, x: Any) -> Any:
+    """The shapes of the input and of dy of every layer, where leaves finds them."""
+
+    def noted(path, layer):
+        def forward(params, state, x, ctx):
+            y, state, _ = layer.forward(params, state, x, ctx)
+            return y, state, Shapes(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(y.shape, y.dtype))
+
+        return layer._replace(forward=forward)
+
+    spied = fnbp.map_layers(noted, net)
+    kept = []
+    jax.eval_shape(lambda p, s, x: kept.append(spied.forward(p, s, x, fnbp.Context())[2]), params, state, x)
+    return kept[0]
+
+
+class Shapes(NamedTuple):
+    """Of the input of a layer and of what it returns."""
+
+    x: Any
+    y: Any
+
+
+def main(settings: Settings) -> int:
+    """Run all trials and print who was blamed; 1 where a number is missed."""
+    said: list[dict[str, Any]] = []
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        (settings.out / "trials.jsonl").open("w") as log,
+        ProcessPoolExecutor(settings.jobs, mp_context=spawn, max_tasks_per_child=50) as pool,
+    ):
+        waiting = [pool.submit(one_trial, settings.seed + i) for i in range(settings.trials)]
+        for done in track(as_completed(waiting), "planting mistakes", total=len(waiting), console=report.console):
+            said.append(done.result())
+            log.write(json.dumps(said[-1]) + "\n")
+            log.flush()
+    report.console.print(by_mistake(said))
+    rates = {name: np.mean([one[name] for one in said]) for name in ("caught", "layer", "leaf", "named")}
+    named = [one for one in said if one["named"]]
+    rates["mistake"] = np.mean([one["mistake"] for one in named])
+    rows = [
+        ("nets", f"{len(said)}, of {min(o['layers'] for o in said)} to {max(o['layers'] for o in said)} layers"),
+        ("caught", f"{rates['caught']:.1%}"),
+        ("the right layer is the first fault", f"{rates['layer']:.1%}"),
+        ("and the right leaf", f"{rates['leaf']:.1%}"),
+        ("a likely mistake is named", f"{rates['named']:.1%}"),
+        ("and is the right one", f"{rates['mistake']:.1%} of those"),
+        ("others accused beside it", f"{sum(one['others'] for one in said)} leaves in all"),
+    ]
+    report.console.print(report.figures(rows))
+    for one in said:
+        if not one["leaf"] or (one["named"] and not one["mistake"]):
+            report.console.print(
+                f"[yellow]missed[/] seed {one['seed']}: planted {one['planted']}, blamed {one['blamed']}"
+            )
+    report.save(settings.out, settings, rates | {"trials": said})
+    return int(rates["layer"] < 0.99 or rates["leaf"] < 0.97 or rates["mistake"] < 0.9)
+
+
+def by_mistake(said: list[dict[str, Any]]) -> Table:
+    """A row a kind of mistake."""
+    groups = defaultdict(list)
+    for one in said:
+        groups[one["planted"][2]].append(one)
+    table = Table(title="One mistake in a net: who is blamed", title_justify="left")
+    for name in ("mistake", "planted", "layer", "leaf", "named", "rightly"):
+        table.add_column(name, justify="left" if name == "mistake" else "right")
+    for name in MISTAKES:
+        ones = groups[name]
+        counts = [len(ones), *(sum(o[key] for o in ones) for key in ("layer", "leaf", "named", "mistake"))]
+        table.add_row(name, *map(str, counts))
+    return table
+
+
+if __name__ == "__main__":
+    report.run(Settings, main)
