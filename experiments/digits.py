@@ -80,7 +80,7 @@ def main(settings: Settings) -> int:
     manual, automatic = (train(net, loss, params, state, loaded, settings, key_fit, g) for g in GRADIENTS)
     apart = difference(manual.history.loss, automatic.history.loss)
     apart_float64 = trajectories(net, loss, params, state, loaded, settings, key_fit)
-    after = fnbp.compare(net, batch[0], params=manual.params, loss=loss, y=batch[1])
+    after = fnbp.compare(net, batch[0], params=manual.params, loss=loss, y=batch[1], probes=("given",), transforms=())
     correct = report.accuracy(net)(manual.params, manual.state, loaded.test_x, loaded.test_y)
     measured_cost = fnbp.cost(net, loss, params, state, *batch)
     console.print(measured_cost)

@@ -1,8 +1,9 @@
-"""Does compare name the culprit? One mistake planted in a random net of eight layers or more: layer, leaf, likely mistake."""
+"""Does compare name the culprit? One mistake in a random net of eight layers or more: layer, leaf, likely mistake."""
 
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Settings:
     jobs: int = os.cpu_count() or 1
     """How many processes share the work."""
     out: Path = Path("results/localisation")
-    """The folder for result.json and trials.jsonl."""
+    """The folder for result.json, trials.jsonl and the figure of the first net."""
 
 
 class Mistake(NamedTuple):
@@ -92,8 +93,8 @@ def planted(net: fnbp.Layer, path: str, leaf: str, mistake: Mistake) -> fnbp.Lay
     return fnbp.map_layers(at, net)
 
 
-def one_trial(seed: int) -> dict[str, Any]:
-    """A net, a mistake, and whom compare blames."""
+def one_trial(seed: int, figure: Path | None = None) -> dict[str, Any]:
+    """A net, a mistake, and whom compare blames; the report drawn where a path is given."""
     rng = np.random.default_rng(seed)
     net = random_net(rng, int(rng.integers(8, 13)), 12)
     x = jnp.asarray(rng.standard_normal((M, size(rng, 11))), jnp.float32)
@@ -112,6 +113,8 @@ def one_trial(seed: int) -> dict[str, Any]:
         planted(net, path, leaf, MISTAKES[name]), x, params=params, state=state, key=jax.random.key(seed),
         probes=("given", "another", "nearby"), transforms=(),
     )  # fmt: skip
+    if figure:
+        found.plot(figure)
     fault = found.first_fault
     return {
         "seed": seed,
@@ -161,10 +164,13 @@ def main(settings: Settings) -> int:
     said: list[dict[str, Any]] = []
     spawn = multiprocessing.get_context("spawn")
     with (
+        tempfile.TemporaryDirectory() as compiled,
         (settings.out / "trials.jsonl").open("w") as log,
-        ProcessPoolExecutor(settings.jobs, mp_context=spawn, max_tasks_per_child=50) as pool,
+        ProcessPoolExecutor(settings.jobs, spawn, report.share_compiled, (compiled,)) as pool,
     ):
-        waiting = [pool.submit(one_trial, settings.seed + i) for i in range(settings.trials)]
+        seeds = range(settings.seed, settings.seed + settings.trials)
+        figure = settings.out / "figure.png"
+        waiting = [pool.submit(one_trial, seed, figure if seed == settings.seed else None) for seed in seeds]
         for done in track(as_completed(waiting), "planting mistakes", total=len(waiting), console=report.console):
             said.append(done.result())
             log.write(json.dumps(said[-1]) + "\n")

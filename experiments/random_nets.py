@@ -61,32 +61,32 @@ def random_net(rng: np.random.Generator, depth: int, width: int = 17) -> fnbp.La
     return fnbp.serial(*layers)
 
 
-def random_subject(rng: np.random.Generator, depth: int, dtype: Any) -> Drawn:
-    """A net with its parameters somewhere, an input of some scale, and in two of three cases a loss."""
+def random_subject(rng: np.random.Generator, values: np.random.Generator, depth: int, dtype: Any) -> Drawn:
+    """A net, a size and a loss from rng; parameters, an input of some scale and targets from values."""
     net = random_net(rng, depth)
     m, n = size(rng), size(rng)
     shape = (m, n) if rng.random() < 0.8 else (m, size(rng, 5), n)
-    x = jnp.asarray(rng.standard_normal(shape) * np.exp(rng.uniform(-3, 2)), dtype)
-    params, state = jax.jit(net.init)(jax.random.key(int(rng.integers(1 << 31))), x)
-    scale = np.exp(rng.uniform(-1, 1))
+    x = jnp.asarray(values.standard_normal(shape) * np.exp(values.uniform(-3, 2)), dtype)
+    params, state = jax.jit(net.init)(jax.random.key(int(values.integers(1 << 31))), x)
+    scale = np.exp(values.uniform(-1, 1))
     params = jax.tree.map(
-        lambda p: jnp.asarray((np.asarray(p, float) + 0.1 * rng.standard_normal(p.shape)) * scale, dtype), params
+        lambda p: jnp.asarray((np.asarray(p, float) + 0.1 * values.standard_normal(p.shape)) * scale, dtype), params
     )
     shapes = jax.eval_shape(lambda p, s, x: net.forward(p, s, x, fnbp.Context())[0], params, state, x)
-    loss, y = random_loss(rng, shapes)
+    loss, y = random_loss(rng, values, shapes)
     return Drawn(net, x, params, state, loss, y)
 
 
-def random_loss(rng: np.random.Generator, prediction: Any) -> tuple[fnbp.Loss | None, Any]:
+def random_loss(rng: np.random.Generator, values: np.random.Generator, prediction: Any) -> tuple[fnbp.Loss | None, Any]:
     """A loss with targets that fit the prediction, or none."""
     k = prediction.shape[-1]
     choices = [
         (None, None),
         (None, None),
-        (fnbp.softmax_cross_entropy(), rng.integers(0, k, prediction.shape[:-1]).astype(np.int32)),
-        (fnbp.softmax_cross_entropy(), rng.dirichlet(np.ones(k), prediction.shape[:-1]).astype(np.float32)),
-        (fnbp.mean_squared_error(), rng.standard_normal(prediction.shape).astype(prediction.dtype)),
-        (fnbp.half_squared_error(), rng.standard_normal(prediction.shape).astype(prediction.dtype)),
-        (fnbp.binary_cross_entropy(from_logits=True), rng.uniform(0, 1, prediction.shape).astype(prediction.dtype)),
+        (fnbp.softmax_cross_entropy(), values.integers(0, k, prediction.shape[:-1]).astype(np.int32)),
+        (fnbp.softmax_cross_entropy(), values.dirichlet(np.ones(k), prediction.shape[:-1]).astype(np.float32)),
+        (fnbp.mean_squared_error(), values.standard_normal(prediction.shape).astype(prediction.dtype)),
+        (fnbp.half_squared_error(), values.standard_normal(prediction.shape).astype(prediction.dtype)),
+        (fnbp.binary_cross_entropy(from_logits=True), values.uniform(0, 1, prediction.shape).astype(prediction.dtype)),
     ]
     return choices[rng.integers(len(choices))]

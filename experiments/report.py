@@ -90,6 +90,13 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def share_compiled(folder: str) -> None:
+    """For worker processes: what one has compiled the others load. Call it before the first computation."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 def versions() -> dict[str, str]:
     """Of what the figures depend on."""
     modules = {"jax": jax, "numpy": np, "optax": optax}

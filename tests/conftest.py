@@ -10,6 +10,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 jaxtyping.install_import_hook("fnbp", "tests.shapes.checked")
 
 
+def pytest_configure(config):
+    """What one worker, or an earlier run, has compiled the others load."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

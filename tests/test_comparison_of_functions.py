@@ -181,6 +181,7 @@ def test_a_stop_gradient_that_the_backward_keeps_is_a_convention():
     report = fnbp.compare(stopped, X, vjp=lambda args, dy: (dy * jnp.sin(args[0]),))
     assert report.ok
     (row,) = report.conventions
+    assert report.checks["differences"] == "not autodiff's"
     assert "differences of the forward give another slope than autodiff (Taylor order 1.0 for 2)" in row.hint
 
 

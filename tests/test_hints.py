@@ -51,6 +51,7 @@ FITS = {
     "no_dy": (hint(X, thrice=X), "it does not depend on the cotangent: dy is left out"),
     "dy_twice": (hint(X, thrice=9 * X), "it is quadratic in the cotangent: dy is taken twice"),
     "over_dy": (hint(X, thrice=X / 3), "it is divided by the cotangent"),
+    "clipped": (hint(np.clip(A, -0.5, 0.5)), "it is clipped at 0.5"),
     "transposed": (hint(SQUARE.T, SQUARE), "it is transposed"),
     "last_two": (hint(np.swapaxes(CUBE, 1, 2), CUBE), "its last two axes are swapped"),
     "flipped": (hint(A[:, ::-1]), "it is flipped along axis 1"),

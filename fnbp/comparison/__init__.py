@@ -217,7 +217,7 @@ def report_of(judged: list[Judged], rows: list[Row], options: Options) -> Report
     """All units in one Report."""
     rows = rows or [row for one in judged for row in one.rows]
     checks: dict[str, str] = {}
-    for name in options.transforms:
+    for name in (*options.transforms, "differences"):
         words = [one.transforms[name] for one in judged if name in one.transforms]
         worst = [word for word in words if word == "WRONG"] or [word for word in words if word != "ok"]
         if words:

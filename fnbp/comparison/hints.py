@@ -71,6 +71,13 @@ def sign(e: Evidence) -> Iterator[str]:
         yield "the sign is flipped"
 
 
+def clipped(e: Evidence) -> Iterator[str]:
+    """m = clip(a, -c, c)."""
+    c = abs(e.manual).max(initial=0.0)
+    if c and e.manual.size > 1 and same(e, e.manual, np.clip(e.automatic, -c, c)) and abs(e.automatic).max() > c:
+        yield f"it is clipped at {c:.6g}"
+
+
 def linear(e: Evidence) -> Iterator[str]:
     """A backward is linear in the cotangent; told three times as much it returns three times as much."""
     if e.thrice is None or not np.any(e.manual):
@@ -309,6 +316,7 @@ def factor_of_dy(e: Evidence) -> Iterator[str]:
 HYPOTHESES: tuple[Callable[[Evidence], Iterator[Any]], ...] = (
     dropped,
     sign,
+    clipped,
     linear,
     constant,
     transposed,

@@ -99,11 +99,11 @@ def judge(prepared: Prepared, options: Options) -> Judged:
             look(runner, probe, leaves, scale, notes, rng)
     for leaf in leaves.values():
         precision(leaf)
-    witness(runner, given, leaves, scale, rng)
+    differences = witness(runner, given, leaves, scale, rng)
     steady = {name: leaf for name, leaf in leaves.items() if all(row.kind != "random" for row in leaf.found)}
-    results = {}
+    results = {"differences": differences} if differences else {}
     if leaves and not brief:
-        results = {name: TRANSFORMS[name](runner, points, steady, plain.manual) for name in options.transforms}
+        results |= {name: TRANSFORMS[name](runner, points, steady, plain.manual) for name in options.transforms}
     rows += [settle(leaf) for leaf in leaves.values()]
     conventions = [row for leaf in leaves.values() for row in leaf.found if row.kind == "convention"]
     return Judged(rows, notes, first_of_each(conventions), results)
@@ -180,15 +180,16 @@ def repeated(once: Plain, twice: Plain, leaves: Mapping[str, Leaf]) -> None:
             leaf.found.append(leaf.row("random", probe="given", hint=hint, **spot))
 
 
-def witness(runner: Runner, given: Probe, leaves: Mapping[str, Leaf], scale: Scale, rng: np.random.Generator) -> None:
-    """Differences of the forward: is autodiff itself right?"""
+def witness(runner: Runner, given: Probe, leaves: Mapping[str, Leaf], scale: Scale, rng: np.random.Generator) -> str:
+    """Differences of the forward: is autodiff itself right? In a word; "" where they cannot tell."""
     if scale.dtype != np.float64:
-        return
+        return ""
     exact = runner.at(given, np.float64)
     if not finite(exact.automatic.values()):
-        return
-    if taylor(runner, given, exact.automatic, rng).verdict != "differs":
-        return
+        return ""
+    verdict = taylor(runner, given, exact.automatic, rng).verdict
+    if verdict != "differs":
+        return "ok" if verdict == "agrees" else ""
     for name, leaf in leaves.items():
         slope = taylor(runner, given, exact.automatic, rng, only=name)
         if slope.verdict != "differs" or name not in exact.manual:
@@ -201,6 +202,7 @@ def witness(runner: Runner, given: Probe, leaves: Mapping[str, Leaf], scale: Sca
         elif taylor(runner, given, exact.manual | missing(exact), rng, only=name).verdict == "agrees":
             hint = f"differences of the forward side with it, against autodiff: it goes through {cause}"
             leaf.found = [replace(row, hint=hint) if row.kind == "formula" else row for row in leaf.found]
+    return "not autodiff's"
 
 
 def missing(point: Point) -> dict[str, np.ndarray]:

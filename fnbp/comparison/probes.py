@@ -15,6 +15,8 @@ LARGE = 50.0  # root mean square of large logits: e^50 is near the end of float3
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
 
 
+DRAWN = ("another", "nearby")
+SCALES = (-20, 0, 20)  # powers of 2 for the cotangents of draws, in turn
 SIZES = ("one_example", "one_position", "prime_sizes")
 JOINS = ("given", "another")  # the probes of a combinator
 
@@ -50,23 +52,29 @@ def probes_of(unit: Unit, rng: Rng, wanted: tuple[str, ...]) -> Iterator[Probe |
 
     A combinator joins what its parts do, so the extremes are for the parts alone.
     """
+    draws = 0
     for name in wanted:
         if unit.layer is not None and unit.layer.parts and name not in JOINS:
             continue
+        draws += name in DRAWN
         try:
             point = PROBES[name](unit, rng)
             if point is None:
                 continue
             args, fixed = point
             told = name == "given" and unit.dy is not None
-            dy = unit.dy if told else draw_dy(unit, args, fixed, rng)
+            scale = SCALES[draws % len(SCALES)] if name in DRAWN else 0
+            dy = unit.dy if told else draw_dy(unit, args, fixed, rng, scale)
             yield widened(Probe(name, args, fixed, dy), rng) if name == "nearby" else Probe(name, args, fixed, dy)
         except Exception as error:  # the subject refuses that size or those values
             yield f"{unit.path}: not tried at {name!r}, it raises {type(error).__name__}: {first_line(error)}"
 
 
-def draw_dy(unit: Unit, args: tuple, fixed: Any, rng: Rng) -> Any:
-    """A Gaussian cotangent of what the unit returns; of several outputs, each over its root mean square."""
+def draw_dy(unit: Unit, args: tuple, fixed: Any, rng: Rng, scale: int = 0) -> Any:
+    """A Gaussian cotangent of what the unit returns, times 2^scale; of several outputs, each over its root mean square.
+
+    Large and small ones are for what a backward clips, or takes for zero.
+    """
     y = jax.eval_shape(unit.reference, args, fixed)
     sizes = [1.0] * len(jax.tree.leaves(y))
     if len(sizes) > 1:
@@ -77,8 +85,9 @@ def draw_dy(unit: Unit, args: tuple, fixed: Any, rng: Rng) -> Any:
     def one(a, size):
         if not is_floating(a):
             return np.zeros(a.shape, jax.dtypes.float0)
-        scale = 1 / size if np.isfinite(size) and size > 0 else 1.0
-        return np.asarray(rng.standard_normal(a.shape) * scale, a.dtype)
+        least = 4 if a.dtype == np.float16 else 20
+        factor = 2.0 ** np.clip(scale, -least, least) / (size if np.isfinite(size) and size > 0 else 1.0)
+        return np.asarray(rng.standard_normal(a.shape) * factor, a.dtype)
 
     return jax.tree.unflatten(jax.tree.structure(y), list(map(one, jax.tree.leaves(y), sizes)))
 

@@ -74,7 +74,7 @@ class Row:
 class Report(Tabular):
     """What compare found: rows from input to output, faults from the last layer to the first.
 
-    checks  how determinism, the transforms and the third witness went, by name
+    checks  how the transforms went, and whether differences of the forward agree with autodiff, by name
     notes   what was not tried and why, one line each
     """
 
