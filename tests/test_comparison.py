@@ -365,6 +365,19 @@ def test_what_a_backward_does_to_large_and_small_cotangents_alone_is_seen(backwa
     assert fault.kind == "formula" and fault.probe in ("another", "nearby") and hint in fault.hint
 
 
+@pytest.mark.parametrize("change", [lambda x: jnp.clip(x, -1000, 1000), lambda x: jnp.where(abs(x) < 1e-3, 0, x)])
+def test_what_a_backward_does_to_large_and_small_inputs_alone_is_seen(change):
+    layer = fnbp.dense(3)
+    forward = layer.forward
+
+    def changed(params, state, x, ctx):
+        y, state, (x,) = forward(params, state, x, ctx)
+        return y, state, (change(x),)
+
+    fault = fnbp.compare(layer._replace(forward=changed), X, transforms=()).first_fault
+    assert (fault.leaf, fault.kind) == ("W", "formula")
+
+
 def test_params_state_and_context_are_those_given():
     net = bent(6.0, lambda params, state, ctx: state["s"] * (2 if ctx.train else 1))
     six, three = {"s": np.float32(6)}, {"s": np.float32(3)}

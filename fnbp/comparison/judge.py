@@ -113,7 +113,9 @@ def look(runner: Runner, probe: Probe, leaves: Mapping[str, Leaf], scale: Scale,
     """All leaves at one probe."""
     working, exact = runner.at(probe), runner.at(probe, scale.dtype)
     if not finite(working.y) or not finite(working.due) or not finite(exact.due):
-        return notes.append(f"{runner.unit.path}: not judged at {probe.name!r}, its forward is not finite there")
+        if probe.name != "huge":  # where many a forward overflows
+            notes.append(f"{runner.unit.path}: not judged at {probe.name!r}, its forward is not finite there")
+        return
     single = working if scale.working == np.float32 else runner.at(probe, np.float32)
     if scale.dtype == np.float32:
         single = perturbed(runner, probe)
@@ -125,7 +127,6 @@ def look(runner: Runner, probe: Probe, leaves: Mapping[str, Leaf], scale: Scale,
         v = Values(exact.manual[name], exact.automatic[name], working.manual[name], working.automatic[name])
         size = noise(single.automatic[name], v.a64)
         leaf.found += verdicts(Sight(runner, probe, leaf, v, size, exact, scale, rng, notes))
-    return None
 
 
 def alike(one: Plain, other: Plain) -> bool:

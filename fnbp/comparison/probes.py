@@ -168,8 +168,23 @@ def ties(unit: Unit, rng: Rng):
 def large(unit: Unit, rng: Rng):
     """x of root mean square 50: saturation, and logits whose exponentials overflow. Several arguments share the 50:
     they may be multiplied."""
-    several = sum(is_floating(leaf) for leaf in flowing(unit))
-    return on_x(unit, lambda x: with_values(x, lambda a: a * (LARGE ** (1 / several) / (rms(a) or 1.0)))), unit.fixed
+    return sized(unit, LARGE), unit.fixed
+
+
+def huge(unit: Unit, rng: Rng):
+    """x of root mean square 1e5, or 1e3 in float16: for what a backward clips."""
+    return sized(unit, 1e3 if any(x.dtype == np.float16 for x in flowing(unit)) else 1e5), unit.fixed
+
+
+def small(unit: Unit, rng: Rng):
+    """x of root mean square 1e-3: for what a backward takes for 0."""
+    return sized(unit, 1e-3), unit.fixed
+
+
+def sized(unit: Unit, size: float) -> tuple:
+    """args with what flows through of that root mean square, which several arguments share by multiplication."""
+    several = sum(is_floating(leaf) for leaf in flowing(unit)) or 1
+    return on_x(unit, lambda x: with_values(x, lambda a: a * (size ** (1 / several) / (rms(a) or 1.0))))
 
 
 def masked(unit: Unit, rng: Rng):
@@ -254,6 +269,8 @@ PROBES: dict[str, Callable[[Unit, Rng], Any]] = {
         zeros,
         ties,
         large,
+        huge,
+        small,
         masked,
         one_example,
         one_position,

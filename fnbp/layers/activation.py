@@ -242,17 +242,19 @@ def softmax() -> Layer:
 
         y = e^x / sum e^x      dx = y (dy - sum(dy y))
 
-    Shapes:  x, y (..., k); saved y. Sums over k, in at least float32.
+    Shapes:  x, y (..., k); saved y in at least float32, in which the sums over k are: near 1, y in a narrow dtype keeps
+             no digit of 1 - y.
     Forward: the document, section 4.1. Under a cross-entropy leave it out: softmax_cross_entropy holds it, and is
              stable.
     """
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
-        y = jax.nn.softmax(wide(x), -1).astype(x.dtype)
-        return y, (y,)
+        y = jax.nn.softmax(wide(x), -1)
+        return y.astype(x.dtype), (y,)
 
     def backward(res: tuple, dy: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
-        y, dy_wide = wide(res[0]), wide(dy)
+        (y,) = res
+        dy_wide = wide(dy)
         return (y * (dy_wide - jnp.sum(dy_wide * y, -1, keepdims=True))).astype(dy.dtype)
 
     return parameterless(forward, backward, "softmax")
