@@ -87,7 +87,7 @@ def main(settings: Settings) -> int:
             table.add_row(name, against, time_ratio, *(f"{r:.5f}" if r is not None else "-" for r in ratios))
             measured[f"{name}, against {against}"] = cost
     console.print(table)
-    extras = traced(settings) | norms(settings)
+    extras = traced(settings) | norms(settings) | comparison(settings)
     figure(settings.out / "figure.png", measured)
     report.save(settings.out, settings, {
         "max_time_ratio": max(cost.time_ratio for cost in measured.values()),
@@ -153,6 +153,27 @@ def norms(settings: Settings) -> dict[str, float]:
         "gradient_and_norms_time_ratio": extra.time_ratio,
         "gradient_and_norms_memory_ratio": extra.memory_ratio or float("nan"),
     }
+
+
+def comparison(settings: Settings) -> dict[str, float]:
+    """Seconds of compare on the digits net under its loss, in a fresh process and again, in gradients of that net."""
+    net = fnbp.serial(fnbp.dense(100), fnbp.sigmoid(), fnbp.dense(10), fnbp.sigmoid())
+    rng = np.random.default_rng(settings.seed)
+    x, y = rng.uniform(size=(16, 64)).astype(np.float32), rng.integers(0, 10, 16).astype(np.int32)
+    loss = fnbp.softmax_cross_entropy()
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        assert fnbp.compare(net, x, loss=loss, y=y).ok
+        seconds.append(time.perf_counter() - began)
+    params, state = net.init(jax.random.key(settings.seed), x)
+    gradient = fnbp.cost(net, loss, params, state, x, y, samples=20).manual.seconds
+    multiple = seconds[1] / gradient
+    console.print(
+        f"compare of the digits net: {seconds[0]:.1f} s, again {seconds[1]:.1f} s, or {multiple:,.0f} gradients",
+        highlight=False,
+    )
+    return {"compare_first_seconds": seconds[0], "compare_seconds": seconds[1], "compare_over_gradient": multiple}
 
 
 def figure(path: Path, measured: dict[str, Cost]) -> None:

@@ -71,6 +71,13 @@ def largest_backward(args, dy):
     return (dy[:, None] * (x == jnp.max(x, -1, keepdims=True)),)
 
 
+def shared_backward(args, dy):
+    """dy in equal parts to every element that is the maximum."""
+    (x,) = args
+    tie = x == jnp.max(x, -1, keepdims=True)
+    return (jnp.where(tie, dy[:, None] / jnp.sum(tie, -1, keepdims=True), 0).astype(x.dtype),)
+
+
 def first_backward(args, dy):
     """All of dy to the first element that is the maximum."""
     (x,) = args
@@ -191,9 +198,10 @@ ENTRIES = (
         largest_backward,
         expected="formula",
         bfloat16="formula",
-        mended="maximum, dy to the first",
+        mended="maximum, dy shared by a tie",
         remark="the parts of a tie must sum to dy",
     ),
+    Entry("maximum, dy shared by a tie", "ours", largest, (X,), shared_backward),
     Entry(
         "maximum, dy to the first",
         COURSE,

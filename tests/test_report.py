@@ -96,7 +96,7 @@ def test_the_figure_shows_every_leaf_and_marks_the_fault(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     (axes,) = figure.axes
     assert [label.get_text().split()[-1] for label in axes.get_yticklabels()] == ["dW", "dx", "dx"]
-    assert "first fault: serial[2].tanh -> dx" in axes.get_title(loc="left")
+    assert "first fault: serial[2].tanh -> dx" in figure.get_suptitle()
     crosses = [line for line in axes.lines if line.get_marker() == "X" and len(line.get_xdata())]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in crosses] == [(0.5, 2)]
 

@@ -30,7 +30,7 @@ def draw(report: Any, path: Any = None) -> Any:
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xlabel("|manual - automatic| / |automatic| in float64; an exact 0 at the left edge")
     title = "every leaf is right" if report.ok else f"first fault: {report.faults[0].path} -> d{report.faults[0].leaf}"
-    axes.set_title(f"manual against automatic: {title}", loc="left", fontsize=11, fontweight="bold")
+    figure.suptitle(f"manual against automatic: {title}", x=0.01, ha="left", fontsize=11, fontweight="bold")
     legend(axes, any(row.whole is not None for row in rows))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -17,6 +17,8 @@ from fnbp.comparison.unit import Mismatch, Unit, leaf_names
 from fnbp.comparison.verdicts import Leaf, Scale, Sight, Values, noise, perturbed, precision, verdicts, worst_spot
 from fnbp.comparison.witness import taylor
 
+NEARNESS = {"": 0, "given": 0, "another": 1, "nearby": 1, "all draws": 1}  # of a probe; the extremes are 2
+
 
 class Options(NamedTuple):
     """What compare was asked for."""
@@ -163,9 +165,9 @@ def structure_row(unit: Unit, wrong: Mismatch) -> Row:
 
 
 def settle(leaf: Leaf) -> Row:
-    """The one row of a leaf: its gravest finding, at the given point where there is one."""
+    """The one row of a leaf: its gravest finding, at the given point, else at a draw, else at an extreme."""
     rhos = [row.rho for row in leaf.found if row.rho is not None]
-    order = [(row.ok, row.probe not in ("given", ""), SEVERITY[row.kind]) for row in leaf.found]
+    order = [(row.ok, NEARNESS.get(row.probe, 2), SEVERITY[row.kind]) for row in leaf.found]
     worst = leaf.found[order.index(min(order))] if order else leaf.row("ok")
     return replace(worst, error=leaf.error, limit=leaf.limit, z=leaf.z, rho=max(rhos, default=None))
 

@@ -1,0 +1,58 @@
+"""Mutants that are no mistakes: what survives because it computes the same, and why."""
+
+import re
+from functools import cache
+
+KINK = "another slope at a kink, between those of its two sides: a convention"
+MASK = "what is saved is a mask: true and false pass through any dtype and any sign"
+UNTAKEN = "it changes values in the branch that where does not take, and no one differentiates a backward"
+EVEN = "(1 + y) (1 - y) is even in y"
+ONE_ENTRY = "the tuple has one entry: its first is its last"
+SUMMED = "a sum over examples does not know their order, nor whether each is their mean"
+PROMOTED = "the other operand is wide already, so the result is"
+CENTRED = "the rows of this dx sum to 0: their mean changes nothing"
+ALIKE = "dy has the dtype of y"
+ROUNDED = "its own rounding is no larger than that of the result, in a dtype of 8 or 11 bits"
+
+ELU = "layers/activation.py:elu.backward:*:"
+RELU = "layers/activation.py:relu.forward saves:*: x > 0"
+LOG_SOFTMAX = "layers/activation.py:log_softmax.backward:*:"
+EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything, and the reason
+    (f"{RELU} -> x >= 0 in *", KINK),
+    (f"{RELU}: saved in *float*", MASK),
+    (f"{RELU}: saved with the sign changed", MASK),
+    (f"{RELU}: jax.nn.relu(x) saved in its place", "it is true where x > 0"),
+    ("layers/activation.py:leaky_relu.forward saves:*: positive: saved in *float*", MASK),
+    ("layers/activation.py:leaky_relu.forward saves:*: positive: saved with the sign changed", MASK),
+    ("layers/activation.py:tanh.forward saves:*: y: saved with the sign changed", EVEN),
+    (f"{ELU}comparison: x > 0 -> x >= 0 in jnp.where(x > 0, dy, *", KINK),
+    (f"{ELU}comparison: x > 0 -> x >= 0 in jnp.where(x > 0, 0, x)", "both branches hold 0 at 0"),
+    (f"{ELU}branch: jnp.where(x > 0, 0, x) -> x", UNTAKEN),
+    (f"{ELU}constant: 0 -> 1 in jnp.where(x > 0, 0, x)*", UNTAKEN),
+    (f"{ELU}constant: 0 -> -1 in jnp.where(x > 0, 0, x) #2", UNTAKEN),
+    (f"{ELU}constant: 0 -> 0.0001 in jnp.where(x > 0, 0, x)", UNTAKEN),
+    ("layers/activation.py:gelu.backward_tanh:*:constant: 0 -> -1 in wide(res[0])", ONE_ENTRY),
+    ("layers/activation.py:gelu.backward_tanh:*:precision: wide(dy) -> dy in *", PROMOTED),
+    (f"{LOG_SOFTMAX}precision: wide(dy) -> dy in wide(dy) - *", PROMOTED),
+    (f"{LOG_SOFTMAX}precision: wide(dy) -> dy in jnp.sum(*", ROUNDED),
+    (f"{LOG_SOFTMAX}precision: wide(y) -> y in *", ROUNDED),
+    (f"{LOG_SOFTMAX}name: dy -> y in dx.astype(dy.dtype)", ALIKE),
+    ("layers/activation.py:*softmax.backward:*:moved: result: centred along the last axis", CENTRED),
+    ("layers/activation.py:*softmax.backward:*:stray term: result: a stray mean", CENTRED),
+    ("layers/activation.py:softmax.backward:*:precision: wide(dy) -> dy*", PROMOTED),
+    ("layers/activation.py:softmax.backward:*:name: dy_wide -> dy in *", PROMOTED),
+    ("layers/dense.py:dense.backward:*:moved: Sum[0] of 'b': rolled by one", SUMMED),
+    ("layers/dense.py:dense.backward:*:moved: Sum[0] of 'b': reversed", SUMMED),
+    ("layers/dense.py:dense.backward:*:moved: Sum[0] of 'b': averaged over axis 0", SUMMED),
+)
+
+
+@cache
+def pattern(text: str) -> re.Pattern:
+    """A pattern in which * alone is special."""
+    return re.compile(".*".join(re.escape(part) for part in text.split("*")))
+
+
+def reason_of(name: str) -> str:
+    """Why the mutant of that id is equivalent, "" where no reason is known."""
+    return next((reason for text, reason in EQUIVALENT if pattern(text).fullmatch(name)), "")
