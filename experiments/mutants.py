@@ -2,8 +2,9 @@
 
 Each mutant is the library's own source with one expression of a backward, of a factor's total or of what a forward
 saves replaced: operators, signs, constants, axes, names, casts, rows. fnbp.compare sees it at its defaults, in float32,
-then in bfloat16 and float16; beside it jax.test_util.check_grads at its defaults, on the same arguments, in float32. A
-mutant that is no mistake is named with the reason; one that survives without a reason makes exit code 1.
+then in bfloat16 and float16; beside it jax.test_util.check_grads at its defaults, on the same arguments, in float32,
+but for those where it calls the library itself wrong. A mutant that is no mistake is named with the reason; one that
+survives without a reason makes exit code 1.
 """
 
 import json

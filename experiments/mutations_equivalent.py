@@ -10,7 +10,7 @@ EVEN = "(1 + y) (1 - y) is even in y"
 ONE_ENTRY = "the tuple has one entry: its first is its last"
 SUMMED = "a sum over examples does not know their order, nor whether each is their mean"
 PROMOTED = "the other operand is wide already, so the result is"
-CENTRED = "the rows of this dx sum to 0: their mean changes nothing"
+CENTRED = "the rows of this dx sum to 0: their mean is rounding"
 ALIKE = "dy has the dtype of y"
 ROUNDED = "its own rounding is no larger than that of the result, in a dtype of 8 or 11 bits"
 

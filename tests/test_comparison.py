@@ -365,6 +365,14 @@ def test_what_a_backward_does_to_large_and_small_cotangents_alone_is_seen(backwa
     assert fault.kind == "formula" and fault.probe in ("another", "nearby") and hint in fault.hint
 
 
+def test_an_element_that_is_negative_at_every_draw_is_seen_too():
+    relu = fnbp.relu()
+    layer = relu._replace(backward=lambda p, res, dy: ({}, relu.backward(p, res, dy)[1].at[-1, -1].set(0)))
+    x = np.random.default_rng(0).standard_normal((7, 11)).astype(np.float32)
+    assert x[-1, -1] < 0
+    assert [(row.kind, row.leaf) for row in fnbp.compare(layer, x, transforms=()).faults] == [("formula", "x")]
+
+
 @pytest.mark.parametrize("change", [lambda x: jnp.clip(x, -1000, 1000), lambda x: jnp.where(abs(x) < 1e-3, 0, x)])
 def test_what_a_backward_does_to_large_and_small_inputs_alone_is_seen(change):
     layer = fnbp.dense(3)

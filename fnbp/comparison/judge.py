@@ -115,7 +115,7 @@ def look(runner: Runner, probe: Probe, leaves: Mapping[str, Leaf], scale: Scale,
     """All leaves at one probe."""
     working, exact = runner.at(probe), runner.at(probe, scale.dtype)
     if not finite(working.y) or not finite(working.due) or not finite(exact.due):
-        if probe.name != "huge":  # where many a forward overflows
+        if probe.name not in ("huge", "mirrored"):  # where many a forward overflows, or has no business
             notes.append(f"{runner.unit.path}: not judged at {probe.name!r}, its forward is not finite there")
         return
     single = working if scale.working == np.float32 else runner.at(probe, np.float32)

@@ -148,6 +148,11 @@ def nearby(unit: Unit, rng: Rng):
     return moved(unit.args, rng), unit.fixed
 
 
+def mirrored(unit: Unit, rng: Rng):
+    """-x: so that every element is seen with both signs."""
+    return on_x(unit, lambda x: with_values(x, np.negative)), unit.fixed
+
+
 def zeros(unit: Unit, rng: Rng):
     """A third of x exactly 0."""
     return on_x(unit, lambda x: with_values(x, lambda a: np.where(rng.random(a.shape) < 1 / 3, 0, a))), unit.fixed
@@ -266,6 +271,7 @@ PROBES: dict[str, Callable[[Unit, Rng], Any]] = {
         given,
         another,
         nearby,
+        mirrored,
         zeros,
         ties,
         large,

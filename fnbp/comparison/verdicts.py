@@ -133,15 +133,15 @@ def verdicts(at: Sight) -> list[Row]:
         return [at.row("nonfinite", hint=f"{(~np.isfinite(m)).sum()} of {m.size} are not finite")]
     m, a = np.where(known, m, 0), np.where(known, a, 0)
     error = relative(m, a)
+    if at.probe.name == "given":
+        leaf.error, leaf.limit = error, Z * scale.unit * at.noise / U32
+        leaf.room = ROOM * max(relative(at.v.aw, a), roundoff(at.v.mw.dtype))
     if at.lost and (at.probe.name not in DRAWN or error < 0.1):
         return found
     if np.any(a):
         z = error / (scale.unit * at.noise / U32)
     else:
         z = rms(m) / (scale.unit * zero_noise(at.exact, at.probe)) if np.any(m) else 0.0
-    if at.probe.name == "given":
-        leaf.error, leaf.limit = error, Z * scale.unit * at.noise / U32
-        leaf.room = ROOM * max(relative(at.v.aw, a), roundoff(at.v.mw.dtype))
     if z > Z and scale.dtype == np.float64 and reference_is_narrow(at, a, error):
         scale.narrow(at.notes, at.runner.unit, "it computes in float32 whatever comes in")
         z = error / at.noise
