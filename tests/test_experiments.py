@@ -44,7 +44,7 @@ def test_digits_exits_with_1_where_a_backward_is_wrong(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(digits, "document_network", lambda *args: fnbp.map_layers(wrong, right(*args)))
     assert digits.main(digits.Settings(epochs=1, out=tmp_path)) == 1
-    assert "first fault: serial[0].dense(100), dW" in capsys.readouterr().out
+    assert "first fault: serial[0].dense(100) -> dW: formula" in capsys.readouterr().out
     assert json.loads((tmp_path / "result.json").read_text())["measured"]["gradients_agree"] is False
 
 
