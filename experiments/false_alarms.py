@@ -1,18 +1,13 @@
 """Does compare accuse what is right? Random correct nets and functions, in float32 and bfloat16."""
 
-import json
-import multiprocessing
 import os
-import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from experiments import report
 
@@ -74,21 +69,12 @@ def one_call(seed: int, which: int, depth: int) -> dict[str, Any]:
 
 def main(settings: Settings) -> int:
     """Run all calls, print what they said; 1 where more than 1 in 1,000 accuses."""
-    seeds = range(settings.seed, settings.seed + settings.calls)
+    tasks = [(settings.seed + i, i % settings.nets, settings.depth) for i in range(settings.calls)]
     said: list[dict[str, Any]] = []
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as compiled,
-        (settings.out / "calls.jsonl").open("w") as log,
-        ProcessPoolExecutor(settings.jobs, spawn, report.share_compiled, (compiled,)) as pool,
-    ):
-        waiting = [pool.submit(one_call, seed, seed % settings.nets, settings.depth) for seed in seeds]
-        for done in track(as_completed(waiting), "comparing right nets", total=len(waiting), console=report.console):
-            said.append(done.result())
-            log.write(json.dumps(said[-1]) + "\n")
-            log.flush()
-            for fault in said[-1]["faults"]:
-                report.console.print(f"[red]accused[/] seed {said[-1]['seed']} {said[-1]['dtype']}: {fault}")
+    for call in report.spread(one_call, tasks, settings.jobs, settings.out / "calls.jsonl", "comparing right nets"):
+        said.append(call)
+        for fault in call["faults"]:
+            report.console.print(f"[red]accused[/] seed {call['seed']} {call['dtype']}: {fault}")
     alarms = [call for call in said if not call["ok"]]
     z, rho = (np.array([call[name] for call in said]) for name in ("z", "rho"))
     counts = Counter((call["way"], call["dtype"]) for call in said)

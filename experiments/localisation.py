@@ -1,13 +1,9 @@
 """Does compare name the culprit? One mistake in a random net of eight layers or more: layer, leaf, likely mistake."""
 
-import json
-import multiprocessing
 import os
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 from rich.table import Table
 
 import fnbp
@@ -161,20 +156,10 @@ class Shapes(NamedTuple):
 
 def main(settings: Settings) -> int:
     """Run all trials and print who was blamed; 1 where a number is missed."""
-    said: list[dict[str, Any]] = []
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as compiled,
-        (settings.out / "trials.jsonl").open("w") as log,
-        ProcessPoolExecutor(settings.jobs, spawn, report.share_compiled, (compiled,)) as pool,
-    ):
-        seeds = range(settings.seed, settings.seed + settings.trials)
-        figure = settings.out / "figure.png"
-        waiting = [pool.submit(one_trial, seed, figure if seed == settings.seed else None) for seed in seeds]
-        for done in track(as_completed(waiting), "planting mistakes", total=len(waiting), console=report.console):
-            said.append(done.result())
-            log.write(json.dumps(said[-1]) + "\n")
-            log.flush()
+    seeds = range(settings.seed, settings.seed + settings.trials)
+    tasks = [(seed, settings.out / "figure.png" if seed == settings.seed else None) for seed in seeds]
+    log = settings.out / "trials.jsonl"
+    said = list(report.spread(one_trial, tasks, settings.jobs, log, "planting mistakes"))
     report.console.print(by_mistake(said))
     rates = {name: np.mean([one[name] for one in said]) for name in ("caught", "layer", "leaf", "named")}
     named = [one for one in said if one["named"]]

@@ -1,10 +1,13 @@
 """What every experiment does around its claim: settings in, tables out, a figure and a result.json into --out."""
 
 import json
+import multiprocessing
 import os
 import platform
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import numpy as np
 import optax
 import tyro
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import fnbp
@@ -95,6 +99,22 @@ def share_compiled(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def spread(f: Callable, tasks: list[tuple], jobs: int, log: Path, title: str) -> Iterator[dict[str, Any]]:
+    """f of every task, over processes that share what they compile; each result is a line of log as it comes."""
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as compiled,
+        log.open("w") as lines,
+        ProcessPoolExecutor(jobs, spawn, share_compiled, (compiled,)) as pool,
+    ):
+        waiting = [pool.submit(f, *task) for task in tasks]
+        for done in track(as_completed(waiting), title, total=len(waiting), console=console):
+            result = done.result()
+            lines.write(json.dumps(result) + "\n")
+            lines.flush()
+            yield result
 
 
 def versions() -> dict[str, str]:
