@@ -189,7 +189,8 @@ def draw_errors(axes, compared: fnbp.Report) -> None:
     least = 1e-18
     names = [f"{row.path.split('.')[-1]}  d{row.leaf}" for row in rows]
     at = np.arange(len(rows))[::-1]
-    axes.scatter([max(row.whole or 0, least) for row in rows], at, color=report.MANUAL, label="whole pass", zorder=3)
+    whole = [(max(row.whole, least), height) for row, height in zip(rows, at, strict=True) if row.whole is not None]
+    axes.scatter(*zip(*whole, strict=True), color=report.MANUAL, label="whole pass", zorder=3)
     axes.scatter(
         [max(row.error, least) for row in rows], at, color=report.AUTOMATIC, s=14, label="layer alone", zorder=4
     )
