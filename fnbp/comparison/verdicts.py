@@ -145,11 +145,11 @@ def verdicts(at: Sight) -> list[Row]:
     if z > Z and scale.dtype == np.float64 and reference_is_narrow(at, a, error):
         scale.narrow(at.notes, at.runner.unit, "it computes in float32 whatever comes in")
         z = error / at.noise
+    if z > Z and only_kinks(at.runner, at.probe, leaf.leaf, m, a, at.rng, scale.dtype):
+        hint = "at a kink or a tie: the two take different slopes, both of them fair"
+        return [*found, at.row("convention", hint=hint)]
     rounding = z > Z and scale.dtype == np.float64 and is_rounding(at, m - a)
     if z > Z and not rounding:
-        if only_kinks(at.runner, at.probe, leaf.leaf, m, a, at.rng, scale.dtype):
-            hint = "at a kink or a tie: the two take different slopes, both of them fair"
-            return [*found, at.row("convention", hint=hint)]
         leaf.z = max(leaf.z, z)
         return [*found, at.row("formula", hint=hint_at(at, m, a))]
     if not rounding:
