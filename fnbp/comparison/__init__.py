@@ -79,7 +79,7 @@ def check_names(what: str, names: Sequence[str], table: dict[str, Any]) -> None:
     for name in names:
         if name not in table:
             raise ValueError(f"compare: unknown {what} {name!r}; there are: {', '.join(table)}")
-    if what == "probe" and names[:1] != ("given",) and list(names[:1]) != ["given"]:
+    if what == "probe" and list(names[:1]) != ["given"]:
         raise ValueError("compare: the first probe must be 'given', the point that all others start from")
 
 

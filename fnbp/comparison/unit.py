@@ -38,7 +38,6 @@ class Unit:
     names: tuple[str, ...]
     take: Callable[[tuple, Any, Callable], tuple] | None = None
     layer: Layer | None = None
-    moved: bool = True  # args may be moved a little, off the values that they are given
     conforms: tuple[str, ...] = field(default=())  # args whose cotangents may be wider than they are
 
     @property
