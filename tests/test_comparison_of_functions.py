@@ -149,6 +149,11 @@ def test_a_slope_beyond_those_of_a_kink_is_a_fault(slope):
     assert (fault.kind, fault.probe) == ("formula", "zeros")
 
 
+def test_a_fault_of_a_billionth_is_not_taken_for_a_kink():
+    report = fnbp.compare(custom(lambda y, dy: slope(y, dy) * (1 + 1e-10)), X, reference=plain)
+    assert [row.kind for row in report.faults] == ["formula"] and not report.conventions
+
+
 def test_ties_of_a_maximum_may_be_shared_out_in_any_way_but_not_lost():
     def largest(x):
         return x.max(1)

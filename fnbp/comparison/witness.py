@@ -109,6 +109,8 @@ def only_kinks(
     """True where manual and automatic differ at kinks and ties alone, and manual stays between the two slopes there."""
     apart = abs(manual - automatic)
     wrong = np.argwhere(apart > 1e-9 * (apart.max() + abs(automatic)))
+    if not len(wrong):  # nothing but roundings
+        return False
     order = np.argsort([-apart[tuple(i)] for i in wrong], kind="stable")
     tried = {*order[:ELEMENTS].tolist(), *rng.permutation(len(wrong))[:ELEMENTS].tolist()}
     at, which = floating(probe), floating_names(runner.unit).index(leaf)
