@@ -544,3 +544,52 @@ def test_a_net_that_returns_no_floating_numbers_is_refused():
     rounded = fnbp.stateless(lambda key, x: {}, lambda p, x: (x.astype(int), ()), lambda p, r, dy: ({}, dy), "rounded")
     with pytest.raises(TypeError, match="compare: what rounded returns must be a floating point array, got int32"):
         fnbp.compare(rounded, X)
+
+
+def serial_with(mistake):
+    """serial(dense, dense, tanh), its backward written anew with a mistake."""
+
+    def make(parts):
+        def backward(params, res, dy):
+            factors = []
+            for i in reversed(range(len(parts))):
+                layer, p = parts[0 if mistake == "layer" else i], params[i - 1 if mistake == "params" else i]
+                f, dy = layer.backward(p, res[i], dy)
+                factors.append(dy if mistake == "tree" else f)
+            if mistake == "traced":
+                dy = dy + 0 * float(dy.sum())
+            if mistake == "one example" and len(dy) == 1:
+                dy = 2 * dy
+            return tuple(factors if mistake == "order" else reversed(factors)), dy
+
+        return fnbp.serial(*parts)._replace(backward=backward, rebuild=make)
+
+    return make((fnbp.dense(5), fnbp.dense(3), fnbp.tanh()))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind"),
+    [
+        ("none", None),
+        ("layer", "raises"),
+        ("params", "raises"),
+        ("tree", "structure"),
+        ("order", "structure"),
+        ("traced", "jit"),
+        ("one example", "formula"),
+    ],
+)
+def test_a_combinator_with_a_mistake_of_its_own_is_named(mistake, kind):
+    report = fnbp.compare(serial_with(mistake), X)
+    assert (report.first_fault and (report.first_fault.path, report.first_fault.kind)) == (kind and ("serial", kind))
+
+
+def test_a_loss_that_takes_small_differences_for_none_is_caught():
+    right = fnbp.mean_squared_error()
+
+    def backward(res):
+        dp = right.backward(res)
+        return jnp.where(abs(dp) < 1e-3, 0, dp)
+
+    report = fnbp.compare(fnbp.identity(), X, loss=right._replace(backward=backward), y=np.float32(X[::-1]))
+    assert report.first_fault.path == "mean_squared_error"

@@ -104,7 +104,7 @@ def judge(prepared: Prepared, options: Options) -> Judged:
     differences = witness(runner, given, leaves, scale, rng)
     steady = {name: leaf for name, leaf in leaves.items() if all(row.kind != "random" for row in leaf.found)}
     results = {"differences": differences} if differences else {}
-    if leaves and not brief:
+    if leaves and (not brief or runner.eager):
         results |= {name: TRANSFORMS[name](runner, points, steady, plain.manual) for name in options.transforms}
     rows += [settle(leaf) for leaf in leaves.values()]
     conventions = [row for leaf in leaves.values() for row in leaf.found if row.kind == "convention"]

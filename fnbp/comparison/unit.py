@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from fnbp.backpropagation import contracted
 from fnbp.comparison.arrays import is_floating
 from fnbp.factor import total
-from fnbp.interop import from_jax
 from fnbp.layer import Context, Layer, map_layers, rebuilt
 from fnbp.losses import Loss
 
@@ -64,9 +63,24 @@ def fingerprint(f: Any, depth: int = 8) -> Any:
     return f.__code__, tuple(fingerprint(cell, depth - 1) for cell in cells), f.__defaults__ and id(f.__defaults__)
 
 
+def automatic(layer: Layer) -> Layer:
+    """layer differentiated by jax.vjp at the params and the residuals that its backward is given, right or wrong."""
+
+    def forward(params, state, x, ctx):
+        y, new_state, _ = layer.forward(params, state, x, ctx)
+        return y, new_state, (state, x, ctx)
+
+    def backward(params, res, dy):
+        state, x, ctx = res
+        _, pull = jax.vjp(lambda params, x: layer.forward(params, state, x, ctx)[0], params, x)
+        return pull(dy)
+
+    return Layer(layer.init, forward, backward, layer.name)
+
+
 def unit_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any = None) -> Unit:
     """A leaf by itself; a combinator with parts that are differentiated automatically, so that they are right."""
-    parts = tuple(from_jax(part, name=part.name) for part in layer.parts)
+    parts = tuple(automatic(part) for part in layer.parts)
     alone = rebuilt(layer, parts) if layer.rebuild else layer
     finished = map_layers(contracted(total), alone)
 

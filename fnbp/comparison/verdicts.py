@@ -72,7 +72,7 @@ def zero_noise(sides: Point, probe: Probe) -> float:
     """The rounding that stands beside an exact 0: of sums over dy, in float64, in units of the other leaves."""
     dys = [np.asarray(d, np.float64) for d in jax.tree.leaves(probe.dy) if not is_float0(d)]
     size = max([rms(a) for a in sides.automatic.values()] + [rms(d) for d in dys])
-    return size * np.sqrt(max([d.size for d in dys], default=1))
+    return max(size * np.sqrt(max([d.size for d in dys], default=1)), np.finfo(np.float64).tiny)
 
 
 class Values(NamedTuple):

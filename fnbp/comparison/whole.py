@@ -2,14 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fnbp.backpropagation import contracted
-from fnbp.comparison.arrays import U32, U64, arithmetic, cast, compiled_or_plain, host, is_float0, is_floating, relative
+from fnbp.comparison.arrays import (
+    U32,
+    U64,
+    arithmetic,
+    cast,
+    compiled_or_plain,
+    first_line,
+    host,
+    is_floating,
+    relative,
+)
 from fnbp.comparison.report import Row
 from fnbp.comparison.verdicts import Z, noise
 from fnbp.factor import total
@@ -20,57 +30,91 @@ from fnbp.losses import Loss
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Seen:
-    """What one node of a net met on its way forward and back, all of it from the automatic backward."""
+    """What one node of a net met on its way forward and back."""
 
     params: Any
     state: Any
     x: Any
-    ctx: Context
+    ctx: Context | None
     dy: Any
     grads: Any
     dx: Any
     parts: tuple
 
 
-def captured(layer: Layer) -> Layer:
-    """layer with a backward that returns, in place of factors, a Seen of every node in it, and the automatic dx."""
-    inner = rebuilt(layer, tuple(captured(part) for part in layer.parts)) if layer.rebuild else None
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Met:
+    """What one node met on its way forward; it travels as the node's new state, which every combinator hands on."""
+
+    state: Any
+    x: Any
+    ctx: Context
+    y: Any
+    parts: tuple
+
+
+class Tapped(NamedTuple):
+    """The params of a tapped node: its own, and zeros added to its input and output, whose cotangents are dx and dy."""
+
+    params: Any
+    into: Any
+    out: Any
+
+
+def tapped(layer: Layer) -> Layer:
+    """layer and every node in it with Tapped params, and Met for a new state. Its backward is not needed."""
+    inner = rebuilt(layer, tuple(tapped(part) for part in layer.parts)) if layer.rebuild else layer
 
     def forward(params, state, x, ctx):
-        def differentiated(params, x):
-            y, new_state, _ = layer.forward(params, state, x, ctx)
-            return y, new_state
+        x = plus(x, params.into)
+        y, new_state, res = inner.forward(params.params, state, x, ctx)
+        return plus(y, params.out), Met(state, x, ctx, y, new_state if layer.parts else ()), res
 
-        y, pull, new_state = jax.vjp(differentiated, params, x, has_aux=True)
-        below = inner.forward(params, state, x, ctx)[2] if inner else ()
-        return y, new_state, (pull, state, x, ctx, below)
+    return Layer(layer.init, forward, layer.backward, layer.name)
 
-    def backward(params, res, dy):
-        pull, state, x, ctx, below = res
-        grads, dx = pull(dy)
-        parts = ()
-        if inner:
-            try:
-                parts = inner.backward(params, below, dy)[0]
-            except Exception:  # a combinator whose backward fails: as a unit it is told so
-                parts = ()
-        arrays = jax.tree.map(lambda a: None if is_float0(a) else a, (grads, dx))
-        return Seen(params, state, x, ctx, dy, arrays[0], arrays[1], parts), dx
 
-    return Layer(layer.init, forward, backward, layer.name)
+def plus(x: Any, tap: Any) -> Any:
+    """x + tap, where there is one."""
+    return x if tap is None else jax.tree.map(lambda a, t: a if t is None else a + t, x, tap)
+
+
+def taps(layer: Layer, params: Any, met: Met | None) -> Tapped:
+    """Zeros to add at every node, of the shapes that were met; without met: none."""
+    below = met.parts if met else (None,) * len(layer.parts)
+    parts = tuple(taps(*each) for each in zip(layer.parts, params, below, strict=True)) if layer.parts else params
+
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype) if is_floating(a) else None, tree)
+
+    return Tapped(parts, zeros(met.x), zeros(met.y)) if met else Tapped(parts, None, None)
 
 
 def capture(net: Layer, params: Any, state: Any, x: Any, ctx: Context, delta: Any) -> Seen:
-    """The reference pass: every node's arguments and delta."""
-    wrapped = captured(net)
-    return wrapped.backward(params, wrapped.forward(params, state, x, ctx)[2], delta)[0]
+    """The reference pass: what every node met, and its delta, gradients and dx, all by the automatic backward."""
+    wrapped = tapped(net)
+    shapes = jax.eval_shape(wrapped.forward, taps(net, params, None), state, x, ctx)[1]
+
+    def differentiated(taps):
+        y, met, _ = wrapped.forward(taps, state, x, ctx)
+        return y, met
+
+    _, pull, met = jax.vjp(differentiated, taps(net, params, shapes), has_aux=True)
+    return seen(net, params, met, pull(delta)[0])
+
+
+def seen(layer: Layer, params: Any, met: Met, d: Tapped) -> Seen:
+    """Both ways of a node in one."""
+    each = zip(layer.parts, params, met.parts, d.params, strict=True) if layer.parts else ()
+    parts = tuple(seen(*one) for one in each)
+    return Seen(params, met.state, met.x, met.ctx, d.out, None if parts else d.params, d.into, parts)
 
 
 def nodes(net: Layer, seen: Seen) -> Iterator[tuple[str, Layer, Seen]]:
     """Every node with its path, inputs first; a combinator comes after its parts."""
 
     def walk(path, layer, seen):
-        for i, (part, below) in enumerate(zip(layer.parts, seen.parts, strict=False)):
+        for i, (part, below) in enumerate(zip(layer.parts, seen.parts, strict=True)):
             yield from walk(f"{path}[{i}].{part.name}", part, below)
         yield path, layer, seen
 
@@ -98,7 +142,7 @@ class Whole:
             with arithmetic(dtype):
                 return host(compiled_or_plain(reference, *cast((params, state, x, ctx, y), dtype)))
 
-        self.net = net
+        self.net, self.failed = net, ""
         self.errors: dict[tuple[str, str], tuple[float, float]] = {}
         if not net.parts:  # the whole is the layer alone
             delta = np.asarray(deltas(prediction, y))
@@ -111,11 +155,11 @@ class Whole:
             single = seen if seen.dx is not None and seen.dx.dtype == np.float32 else seen_in(np.float32)
             with arithmetic(np.float64):
                 manual = compiled_or_plain(self.manual, *cast((params, state, x, ctx), np.float64), exact.dy)
-        except Exception:  # as a unit, the layer that fails is told so
+            sides = list(zip(*(nodes(net, side) for side in (manual, exact, single)), strict=True))
+        except Exception as error:  # as a unit, the layer that fails, or that hands on what is not its parts', says so
+            self.failed = f"{type(error).__name__}: {first_line(error)}"
             return
-        for (path, _, ours), (_, _, wide), (_, _, narrow) in zip(
-            nodes(net, manual), nodes(net, exact), nodes(net, single), strict=False
-        ):
+        for (path, _, ours), (_, _, wide), (_, _, narrow) in sides:
             self.hold(path, ours, wide, narrow)
 
     def manual(self, params: Any, state: Any, x: Any, ctx: Context, delta: Any) -> Seen:
@@ -127,7 +171,7 @@ class Whole:
             def backward(params, res, dy):
                 below, dx = inner.backward(params, res, dy)
                 grads, parts = (below, ()) if not layer.parts else (None, below)
-                return Seen(None, None, None, Context(), None, grads, dx, parts), dx
+                return Seen(None, None, None, None, None, grads, dx, parts), dx
 
             return Layer(layer.init, inner.forward, backward, layer.name)
 
@@ -159,4 +203,6 @@ class Whole:
     def blame(self, rows: list[Row]) -> list[Row]:
         """Every part is right alone. If the whole is not, the net is to blame."""
         hint = "every layer is right by itself, but not in this net: does one read what it is not given?"
+        if self.failed:
+            return [*rows, Row(self.net.name, "params", (), "", "raises", hint=f"{hint} {self.failed}")]
         return [replace(row, kind="formula", hint=hint) if row.kind == "inherits" else row for row in rows]
