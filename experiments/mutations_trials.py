@@ -44,7 +44,29 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "gelu": (Trial(), Trial(lambda f: f(approximate=True))),
     "softmax": (Trial(), Trial(shape=(5, 3, 11))),
     "log_softmax": (Trial(), Trial(shape=(5, 3, 11))),
-    "dense": (Trial(lambda f: f(5)), Trial(lambda f: f(5), (5, 3, 11))),
+    "dense": (
+        Trial(lambda f: f(5)),
+        Trial(lambda f: f(5), (5, 3, 11)),
+        Trial(lambda f: f(1)),
+        Trial(lambda f: f(5, b=None)),
+    ),
+    "conv": (
+        Trial(lambda f: f(7, 3), (3, 11, 5)),
+        Trial(lambda f: f(7, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1)), (3, 7, 5, 2)),
+        Trial(lambda f: f(10, 3, groups=5, padding="VALID"), (3, 7, 5)),
+    ),
+    "conv_transpose": (
+        Trial(lambda f: f(7, 3, stride=2, padding=1), (3, 5, 2)),
+        Trial(lambda f: f(10, (2, 3), groups=5, dilation=2), (3, 5, 7, 5)),
+    ),
+    "max_pool": (Trial(lambda f: f(2), (3, 7, 5, 2)), Trial(lambda f: f(3, stride=2, padding="SAME"), (3, 7, 5, 2))),
+    "avg_pool": (
+        Trial(lambda f: f(3, stride=2, padding="SAME"), (3, 7, 5, 2)),
+        Trial(lambda f: f(2, padding=1, count_padding=True), (3, 7, 2)),
+    ),
+    "global_avg_pool": (Trial(shape=(3, 7, 5, 2)),),
+    "reshape": (Trial(lambda f: f(-1, 5), (3, 5, 7)),),
+    "flatten": (Trial(shape=(3, 5, 7)),),
     "serial": (Trial(lambda f: f(fnbp.dense(5), fnbp.dense(3), fnbp.tanh())),),
     "skip": (Trial(lambda f: f(fnbp.dense(11))),),
     "softmax_cross_entropy": (

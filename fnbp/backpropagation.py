@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.checks import check_finite, check_is, describe
-from fnbp.factor import Factor, sq_norms, total, wide
+from fnbp.factor import MIXED, Factor, Mixed, sq_norms, total, wide
 from fnbp.layer import Context, Layer, leaves, map_layers
 from fnbp.losses import Loss, check_losses
 
@@ -60,6 +60,8 @@ def contract_leaf(contract: Contraction, leaf: Any, path: str) -> Any:
         raise TypeError(f"{path}: its backward returns a finished gradient, so only total is to be had, not {name}")
     if contract is total:
         return total(leaf)
+    if isinstance(leaf, Mixed):
+        raise TypeError(f"{path}: {MIXED}")
     return contract(leaf.scaled(leaf.d.shape[0]))
 
 

@@ -1,13 +1,18 @@
 """The gradient of a weight, before the sum over examples, and the contractions that finish it."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fnbp.windows import Windows, kernel_gradient
+
 CHUNK = 1 << 22  # elements of per-example matrices formed at once, where sq_norms has to form them
+
+MIXED = "it mixes the examples of a batch, so none has a gradient of its own: only total is to be had"
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -72,8 +77,7 @@ class Outer(Factor):
         if positions**2 < n_out * n_in:
             gram = jnp.einsum("mso,mto->mst", d, d) * jnp.einsum("msi,mti->mst", x, x)
             return jnp.maximum(jnp.sum(gram, (1, 2)), 0)  # a sum of squares; rounding can leave it below 0
-        chunk = min(m, max(1, CHUNK // (n_out * n_in)))
-        return jax.lax.map(lambda dx: jnp.sum((dx[0].T @ dx[1]) ** 2), (d, x), batch_size=chunk)
+        return chunked(Outer, (d, x), n_out * n_in)
 
     def scaled(self, c: Any) -> "Outer":
         return Outer(along_examples(c, self.d), self.x)
@@ -104,6 +108,146 @@ class Sum(Factor):
 
     def scaled(self, c: Any) -> "Sum":
         return Sum(along_examples(c, self.d))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Product(Factor):
+    """dg = sum_i d_i x_i, element by element: the gradient of g in g x.
+
+        total        sum of d x over examples and positions    (n,)
+        per_example  d_i x_i, summed over positions            (m, n)
+        sq_norms     |sum over positions of d_i x_i|^2         (m,)
+
+    Shapes: d, x (m, ..., n).
+    """
+
+    d: jax.Array
+    x: jax.Array
+
+    def total(self) -> jax.Array:
+        return jnp.einsum("...n,...n->n", self.d, self.x)
+
+    def per_example(self) -> jax.Array:
+        return jnp.einsum("m...n,m...n->mn", self.d, self.x)
+
+    def sq_norms(self) -> jax.Array:
+        return jnp.sum(jnp.einsum("m...n,m...n->mn", wide(self.d), wide(self.x)) ** 2, -1)
+
+    def scaled(self, c: Any) -> "Product":
+        return Product(along_examples(c, self.d), self.x)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Lookup(Factor):
+    """dE[id] = the sum of d where x was id: the gradient of a table E in E[x].
+
+        total        d added into the rows of a table of zeros         (size, n)
+        per_example  the same, a table an example                      (m, size, n)
+        sq_norms     sum_st [x_is = x_it] d_is . d_it, the Gram form, for S positions where S^2 < size n
+
+    A row that is outside of the table counts for nothing.
+
+    Shapes: d (m, ..., n), x (m, ...) of integers, size static.
+    Source: Li et al. 2021, arXiv:2110.05679, for the Gram form.
+    """
+
+    d: jax.Array
+    x: jax.Array
+    size: int = field(metadata={"static": True})
+
+    def total(self) -> jax.Array:
+        table = jnp.zeros((self.size, self.d.shape[-1]), wide(self.d).dtype)
+        return table.at[self.x].add(wide(self.d), mode="drop", wrap_negative_indices=False).astype(self.d.dtype)
+
+    def per_example(self) -> jax.Array:
+        return jax.vmap(lambda d, x: Lookup(d, x, self.size).total())(self.d, self.x)
+
+    def sq_norms(self) -> jax.Array:
+        m, n = self.d.shape[0], self.d.shape[-1]
+        d, x = wide(self.d).reshape(m, -1, n), self.x.reshape(m, -1)
+        if x.shape[1] ** 2 < self.size * n:
+            same = (x[:, :, None] == x[:, None, :]) & ((x >= 0) & (x < self.size))[:, None]
+            return jnp.maximum(jnp.einsum("mst,msn,mtn->m", same.astype(d.dtype), d, d), 0)
+        return chunked(lambda d, x: Lookup(d, x, self.size), (d, x), self.size * n)
+
+    def scaled(self, c: Any) -> "Lookup":
+        return Lookup(along_examples(c, self.d), self.x, self.size)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Correlation(Factor):
+    """dW[k] = sum_i sum_p d_i[p] x_i[p stride + k dilation - low]^T: the gradient of the kernel of a convolution.
+
+        total        of d with x                                             (n_out, *kernel, n_in / groups)
+        per_example  the same for each example                               (m, n_out, *kernel, n_in / groups)
+        sq_norms     as Outer's: what a window holds is one row of x
+
+    Shapes: d (m, *count, n_out), x (m, *size, n_in); at (the windows), groups and spread are static. spread: d and x
+            in each other's place, of a transposed convolution.
+    Source: Rochette et al. 2019, arXiv:1912.06015, for per-example gradients as convolutions.
+    """
+
+    d: jax.Array
+    x: jax.Array
+    at: Windows = field(metadata={"static": True})
+    groups: int = field(default=1, metadata={"static": True})
+    spread: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def pair(self) -> tuple[jax.Array, jax.Array]:
+        """One number a window, and what the windows lie over."""
+        return (self.x, self.d) if self.spread else (self.d, self.x)
+
+    def total(self) -> jax.Array:
+        return kernel_gradient(*self.pair, self.at, self.groups)
+
+    def per_example(self) -> jax.Array:
+        return jax.vmap(lambda d, x: kernel_gradient(d[None], x[None], self.at, self.groups))(*self.pair)
+
+    def sq_norms(self) -> jax.Array:
+        each, under = (wide(a) for a in self.pair)
+        m, g = each.shape[0], self.groups
+        views = jnp.stack(self.at.views(under), -2).reshape(m, -1, len(self.at.offsets), g, under.shape[-1] // g)
+        rows = jnp.moveaxis(views, 3, 0).reshape(g, m, views.shape[1], -1)
+        each = jnp.moveaxis(each.reshape(m, -1, g, each.shape[-1] // g), 2, 0)
+        return jnp.sum(jax.vmap(lambda d, x: Outer(d, x).sq_norms())(each, rows), 0)
+
+    def scaled(self, c: Any) -> "Correlation":
+        return replace(self, d=along_examples(c, self.d))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mixed(Factor):
+    """A finished gradient of a layer that mixes the examples: none of them has a gradient of its own.
+
+    Shapes: d, of the parameter.
+    Raises: TypeError from every contraction but total.
+    """
+
+    d: jax.Array
+
+    def total(self) -> jax.Array:
+        return self.d
+
+    def per_example(self) -> jax.Array:
+        raise TypeError(MIXED)
+
+    def sq_norms(self) -> jax.Array:
+        raise TypeError(MIXED)
+
+    def scaled(self, c: Any) -> "Mixed":
+        raise TypeError(MIXED)
+
+
+def chunked(factor: Callable[..., Factor], arrays: tuple, elements: int) -> jax.Array:
+    """sq_norms by forming per-example gradients of so many elements, few at once."""
+    m = arrays[0].shape[0]
+    chunk = min(m, max(1, CHUNK // elements))
+    return jax.lax.map(lambda one: jnp.sum(factor(*one).total() ** 2), arrays, batch_size=chunk)
 
 
 def along_examples(c: Any, d: jax.Array) -> jax.Array:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+import jax
 from jax.nn import initializers
 
-from fnbp.checks import choose
+from fnbp.checks import check_floating, choose
 
 FANNED = {
     "glorot_normal": initializers.glorot_normal,
@@ -37,3 +38,17 @@ def initialiser(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> 
     if name in FANNED:
         return FANNED[name](in_axis=in_axis, out_axis=out_axis)
     return choose("initialiser", name, {**PLAIN, **FANNED})()
+
+
+def weights(name: str, shapes: Callable, makers: dict[str, Callable]) -> Callable:
+    """The init (key, x) -> params of a layer of that name, a key for each maker.
+
+    shapes: x -> the shape of each parameter, by name; one without a shape is left out.
+    """
+
+    def init(key, x):
+        check_floating(name, "x", x)
+        keys = dict(zip(makers, jax.random.split(key, len(makers)), strict=True))
+        return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in shapes(x).items()}
+
+    return init

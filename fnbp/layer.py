@@ -79,6 +79,16 @@ def stateless(init: Callable, forward: Callable, backward: Callable, name: str) 
     return Layer(init_lifted, forward_lifted, backward, name)
 
 
+def without(leaf: str, backward: Callable) -> Callable:
+    """backward for a layer that does without that parameter: its factor is left out."""
+
+    def backward_without(params, res, dy):
+        factors, dx = backward(params, res, dy)
+        return {name: factor for name, factor in factors.items() if name != leaf}, dx
+
+    return backward_without
+
+
 def map_layers(f: Callable[[str, Layer], Layer], net: Layer) -> Layer:
     """net with every leaf replaced by f(path, leaf).
 

@@ -10,13 +10,15 @@ import numpy as np
 from scipy import special
 
 import fnbp
+from tests import oracles
 
 
 class Case(NamedTuple):
     """A layer under test.
 
-    shapes: of x, all distinct primes, the example first. oracle: (params, x) -> y by NumPy and SciPy in float64.
-    torch: the same by PyTorch, where it is installed: (torch.nn.functional, params, x) -> y.
+    id: the public name, and after a colon which of its options. shapes: of x, all distinct primes, the example first.
+    oracle: (params, x) -> y by NumPy and SciPy in float64. torch: the same by PyTorch, where it is installed:
+    (torch.nn.functional, params, x) -> y.
     """
 
     id: str
@@ -37,6 +39,18 @@ def affine(p, x):
 
 def two_dense(p, x):
     return special.expit(affine(p[2], np.tanh(affine(p[0], x))))
+
+
+CONV = lambda F: F.conv1d, lambda F: F.conv2d, lambda F: F.conv3d
+CONV_T = lambda F: F.conv_transpose1d, lambda F: F.conv_transpose2d
+MAX_POOL = lambda F: F.max_pool1d, lambda F: F.max_pool2d
+AVG_POOL = lambda F: F.avg_pool1d, lambda F: F.avg_pool2d
+
+
+def channels_last(f, x, W=None, *args, **options):
+    """A function of PyTorch's, whose channels come second, on x and W whose channels come last."""
+    arrays = [a.movedim(-1, 1) for a in (x, W) if a is not None]
+    return f(*arrays, *args, **options).movedim(1, -1)
 
 
 CASES = (
@@ -62,7 +76,7 @@ CASES = (
     Case("silu", fnbp.silu(), ELEMENTWISE, lambda p, x: x * special.expit(x), lambda F, p, x: F.silu(x)),
     Case("gelu", fnbp.gelu(), ELEMENTWISE, lambda p, x: x * special.ndtr(x), lambda F, p, x: F.gelu(x)),
     Case(
-        "gelu_tanh",
+        "gelu:tanh",
         fnbp.gelu(approximate=True),
         ELEMENTWISE,
         lambda p, x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
@@ -90,7 +104,113 @@ CASES = (
         FEATURES,
         lambda p, x: affine(p[0], x) + special.expit(affine(p[1][0][0], affine(p[0], x))),
     ),
-    Case("skip_of_one", fnbp.skip(fnbp.dense(11)), FEATURES, lambda p, x: x + affine(p[0], x)),
+    Case("skip:one", fnbp.skip(fnbp.dense(11)), FEATURES, lambda p, x: x + affine(p[0], x)),
+    Case(
+        "dense:without_b",
+        fnbp.dense(13, b=None),
+        FEATURES,
+        lambda p, x: x @ p["W"].T,
+        lambda F, p, x: F.linear(x, p["W"]),
+    ),
+    Case("bias", fnbp.bias(), ELEMENTWISE, lambda p, x: x + p["b"]),
+    Case(
+        "conv",
+        fnbp.conv(7, 3),
+        ((3, 11, 13, 5), (2, 17, 5), (2, 5, 3, 7, 11)),
+        lambda p, x: oracles.conv(x, p["W"], p["b"]),
+        lambda F, p, x: channels_last(CONV[x.dim() - 3](F), x, p["W"], p["b"], padding=1),
+    ),
+    Case(
+        "conv:strided",
+        fnbp.conv(7, (3, 2), stride=(2, 3), padding=((1, 2), (0, 3)), dilation=(2, 1)),
+        ((3, 11, 13, 5), (2, 7, 5, 1)),
+        lambda p, x: oracles.conv(x, p["W"], p["b"], (2, 3), ((1, 2), (0, 3)), (2, 1)),
+    ),
+    Case(
+        "conv:same",
+        fnbp.conv(7, (2, 5), stride=(3, 2)),
+        ((3, 11, 13, 5), (2, 7, 17, 3)),
+        lambda p, x: oracles.conv(x, p["W"], p["b"], (3, 2)),
+    ),
+    Case(
+        "conv:groups",
+        fnbp.conv(10, 3, stride=2, padding=1, groups=5, b=None),
+        ((3, 11, 13, 5), (2, 17, 5)),
+        lambda p, x: oracles.conv(x, p["W"], 0.0, 2, 1, 1, 5),
+        lambda F, p, x: channels_last(CONV[x.dim() - 3](F), x, p["W"], None, stride=2, padding=1, groups=5),
+    ),
+    Case(
+        "conv:valid",
+        fnbp.conv(13, 5, padding="VALID", dilation=2),
+        ((2, 11, 17, 1), (2, 17, 3)),
+        lambda p, x: oracles.conv(x, p["W"], p["b"], 1, "VALID", 2),
+        lambda F, p, x: channels_last(CONV[x.dim() - 3](F), x, p["W"], p["b"], dilation=2),
+    ),
+    Case(
+        "conv_transpose",
+        fnbp.conv_transpose(7, 3, stride=2, padding=1),
+        ((3, 11, 13, 5), (2, 17, 3)),
+        lambda p, x: oracles.conv_transpose(x, p["W"], p["b"], [2 * n - 1 for n in x.shape[1:-1]], 2, 1),
+        lambda F, p, x: channels_last(CONV_T[x.dim() - 3](F), x, p["W"], p["b"], stride=2, padding=1),
+    ),
+    Case(
+        "conv_transpose:same",
+        fnbp.conv_transpose(7, (5, 2), stride=(3, 2)),
+        ((3, 5, 7, 2),),
+        lambda p, x: oracles.conv_transpose(x, p["W"], p["b"], (3 * x.shape[1], 2 * x.shape[2]), (3, 2)),
+    ),
+    Case(
+        "conv_transpose:groups",
+        fnbp.conv_transpose(10, 3, stride=2, padding="VALID", dilation=2, groups=5, b=None),
+        ((2, 7, 3, 5),),
+        lambda p, x: oracles.conv_transpose(x, p["W"], 0.0, [2 * n + 3 for n in x.shape[1:-1]], 2, "VALID", 2, 5),
+        lambda F, p, x: channels_last(F.conv_transpose2d, x, p["W"], None, stride=2, dilation=2, groups=5),
+    ),
+    Case(
+        "max_pool",
+        fnbp.max_pool(2),
+        ((3, 11, 13, 5), (2, 17, 3)),
+        lambda p, x: oracles.pool(lambda held: held.max(0), x, 2),
+        lambda F, p, x: channels_last(MAX_POOL[x.dim() - 3](F), x, kernel_size=2),
+    ),
+    Case(
+        "max_pool:overlapping",
+        fnbp.max_pool(3, stride=2, padding="SAME"),
+        ((3, 11, 13, 5), (2, 7, 5, 3)),
+        lambda p, x: oracles.pool(lambda held: held.max(0), x, 3, 2, "SAME"),
+        lambda F, p, x: channels_last(F.max_pool2d, x, kernel_size=3, stride=2, padding=1),
+    ),
+    Case(
+        "avg_pool",
+        fnbp.avg_pool((2, 3)),
+        ((3, 11, 13, 5),),
+        lambda p, x: oracles.pool(lambda held: held.mean(0), x, (2, 3)),
+        lambda F, p, x: channels_last(F.avg_pool2d, x, kernel_size=(2, 3)),
+    ),
+    Case(
+        "avg_pool:overlapping",
+        fnbp.avg_pool(3, stride=2, padding="SAME"),
+        ((3, 11, 13, 5), (2, 17, 7)),
+        lambda p, x: oracles.pool(lambda held: held.mean(0), x, 3, 2, "SAME"),
+        lambda F, p, x: channels_last(
+            AVG_POOL[x.dim() - 3](F), x, kernel_size=3, stride=2, padding=1, count_include_pad=False
+        ),
+    ),
+    Case(
+        "avg_pool:counting",
+        fnbp.avg_pool(3, stride=2, padding=1, count_padding=True),
+        ((3, 11, 13, 5),),
+        lambda p, x: oracles.pool(lambda held: held.sum(0) / 9, x, 3, 2, 1),
+        lambda F, p, x: channels_last(F.avg_pool2d, x, kernel_size=3, stride=2, padding=1),
+    ),
+    Case(
+        "global_avg_pool",
+        fnbp.global_avg_pool(),
+        ((3, 11, 13, 5), (2, 17, 3)),
+        lambda p, x: x.mean(tuple(range(1, x.ndim - 1))),
+    ),
+    Case("reshape", fnbp.reshape(-1, 5), ((3, 5, 13, 11), (2, 5)), lambda p, x: x.reshape(len(x), -1, 5)),
+    Case("flatten", fnbp.flatten(), ((3, 5, 13, 11), (2, 5)), lambda p, x: x.reshape(len(x), -1)),
     Case("from_jax", fnbp.from_jax(fnbp.dense(13)), FEATURES, affine),
 )
 

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 
-import jax
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_floating, check_params, check_size
+from fnbp.checks import check_params, check_size
 from fnbp.factor import Outer, Sum
-from fnbp.initialisers import initialiser
-from fnbp.layer import Layer, stateless
+from fnbp.initialisers import initialiser, weights
+from fnbp.layer import Layer, stateless, without
 
 
-def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable = "zeros") -> Layer:
+def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | None = "zeros") -> Layer:
     """A weighted sum of the features for each of n_out units.
 
         z = x W^T + b
@@ -20,25 +19,26 @@ def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable = 
     Shapes:   x (..., n_in); z (..., n_out); W (n_out, n_in); b (n_out,); saved x.
     Forward:  the document, section 4.1.
     Backward: the document, section 4.2.
-    Options:  W, b: an initialiser by name (see fnbp.initialiser) or a function (key, shape, dtype) -> array.
+    Options:  W, b: an initialiser by name (see fnbp.initialiser) or a function (key, shape, dtype) -> array;
+              b=None: without.
     Raises:   ValueError for n_out < 1, an unknown initialiser, params that do not fit x; TypeError for a key that is
               none, and for x that is not floating point.
     """
     name = f"dense({n_out})"
     check_size(name, "n_out", n_out)
-    init_W, init_b = initialiser(W), initialiser(b)
 
-    def init(key, x):
-        check_floating(name, "x", x)
-        key_W, key_b = jax.random.split(key)
-        return {"W": init_W(key_W, (n_out, x.shape[-1]), x.dtype), "b": init_b(key_b, (n_out,), x.dtype)}
+    def shapes(x):
+        due = {"W": (n_out, x.shape[-1]), "b": (n_out,)}
+        return due if b is not None else {"W": due["W"]}
 
     def forward(params: dict, x: Float[Array, "*m n_in"]) -> tuple[Float[Array, "*m n_out"], tuple]:
-        check_params(name, params, x, {"W": (n_out, x.shape[-1]), "b": (n_out,)})
-        return x @ params["W"].T + params["b"], (x,)
+        check_params(name, params, x, shapes(x))
+        z = x @ params["W"].T
+        return z + params["b"] if "b" in params else z, (x,)
 
     def backward(params: dict, res: tuple, dz: Float[Array, "*m n_out"]) -> tuple[dict, Float[Array, "*m n_in"]]:
         (x,) = res
         return {"W": Outer(dz, x), "b": Sum(dz)}, dz @ params["W"]
 
-    return stateless(init, forward, backward, name)
+    init = weights(name, shapes, {"W": initialiser(W), "b": initialiser(b or "zeros")})
+    return stateless(init, forward, backward if b is not None else without("b", backward), name)

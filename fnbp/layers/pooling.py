@@ -1,0 +1,161 @@
+"""Pooling: one number for every window of a channel; and what changes nothing but the shape."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fnbp.checks import check_is
+from fnbp.factor import wide
+from fnbp.layer import Layer
+from fnbp.layers.activation import parameterless
+from fnbp.windows import Padding, Sizes, Sliding, Windows
+
+X = Float[Array, "m *s c"]
+Y = Float[Array, "m *t c"]
+
+
+def covered(name: str, at: Windows, x: Any) -> Windows:
+    """The same windows; ValueError where one of them holds nothing but padding."""
+    if not at.inside().all():
+        raise ValueError(f"{name}: padding {at.padding} leaves windows without a number of x, of shape {x.shape}")
+    return at
+
+
+def max_pool(kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VALID") -> Layer:
+    """The largest number of every window, channel by channel.
+
+        y[p] = max_k x[p stride + k - low]      k*[p] = the first k that attains it
+        dx[i] = sum of dy[p] over all p with p stride + k*[p] - low = i
+
+    At a tie the first position, row by row, takes all of dy, as in PyTorch and under jax.grad. Padding never wins.
+
+    Shapes:   x (m, *size, c); y (m, *count, c); saved k*, one small integer for each y.
+    Options:  stride: the kernel's size where none is given. kernel, stride, padding: as in fnbp.conv.
+    Raises:   ValueError for a kernel larger than the padded input, and for padding that a window may consist of.
+    """
+    name = f"max_pool({kernel})"
+    slide = Sliding(name, kernel, kernel if stride is None else stride, padding)
+
+    def over(x):
+        return covered(name, slide.over(x.shape), x)
+
+    def forward(x: X) -> tuple[Y, tuple]:
+        views = over(x).views(x, fill=-math.inf)
+        y, first = views[0], jnp.zeros(views[0].shape, jnp.int8 if len(views) < 128 else jnp.int32)
+        for k, view in enumerate(views[1:], 1):
+            first = jnp.where(view > y, jnp.asarray(k, first.dtype), first)
+            y = jnp.maximum(y, view)
+        return y, (first, x[:0])  # x[:0] carries x's shape alone
+
+    def backward(res: tuple, dy: Y) -> X:
+        first, like = res
+        at = over(like)
+        return at.scatter([jnp.where(first == k, dy, 0) for k in range(len(at.offsets))])
+
+    return parameterless(forward, backward, name)
+
+
+def avg_pool(
+    kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VALID", count_padding: bool = False
+) -> Layer:
+    """The mean of every window, channel by channel.
+
+        y[p] = sum_k x[p stride + k - low] / n[p]      n[p] = how many numbers of x are in the window
+        dx[i] = sum of dy[p] / n[p] over all p, k with p stride + k - low = i
+
+    Shapes:   x (m, *size, c); y (m, *count, c); nothing saved.
+    Options:  stride: the kernel's size where none is given. count_padding: padding counts as zeros, n[p] is the size
+              of the kernel (PyTorch's count_include_pad, which is its default). kernel, padding: as in fnbp.conv.
+    Raises:   ValueError for a kernel larger than the padded input, and for padding that a window may consist of.
+    """
+    name = f"avg_pool({kernel})"
+    slide = Sliding(name, kernel, kernel if stride is None else stride, padding)
+    check_is(name, "count_padding", count_padding, bool)
+
+    def over(x):
+        at = covered(name, slide.over(x.shape), x)
+        n = len(at.offsets) if count_padding else at.inside()[..., None]
+        return at, jnp.asarray(n, wide(x).dtype)
+
+    def forward(x: X) -> tuple[Y, tuple]:
+        at, n = over(x)
+        return (jnp.sum(jnp.stack(at.views(wide(x))), 0) / n).astype(x.dtype), (x[:0],)
+
+    def backward(res: tuple, dy: Y) -> X:
+        (like,) = res
+        at, n = over(like)
+        return at.scatter([wide(dy) / n] * len(at.offsets)).astype(dy.dtype)
+
+    return parameterless(forward, backward, name)
+
+
+def global_avg_pool() -> Layer:
+    """The mean of each channel over all positions.
+
+        y = sum_p x[p] / n      dx[p] = dy / n
+
+    Shapes: x (m, *size, c), n positions; y (m, c); nothing saved.
+    Source: Lin, Chen & Yan 2013, arXiv:1312.4400, section 3.2.
+    Raises: ValueError for an x without positions.
+    """
+
+    def positions(x):
+        return tuple(range(1, x.ndim - 1))
+
+    def forward(x: X) -> tuple[Float[Array, "m c"], tuple]:
+        if not positions(x) or not x.size:
+            raise ValueError(f"global_avg_pool: x must be (m, *positions, channels), got shape {x.shape}")
+        return jnp.mean(wide(x), positions(x)).astype(x.dtype), (x[:0],)
+
+    def backward(res: tuple, dy: Float[Array, "m c"]) -> X:
+        (like,) = res
+        n = math.prod(like.shape[1:-1])
+        spread = jnp.expand_dims((wide(dy) / n).astype(dy.dtype), positions(like))
+        return jnp.broadcast_to(spread, (dy.shape[0], *like.shape[1:]))
+
+    return parameterless(forward, backward, "global_avg_pool")
+
+
+def reshape(*shape: int) -> Layer:
+    """Each example in another shape, its numbers in the same order; -1 once for what is left.
+
+        y = x in the new shape      dx = dy in the shape of x
+
+    Shapes: x (m, *old); y (m, *shape); nothing saved.
+    Raises: ValueError where the numbers do not fill the shape; TypeError for sizes that are not whole.
+    """
+    name = f"reshape{shape}" if len(shape) != 1 else f"reshape({shape[0]})"
+    for size in shape:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: sizes must be whole numbers, got {size!r}")
+    if shape.count(-1) > 1 or any(size < -1 or size == 0 for size in shape):
+        raise ValueError(f"{name}: sizes must be at least 1, or -1 once")
+
+    def fit(x) -> tuple[int, ...]:
+        have, known = math.prod(x.shape[1:]), math.prod(size for size in shape if size != -1)
+        if have % known or (-1 not in shape and have != known):
+            raise ValueError(
+                f"{name}: an example of x, of shape {x.shape[1:]}, has {have} numbers, which do not fill it"
+            )
+        return tuple(have // known if size == -1 else size for size in shape)
+
+    def forward(x: Float[Array, "m *s"]) -> tuple[Any, tuple]:
+        return x.reshape(x.shape[0], *fit(x)), (x[:0],)
+
+    def backward(res: tuple, dy: Float[Array, "m *t"]) -> Any:
+        (like,) = res
+        return dy.reshape(dy.shape[0], *like.shape[1:])
+
+    return parameterless(forward, backward, name)
+
+
+def flatten() -> Layer:
+    """The numbers of each example in one row.
+
+        y = x, row by row      dx = dy in the shape of x
+
+    Shapes: x (m, *s); y (m, n), n the product of s; nothing saved.
+    """
+    return reshape(-1)._replace(name="flatten")

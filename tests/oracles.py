@@ -1,0 +1,69 @@
+"""Forwards by NumPy alone, in float64, by loops that are slow and plain: what the layers of cases.py must return."""
+
+import itertools
+
+import numpy as np
+
+
+def spread(value, axes):
+    return (value,) * axes if isinstance(value, int) else tuple(value)
+
+
+def pads_of(padding, size, extent, stride):
+    """(low, high) for each axis, as TensorFlow and JAX define SAME."""
+    if padding == "VALID":
+        return [(0, 0)] * len(size)
+    if padding == "SAME":
+        over = [max((-(-n // s) - 1) * s + e - n, 0) for n, e, s in zip(size, extent, stride, strict=True)]
+        return [(n // 2, n - n // 2) for n in over]
+    return [(p, p) if isinstance(p, int) else p for p in spread(padding, len(size))]
+
+
+def cells(size, kernel, stride, padding, dilation=1):
+    """For every window its place, and the (offset, position) pairs of it that lie within the input."""
+    axes = len(size)
+    kernel, stride, dilation = (spread(v, axes) for v in (kernel, stride, dilation))
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    pads = pads_of(padding, size, extent, stride)
+    count = [(n + low + high - e) // s + 1 for n, (low, high), e, s in zip(size, pads, extent, stride, strict=True)]
+    for p in itertools.product(*map(range, count)):
+        held = []
+        for k in itertools.product(*map(range, kernel)):
+            at = tuple(p[i] * stride[i] + k[i] * dilation[i] - pads[i][0] for i in range(axes))
+            if all(0 <= a < n for a, n in zip(at, size, strict=True)):
+                held.append((k, at))
+        yield p, held, count
+
+
+def conv(x, W, b=0.0, stride=1, padding="SAME", dilation=1, groups=1):
+    size, kernel = x.shape[1:-1], W.shape[1:-1]
+    n_out, n_in = W.shape[0] // groups, x.shape[-1] // groups
+    y = None
+    for p, held, count in cells(size, kernel, stride, padding, dilation):
+        y = np.zeros((len(x), *count, W.shape[0])) if y is None else y
+        for k, at in held:
+            for g in range(groups):
+                out, into = slice(g * n_out, (g + 1) * n_out), slice(g * n_in, (g + 1) * n_in)
+                y[(slice(None), *p, out)] += x[(slice(None), *at, into)] @ W[(out, *k)].T
+    return y + b
+
+
+def conv_transpose(x, W, b=0.0, size=None, stride=1, padding="SAME", dilation=1, groups=1):
+    """size: of the output."""
+    n_in, n_out = x.shape[-1] // groups, W.shape[-1]
+    y = np.zeros((len(x), *size, n_out * groups))
+    for p, held, _ in cells(size, W.shape[1:-1], stride, padding, dilation):
+        for k, at in held:
+            for g in range(groups):
+                out, into = slice(g * n_out, (g + 1) * n_out), slice(g * n_in, (g + 1) * n_in)
+                y[(slice(None), *at, out)] += x[(slice(None), *p, into)] @ W[(into, *k)]
+    return y + b
+
+
+def pool(reduce, x, kernel, stride=None, padding="VALID"):
+    """reduce: of (numbers of a window, m, c) to (m, c)."""
+    y = None
+    for p, held, count in cells(x.shape[1:-1], kernel, kernel if stride is None else stride, padding):
+        y = np.zeros((len(x), *count, x.shape[-1])) if y is None else y
+        y[(slice(None), *p)] = reduce(np.stack([x[(slice(None), *at)] for _, at in held]))
+    return y
