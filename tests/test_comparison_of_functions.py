@@ -182,6 +182,26 @@ def stopped(x):
     return x * jax.lax.stop_gradient(jnp.sin(x))
 
 
+def overlapping_maxima(x):
+    return jnp.maximum(jnp.maximum(x[:, :-2], x[:, 1:-1]), x[:, 2:])
+
+
+def first_takes_all(factor):
+    def backward(args, dy):
+        (x,) = args
+        windows = jnp.stack([x[:, :-2], x[:, 1:-1], x[:, 2:]])
+        parts = factor * dy * (jnp.argmax(windows, 0) == jnp.arange(3)[:, None, None])
+        return (sum(jnp.pad(part, ((0, 0), (k, 2 - k))) for k, part in enumerate(parts)),)
+
+    return backward
+
+
+def test_a_number_that_stands_in_several_ties_may_be_given_any_of_their_shares():
+    report = fnbp.compare(overlapping_maxima, X, vjp=first_takes_all(1))
+    assert report.ok and "at a kink or a tie" in report.conventions[0].hint
+    assert not fnbp.compare(overlapping_maxima, X, vjp=first_takes_all(1.001)).ok
+
+
 def test_a_stop_gradient_that_the_backward_keeps_is_a_convention():
     report = fnbp.compare(stopped, X, vjp=lambda args, dy: (dy * jnp.sin(args[0]),))
     assert report.ok

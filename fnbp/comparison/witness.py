@@ -32,21 +32,19 @@ class Slope(NamedTuple):
     verdict: str
 
 
-def projected(
-    runner: Runner, probe: Probe, dtype: Any = np.float64, size: bool = False
-) -> Callable[[list[np.ndarray]], float]:
-    """phi(args) = <dy, f(args)> in dtype, as a function of the floating leaves of args; size: of absolute terms."""
+def terms_of(runner: Runner, probe: Probe, dtype: Any = np.float64) -> Callable[[list[np.ndarray]], np.ndarray]:
+    """dy f(args), one term for each number that f returns, in dtype, as a function of the floating leaves of args."""
     flat, tree = jax.tree.flatten(probe.args)
     dy = [None if is_float0(d) else np.asarray(d) for d in jax.tree.leaves(probe.of(np.float64)[2])]
 
-    def phi(leaves):
+    def terms(leaves):
         moving = iter(leaves)
         args = jax.tree.unflatten(tree, [next(moving) if is_floating(a) else a for a in flat])
         y = runner.evaluate(probe.moved_to(args), dtype).due
-        terms = [np.asarray(a, np.float64) * d for a, d in zip(y, dy, strict=True) if d is not None]
-        return float(sum(np.sum(abs(t) if size else t) for t in terms))
+        found = [np.ravel(np.asarray(a, np.float64) * d) for a, d in zip(y, dy, strict=True) if d is not None]
+        return np.concatenate(found)
 
-    return phi
+    return terms
 
 
 def floating(probe: Probe) -> list[np.ndarray]:
@@ -71,10 +69,10 @@ def taylor(
     ]
     claimed = float(sum(np.sum(automatic[name] * v) for name, v in zip(names, direction, strict=True)))
     size = float(sum(np.linalg.norm(automatic[name]) * rms(v) for name, v in zip(names, direction, strict=True)))
-    phi = projected(runner, probe)
+    terms = terms_of(runner, probe)
 
     def along(h):
-        return phi([a + h * v for a, v in zip(at, direction, strict=True)])
+        return float(np.sum(terms([a + h * v for a, v in zip(at, direction, strict=True)])))
 
     middle = along(0.0)
     up, down = (np.array([along(sign * h) for h in STEPS]) for sign in (1, -1))
@@ -114,37 +112,39 @@ def only_kinks(
     order = np.argsort([-apart[tuple(i)] for i in wrong], kind="stable")
     tried = {*order[:ELEMENTS].tolist(), *rng.permutation(len(wrong))[:ELEMENTS].tolist()}
     at, which = floating(probe), floating_names(runner.unit).index(leaf)
-    phi, h = projected(runner, probe, dtype), (rms(at[which]) or 1.0) * float(np.finfo(dtype).eps) ** 0.375
-    middle = phi(at)
-    rounding = 16 * float(np.finfo(dtype).eps) * projected(runner, probe, dtype, size=True)(at) / h
+    terms, h = terms_of(runner, probe, dtype), (rms(at[which]) or 1.0) * float(np.finfo(dtype).eps) ** 0.375
+    middle = terms(at)
+    rounding = 16 * float(np.finfo(dtype).eps) * float(np.sum(abs(middle))) / h
     for i in tried:
         index = tuple(wrong[i])
-        near, far = (slopes(phi, at, which, index, step, middle) for step in (h, 8 * h))
-        low, high = min(near), max(near)
+        (low, high), far = (slopes(terms, at, which, index, step, middle) for step in (h, 8 * h))
         gap = high - low
         if not gap > KINK * max(abs(low), abs(high)) + rounding:
             return False
-        if not np.allclose(near, far, rtol=0, atol=0.1 * gap):  # a kink looks the same from further off, noise does not
+        if not np.allclose((low, high), far, rtol=0, atol=0.1 * gap):  # a kink looks the same from further off
             return False
         if not low - 1e-3 * gap <= manual[index] <= high + 1e-3 * gap:
             return False
-    return along_together(phi, at, which, wrong, manual, h, middle, rounding)
+    return along_together(terms, at, which, wrong, manual, h, middle, rounding)
 
 
-def along_together(phi, at, which, wrong, manual, h, middle, rounding) -> bool:
+def along_together(terms, at, which, wrong, manual, h, middle, rounding) -> bool:
     """Ties moved together stay ties, and there the slope is one: False where manual has another."""
     every = np.zeros(manual.shape)
     every[tuple(wrong.T)] = 1
     for direction in (every, np.ones(manual.shape)):
-        right, left = slopes(phi, at, which, direction, h, middle)
-        room = KINK * max(abs(right), abs(left)) + rounding
-        if abs(right - left) <= room and abs(np.sum(manual * direction) - right) > 10 * room:
+        low, high = slopes(terms, at, which, direction, h, middle)
+        room = KINK * max(abs(low), abs(high)) + rounding
+        if high - low <= room and abs(np.sum(manual * direction) - high) > 10 * room:
             return False
     return True
 
 
-def slopes(phi: Callable, at: list, which: int, where: Any, h: float, middle: float) -> tuple[float, float]:
-    """The slope to the right and to the left: of one element, by its index, or along a direction of the leaf."""
+def slopes(terms: Callable, at: list, which: int, where: Any, h: float, middle: np.ndarray) -> tuple[float, float]:
+    """Between what the derivative may lie: each term's slope to the right and to the left, the lesser ones summed and
+    the greater ones. where: one element, by its index, or a direction of the leaf.
+
+    Term by term, for a number may stand in several kinks, and dy has signs of its own."""
 
     def moved(step: float) -> Any:
         leaf = at[which].copy()
@@ -154,4 +154,5 @@ def slopes(phi: Callable, at: list, which: int, where: Any, h: float, middle: fl
             leaf += step * where
         return [leaf if i == which else a for i, a in enumerate(at)]
 
-    return (phi(moved(h)) - middle) / h, (middle - phi(moved(-h))) / h
+    right, left = (terms(moved(h)) - middle) / h, (middle - terms(moved(-h))) / h
+    return float(np.sum(np.minimum(right, left))), float(np.sum(np.maximum(right, left)))

@@ -45,8 +45,8 @@ def max_pool(kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VAL
         views = over(x).views(x, fill=-math.inf)
         y, first = views[0], jnp.zeros(views[0].shape, jnp.int8 if len(views) < 128 else jnp.int32)
         for k, view in enumerate(views[1:], 1):
-            first = jnp.where(view > y, jnp.asarray(k, first.dtype), first)
-            y = jnp.maximum(y, view)
+            larger = (view > y) | jnp.isnan(view)
+            y, first = jnp.where(larger, view, y), jnp.where(larger, jnp.asarray(k, first.dtype), first)
         return y, (first, x[:0])  # x[:0] carries x's shape alone
 
     def backward(res: tuple, dy: Y) -> X:
