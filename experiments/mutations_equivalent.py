@@ -13,6 +13,8 @@ PROMOTED = "the other operand is wide already, so the result is"
 CENTRED = "the rows of this dx sum to 0: their mean is rounding"
 ALIKE = "dy has the dtype of y"
 ROUNDED = "its own rounding is no larger than that of the result, in a dtype of 8 or 11 bits"
+SHAPED = "of what is saved here, the shape behind the first axis alone is read"
+OFFSET = "it is a small whole number, which any dtype holds exactly"
 
 ELU = "layers/activation.py:elu.backward:*:"
 RELU = "layers/activation.py:relu.forward saves:*: x > 0"
@@ -41,6 +43,15 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/activation.py:*softmax.backward:*:stray term: result: a stray mean", CENTRED),
     ("layers/activation.py:softmax.backward:*:precision: wide(dy) -> dy*", PROMOTED),
     ("layers/activation.py:softmax.backward:*:name: dy_wide -> dy in *", PROMOTED),
+    ("layers/*:*.forward saves:*: x[:0] -> x in *", SHAPED),
+    ("layers/*:*.forward saves:*: 0 -> *1 in *x[:0],*)", SHAPED),
+    ("layers/pooling.py:max_pool.forward saves:*: 0 -> *1 in (first, x[:0])", SHAPED),
+    ("layers/pooling.py:max_pool.forward saves:*: first: saved in *float*", OFFSET),
+    ("layers/pooling.py:max_pool.forward saves:*: first: saved as rounded", OFFSET),
+    ("layers/pooling.py:max_pool.forward saves:*: first: saved with a stray 1e-4", OFFSET),
+    ("layers/pooling.py:avg_pool.backward:*:precision: wide(dy) -> dy in *", ROUNDED),
+    ("layers/pooling.py:avg_pool.backward:*:name: dy -> like in *.astype(dy.dtype)", "x has the dtype of dy"),
+    ("layers/pooling.py:global_avg_pool.backward:*:name: dy -> spread in *", "both have as many examples"),
     ("combinators.py:skip.backward:*:constant: 0 -> -1 in layer.backward(params[0], res[0], dy)*", ONE_ENTRY),
     ("combinators.py:skip.backward:*:factors: factors: in another order", ONE_ENTRY),
     ("factor.py:*Sum.total:*:moved: result: reshaped through its transpose", "a vector is its own transpose"),

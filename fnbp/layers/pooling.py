@@ -112,7 +112,7 @@ def global_avg_pool() -> Layer:
     def backward(res: tuple, dy: Float[Array, "m c"]) -> X:
         (like,) = res
         n = math.prod(like.shape[1:-1])
-        spread = jnp.expand_dims((wide(dy) / n).astype(dy.dtype), positions(like))
+        spread = jnp.expand_dims(dy / n, positions(like))
         return jnp.broadcast_to(spread, (dy.shape[0], *like.shape[1:]))
 
     return parameterless(forward, backward, "global_avg_pool")
