@@ -17,69 +17,13 @@ import numpy as np
 import fnbp
 from experiments.mutations import PACKAGE, Mutant, files
 from experiments.mutations_code import build
+from experiments.mutations_table import FOR, TABLE, Trial
 from experiments.report import InputError
 from fnbp.backpropagation import contracted
 
 QUICK = ("given", "another")  # the first probes of compare
 FIRM = ("nonfinite", "formula")  # faults that more probes do not take back
 NARROW = ("bfloat16", "float16")
-
-
-class Trial(NamedTuple):
-    """A call of a constructor, and what it is tried on.
-
-    x  "normal", "unit" (between 0 and 1)
-    y  of a loss: "labels", "soft" (distributions), "unit", "normal"
-    """
-
-    make: Callable[[Any], Any] = lambda constructor: constructor()
-    shape: tuple[int, ...] = (7, 11)
-    x: str = "normal"
-    y: str = ""
-
-
-TABLE: dict[str, tuple[Trial, ...]] = {
-    "leaky_relu": (Trial(lambda f: f(0.2)),),
-    "elu": (Trial(lambda f: f(1.7)),),
-    "gelu": (Trial(), Trial(lambda f: f(approximate=True))),
-    "softmax": (Trial(), Trial(shape=(5, 3, 11))),
-    "log_softmax": (Trial(), Trial(shape=(5, 3, 11))),
-    "dense": (
-        Trial(lambda f: f(5)),
-        Trial(lambda f: f(5), (5, 3, 11)),
-        Trial(lambda f: f(1)),
-        Trial(lambda f: f(5, b=None)),
-    ),
-    "conv": (
-        Trial(lambda f: f(7, 3), (3, 11, 5)),
-        Trial(lambda f: f(7, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1)), (3, 7, 5, 2)),
-        Trial(lambda f: f(10, 3, groups=5, padding="VALID"), (3, 7, 5)),
-    ),
-    "conv_transpose": (
-        Trial(lambda f: f(7, 3, stride=2, padding=1), (3, 5, 2)),
-        Trial(lambda f: f(10, (2, 3), groups=5, dilation=2), (3, 5, 7, 5)),
-    ),
-    "max_pool": (Trial(lambda f: f(2), (3, 7, 5, 2)), Trial(lambda f: f(3, stride=2, padding="SAME"), (3, 7, 5, 2))),
-    "avg_pool": (
-        Trial(lambda f: f(3, stride=2, padding="SAME"), (3, 7, 5, 2)),
-        Trial(lambda f: f(2, padding=1, count_padding=True), (3, 7, 2)),
-    ),
-    "global_avg_pool": (Trial(shape=(3, 7, 5, 2)),),
-    "reshape": (Trial(lambda f: f(-1, 5), (3, 5, 7)),),
-    "flatten": (Trial(shape=(3, 5, 7)),),
-    "serial": (Trial(lambda f: f(fnbp.dense(5), fnbp.dense(3), fnbp.tanh())),),
-    "skip": (Trial(lambda f: f(fnbp.dense(11))),),
-    "softmax_cross_entropy": (
-        Trial(y="labels"),
-        Trial(y="soft"),
-        Trial(shape=(5, 3, 11), y="labels"),
-    ),
-    "binary_cross_entropy": (Trial(x="unit", y="unit"), Trial(lambda f: f(from_logits=True), y="unit")),
-    "mean_squared_error": (Trial(y="normal"),),
-    "half_squared_error": (Trial(y="normal"),),
-}
-
-FOR = {"parameterless": ("identity", "tanh")}  # of a helper of many constructors, those that it is tried with
 
 
 @cache
@@ -138,7 +82,7 @@ def trials(owner: str) -> list[tuple[str, Trial]]:
     """Constructors and trials for a mutant of that owner. InputError where there are none."""
     found = [(name, trial) for name in users(owner) for trial in trials_of(name)]
     if not found:
-        raise InputError(f"TABLE in experiments/mutations_trials.py has no call of {owner}, or of what uses it")
+        raise InputError(f"TABLE in experiments/mutations_table.py has no call of {owner}, or of what uses it")
     return found
 
 
@@ -149,12 +93,16 @@ class Subject(NamedTuple):
     params: Any
     x: np.ndarray
     y: Any
+    state: Any = None
+    ctx: fnbp.Context = fnbp.Context()
 
 
 def draw(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Data of a kind, in float32."""
     if kind == "labels":
         return rng.integers(0, shape[-1], shape[:-1]).astype(np.int32)
+    if kind == "tokens":
+        return rng.integers(0, 13, shape).astype(np.int32)
     a = rng.random(shape) * 0.9 + 0.05 if kind in ("unit", "soft") else rng.standard_normal(shape)
     return np.asarray(a / a.sum(-1, keepdims=True) if kind == "soft" else a, np.float32)
 
@@ -162,13 +110,18 @@ def draw(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
 def subject(constructor: Any, trial: Trial, dtype: str = "float32") -> Subject:
     """What the constructor makes, and data, the same each time."""
     rng = np.random.default_rng(0)
-    x = np.asarray(draw(trial.x, rng, trial.shape), jnp.dtype(dtype))
+    x = draw(trial.x, rng, trial.shape)
+    x = x if trial.x == "tokens" else np.asarray(x, jnp.dtype(dtype))
     made = trial.make(constructor)
     if not isinstance(made, fnbp.Layer):  # a Loss, of a class of its own where its module is fresh
         return Subject(fnbp.Loss(*made), None, x, draw(trial.y, rng, trial.shape))
-    params, _ = made.init(jax.random.key(0), x)
-    moved = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape) / 2, p.dtype), params)
-    return Subject(made, moved, x, None)
+    params, state = made.init(jax.random.key(0), x)
+    wanted = jnp.dtype(dtype)
+    moved = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape) / 2, wanted), params)
+    training = fnbp.Context(jax.random.key(1), train=True)
+    if jax.tree.leaves(state) and not trial.train:
+        state = made.forward(moved, state, jnp.asarray(x), training)[1]
+    return Subject(made, moved, x, None, state, training if trial.train else fnbp.Context())
 
 
 # --- the two checkers ---
@@ -178,7 +131,7 @@ def compared(s: Subject, **options: Any) -> fnbp.Report:
     """fnbp.compare on it: a Layer at its x, a Loss on what identity returns."""
     if isinstance(s.made, fnbp.Loss):
         return fnbp.compare(fnbp.identity(), s.x, loss=s.made, y=s.y, **options)
-    return fnbp.compare(s.made, s.x, params=s.params, **options)
+    return fnbp.compare(s.made, s.x, params=s.params, state=s.state, ctx=s.ctx, **options)
 
 
 def alone(s: Subject) -> fnbp.Report:
@@ -195,13 +148,12 @@ def alone(s: Subject) -> fnbp.Report:
 
         return fnbp.compare(loss, s.x, vjp=vjp_of_loss, probes=QUICK, transforms=())
     net = fnbp.map_layers(contracted(fnbp.total), made)
-    state = made.init(jax.random.key(0), s.x)[1]
 
     def layer(params, x):
-        return made.forward(params, state, x, fnbp.Context())[0]
+        return made.forward(params, s.state, x, s.ctx)[0]
 
     def vjp_of_layer(args, dy):
-        return net.backward(args[0], net.forward(args[0], state, args[1], fnbp.Context())[2], dy)
+        return net.backward(args[0], net.forward(args[0], s.state, args[1], s.ctx)[2], dy)
 
     return fnbp.compare(layer, s.params, s.x, vjp=vjp_of_layer, probes=QUICK, transforms=())
 
@@ -241,7 +193,7 @@ def peer(s: Subject) -> str:
         if isinstance(s.made, fnbp.Loss):
             jax.test_util.check_grads(partial(of_prediction(s.made), s.y), (jnp.asarray(s.x),), order=1, modes=["rev"])
         else:
-            jax.test_util.check_grads(fnbp.to_jax(s.made), (s.params, jnp.asarray(s.x)), order=1, modes=["rev"])
+            jax.test_util.check_grads(*differentiable(s, s.params, jnp.asarray(s.x)), order=1, modes=["rev"])
     except Exception as error:
         return type(error).__name__
     return ""
@@ -310,7 +262,7 @@ def distance(constructor: Any, name: str, trial: Trial) -> float:
     with jax.enable_x64(True):
         for size in (1.0, 0.0, 1e-3, 30.0, 1e4) if trial.x == "normal" else (1.0,):
             one, other = (subject(f, trial) for f in (constructor, getattr(fnbp, name)))
-            x = np.asarray(one.x * size, np.float64)
+            x = np.asarray(one.x * size, np.float64) if trial.x == "normal" else one.x
             dy = rng.standard_normal(999)
             ours, theirs = (jax.tree.leaves(cotangents(s, x, dy)) for s in (one, other))
             for a, b in zip(ours, theirs, strict=True):
@@ -325,8 +277,17 @@ def cotangents(s: Subject, x: np.ndarray, dy: np.ndarray) -> Any:
     if isinstance(s.made, fnbp.Loss):
         return s.made.backward(s.made.forward(jnp.asarray(x), jnp.asarray(s.y))[1])
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), s.params)
-    y, pull = jax.vjp(fnbp.to_jax(s.made), params, jnp.asarray(x))
-    return pull(jnp.resize(jnp.asarray(dy), y.shape))
+    f, args = differentiable(s, params, jnp.asarray(x))
+    y, pull = jax.vjp(f, *args)
+    return pull(jnp.resize(jnp.asarray(dy, y.dtype), y.shape))
+
+
+def differentiable(s: Subject, params: Any, x: jax.Array) -> tuple[Callable, tuple]:
+    """A Layer as a function with its manual backward for VJP, and the arguments that it can be differentiated by."""
+    apply = fnbp.to_jax(s.made, state=s.state, ctx=s.ctx)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return apply, (params, x)
+    return lambda params: apply(params, x), (params,)
 
 
 # --- the library itself ---

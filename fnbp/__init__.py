@@ -3,7 +3,20 @@
 from fnbp.backpropagation import Pass, Trace, backprop, per_example_norms, trace, value_and_grad
 from fnbp.combinators import serial, skip
 from fnbp.comparison import Report, compare
-from fnbp.factor import Correlation, Factor, Lookup, Mixed, Outer, Product, Sum, keep, per_example, sq_norms, total
+from fnbp.factor import (
+    Correlation,
+    Factor,
+    Lookup,
+    Mixed,
+    Outer,
+    Product,
+    Rows,
+    Sum,
+    keep,
+    per_example,
+    sq_norms,
+    total,
+)
 from fnbp.initialisers import initialiser
 from fnbp.interop import automatic_value_and_grad, from_jax, to_jax
 from fnbp.layer import Context, Layer, leaves, map_layers, stateless
@@ -23,6 +36,9 @@ from fnbp.layers.activation import (
 )
 from fnbp.layers.convolution import bias, conv, conv_transpose
 from fnbp.layers.dense import dense
+from fnbp.layers.dropout import drop_path, dropout
+from fnbp.layers.embedding import embedding, positions, sinusoids
+from fnbp.layers.norm import batch_norm, group_norm, layer_norm, rms_norm
 from fnbp.layers.pooling import avg_pool, flatten, global_avg_pool, max_pool, reshape
 from fnbp.losses import Loss, binary_cross_entropy, half_squared_error, mean_squared_error, softmax_cross_entropy
 from fnbp.measurement import Cost, cost
@@ -33,11 +49,14 @@ __all__ = [  # in the order in which the README teaches them
     "Layer", "stateless", "Context", "dense", "activation", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "softplus",
     "silu", "gelu", "identity", "softmax", "log_softmax", "initialiser", "serial", "skip", "map_layers", "leaves",
     "conv", "conv_transpose", "bias", "max_pool", "avg_pool", "global_avg_pool", "reshape", "flatten",
+    "layer_norm", "rms_norm", "group_norm", "batch_norm", "dropout", "drop_path",
+    "embedding", "positions", "sinusoids",
     # a loss of each example
     "Loss", "softmax_cross_entropy", "binary_cross_entropy", "mean_squared_error", "half_squared_error",
     # backpropagation, and what is made of the factors
     "backprop", "Pass", "value_and_grad", "per_example_norms", "trace", "Trace",
-    "Factor", "Outer", "Sum", "Product", "Correlation", "Lookup", "Mixed", "total", "keep", "sq_norms", "per_example",
+    "Factor", "Outer", "Sum", "Product", "Rows", "Correlation", "Lookup", "Mixed",
+    "total", "keep", "sq_norms", "per_example",
     # prove, measure, train, exchange
     "compare", "Report", "cost", "Cost", "fit", "Fit", "History", "to_jax", "from_jax", "automatic_value_and_grad",
 ]  # fmt: skip

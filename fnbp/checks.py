@@ -45,6 +45,12 @@ def check_size(name: str, what: str, value: Any) -> None:
         raise ValueError(f"{name}: {what} must be at least 1, got {value}")
 
 
+def check_positive(name: str, what: str, value: Any) -> None:
+    """ValueError unless value is a number above 0."""
+    if not value > 0:
+        raise ValueError(f"{name}: {what} must be above 0, got {value}")
+
+
 def check_is(name: str, what: str, value: Any, kind: type) -> None:
     """TypeError unless value is of that kind; a constructor that was not called is told so."""
     if not isinstance(value, kind):

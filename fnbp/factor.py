@@ -126,16 +126,44 @@ class Product(Factor):
     x: jax.Array
 
     def total(self) -> jax.Array:
-        return jnp.einsum("...n,...n->n", self.d, self.x)
+        return jnp.einsum("...n,...n->n", wide(self.d), wide(self.x)).astype(self.d.dtype)
 
     def per_example(self) -> jax.Array:
-        return jnp.einsum("m...n,m...n->mn", self.d, self.x)
+        return jnp.einsum("m...n,m...n->mn", wide(self.d), wide(self.x)).astype(self.d.dtype)
 
     def sq_norms(self) -> jax.Array:
         return jnp.sum(jnp.einsum("m...n,m...n->mn", wide(self.d), wide(self.x)) ** 2, -1)
 
     def scaled(self, c: Any) -> "Product":
         return Product(along_examples(c, self.d), self.x)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows(Factor):
+    """dP[t] = sum_i d_i[t]: the gradient of a table that is added position by position, 0 beyond the last position.
+
+        total        sum of d over examples     (size, n)
+        per_example  d_i                        (m, size, n)
+        sq_norms     sum of d_i^2               (m,)
+
+    Shapes: d (m, t, n), t at most size, which is static.
+    """
+
+    d: jax.Array
+    size: int = field(metadata={"static": True})
+
+    def total(self) -> jax.Array:
+        return jnp.sum(self.per_example(), 0)
+
+    def per_example(self) -> jax.Array:
+        return jnp.pad(self.d, ((0, 0), (0, self.size - self.d.shape[1]), (0, 0)))
+
+    def sq_norms(self) -> jax.Array:
+        return jnp.sum(wide(self.d) ** 2, (1, 2))
+
+    def scaled(self, c: Any) -> "Rows":
+        return Rows(along_examples(c, self.d), self.size)
 
 
 @jax.tree_util.register_dataclass

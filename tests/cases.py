@@ -18,7 +18,8 @@ class Case(NamedTuple):
 
     id: the public name, and after a colon which of its options. shapes: of x, all distinct primes, the example first.
     oracle: (params, x) -> y by NumPy and SciPy in float64. torch: the same by PyTorch, where it is installed:
-    (torch.nn.functional, params, x) -> y.
+    (torch.nn.functional, params, x) -> y. state: what stands for the initial state. tokens: x is of integers below it.
+    mixes: an example's y depends on other examples.
     """
 
     id: str
@@ -27,6 +28,9 @@ class Case(NamedTuple):
     oracle: Callable[[Any, np.ndarray], np.ndarray]
     torch: Callable | None = None
     context: fnbp.Context = fnbp.Context()
+    state: Callable[[Any], Any] = lambda state: state
+    tokens: int = 0
+    mixes: bool = False
 
 
 ELEMENTWISE = ((7, 11), (5, 3, 13), (1, 2))
@@ -39,6 +43,33 @@ def affine(p, x):
 
 def two_dense(p, x):
     return special.expit(affine(p[2], np.tanh(affine(p[0], x))))
+
+
+def standard(x, axes):
+    return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+
+
+def torch_ones(x):
+    return x.new_ones(x.shape[1])
+
+
+def kept(rate, shape):
+    return np.asarray(jax.random.bernoulli(jax.random.key(3), np.float32(1 - rate), shape))
+
+
+def kept_paths(rate, x):
+    """As the second part of a serial in a skip draws."""
+    key = jax.random.fold_in(jax.random.key(3), 1)
+    return np.asarray(jax.random.bernoulli(key, np.float32(1 - rate), (len(x),))).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def waves(t, d):
+    table = np.zeros((t, d))
+    for pos in range(t):
+        for j in range(d):
+            angle = pos / 10_000 ** ((j - j % 2) / d)
+            table[pos, j] = np.cos(angle) if j % 2 else np.sin(angle)
+    return table
 
 
 CONV = lambda F: F.conv1d, lambda F: F.conv2d, lambda F: F.conv3d
@@ -211,6 +242,78 @@ CASES = (
     ),
     Case("reshape", fnbp.reshape(-1, 5), ((3, 5, 13, 11), (2, 5)), lambda p, x: x.reshape(len(x), -1, 5)),
     Case("flatten", fnbp.flatten(), ((3, 5, 13, 11), (2, 5)), lambda p, x: x.reshape(len(x), -1)),
+    Case(
+        "layer_norm",
+        fnbp.layer_norm(),
+        FEATURES,
+        lambda p, x: standard(x, -1) * p["gamma"] + p["beta"],
+        lambda F, p, x: F.layer_norm(x, x.shape[-1:], p["gamma"], p["beta"]),
+    ),
+    Case(
+        "rms_norm",
+        fnbp.rms_norm(),
+        FEATURES,
+        lambda p, x: x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["gamma"],
+        lambda F, p, x: F.rms_norm(x, x.shape[-1:], p["gamma"], 1e-6),
+    ),
+    Case(
+        "group_norm",
+        fnbp.group_norm(3),
+        ((2, 5, 7, 3), (2, 5, 3)),
+        lambda p, x: standard(x, tuple(range(1, x.ndim - 1))) * p["gamma"] + p["beta"],
+        lambda F, p, x: channels_last(lambda x: F.group_norm(x, 3, p["gamma"], p["beta"]), x),
+    ),
+    Case(
+        "group_norm:one",
+        fnbp.group_norm(1),
+        ((2, 5, 7, 3), (5, 11)),
+        lambda p, x: standard(x, tuple(range(1, x.ndim))) * p["gamma"] + p["beta"],
+        lambda F, p, x: channels_last(lambda x: F.group_norm(x, 1, p["gamma"], p["beta"]), x),
+    ),
+    Case(
+        "batch_norm",
+        fnbp.batch_norm(),
+        ((7, 11), (5, 3, 11), (2, 5, 7, 3)),
+        lambda p, x: standard(x, tuple(range(x.ndim - 1))) * p["gamma"] + p["beta"],
+        lambda F, p, x: channels_last(lambda x: F.batch_norm(x, None, None, p["gamma"], p["beta"], True), x),
+        context=fnbp.Context(train=True),
+        mixes=True,
+    ),
+    Case(
+        "batch_norm:in_use",
+        fnbp.batch_norm(),
+        ((7, 11), (2, 5, 7, 3)),
+        lambda p, x: (x - 0.3) / np.sqrt(1.7 + 1e-5) * p["gamma"] + p["beta"],
+        lambda F, p, x: channels_last(
+            lambda x: F.batch_norm(x, 0.3 * torch_ones(x), 1.7 * torch_ones(x), p["gamma"], p["beta"]), x
+        ),
+        state=lambda s: {"mean": s["mean"] + 0.3, "var": s["var"] + 0.7, "count": s["count"] + 1},
+    ),
+    Case(
+        "dropout",
+        fnbp.dropout(0.3),
+        ELEMENTWISE,
+        lambda p, x: x * kept(0.3, x.shape) / 0.7,
+        context=fnbp.Context(jax.random.key(3), train=True),
+    ),
+    Case("dropout:in_use", fnbp.dropout(0.3), ELEMENTWISE, lambda p, x: x),
+    Case(
+        "drop_path",
+        fnbp.skip(fnbp.serial(fnbp.dense(11), fnbp.drop_path(0.3))),
+        FEATURES,
+        lambda p, x: x + affine(p[0][0], x) * kept_paths(0.3, x) / 0.7,
+        context=fnbp.Context(jax.random.key(3), train=True),
+    ),
+    Case(
+        "embedding",
+        fnbp.embedding(13, 3),
+        ((5, 11), (7,), (1, 2, 17)),
+        lambda p, x: p["E"][x],
+        lambda F, p, x: F.embedding(x, p["E"]),
+        tokens=13,
+    ),
+    Case("positions", fnbp.positions(17), ((7, 5, 3), (2, 17, 3)), lambda p, x: x + p["P"][: x.shape[1]]),
+    Case("sinusoids", fnbp.sinusoids(), ((7, 5, 3), (2, 17, 11)), lambda p, x: x + waves(*x.shape[1:])),
     Case("from_jax", fnbp.from_jax(fnbp.dense(13)), FEATURES, affine),
 )
 
@@ -219,11 +322,12 @@ def draw(case: Case, shape: tuple[int, ...], dtype: Any = float, seed: int = 0):
     """params away from their initial zeros, state, x, and a random cotangent of y. NumPy draws: nothing compiles."""
     rng = np.random.default_rng([seed, *shape])
     dtype = jnp.zeros((), dtype).dtype
-    like = jax.ShapeDtypeStruct(shape, dtype)
-    shapes, state = jax.eval_shape(case.layer.init, jax.random.key(0), like)
+    x = jnp.asarray(rng.integers(0, case.tokens, shape), jnp.int32) if case.tokens else normal(rng, shape, dtype)
+    shapes, state = jax.eval_shape(case.layer.init, jax.random.key(0), x)
     if jax.tree.leaves(state):
-        state = case.layer.init(jax.random.key(0), like)[1]
-    x = normal(rng, shape, dtype)
+        state = case.state(case.layer.init(jax.random.key(0), x)[1])
+    if case.tokens:
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), shapes)
     params = jax.tree.map(lambda leaf: normal(rng, leaf.shape, leaf.dtype) / 2, shapes)
     y = jax.eval_shape(case.layer.forward, params, state, x, case.context)[0]
     return params, state, x, normal(rng, y.shape, y.dtype)

@@ -1,0 +1,74 @@
+"""The calls of constructors that mutants are tried on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import fnbp
+
+
+class Trial(NamedTuple):
+    """A call of a constructor, and what it is tried on.
+
+    x      "normal", "unit" (between 0 and 1), "tokens" (integers below 13)
+    y      of a loss: "labels", "soft" (distributions), "unit", "normal"
+    train  with Context(key, train=True); otherwise a layer with state has had one training step before
+    """
+
+    make: Callable[[Any], Any] = lambda constructor: constructor()
+    shape: tuple[int, ...] = (7, 11)
+    x: str = "normal"
+    y: str = ""
+    train: bool = False
+
+
+TABLE: dict[str, tuple[Trial, ...]] = {
+    "leaky_relu": (Trial(lambda f: f(0.2)),),
+    "elu": (Trial(lambda f: f(1.7)),),
+    "gelu": (Trial(), Trial(lambda f: f(approximate=True))),
+    "softmax": (Trial(), Trial(shape=(5, 3, 11))),
+    "log_softmax": (Trial(), Trial(shape=(5, 3, 11))),
+    "dense": (
+        Trial(lambda f: f(5)),
+        Trial(lambda f: f(5), (5, 3, 11)),
+        Trial(lambda f: f(1)),
+        Trial(lambda f: f(5, b=None)),
+    ),
+    "conv": (
+        Trial(lambda f: f(7, 3), (3, 11, 5)),
+        Trial(lambda f: f(7, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1)), (3, 7, 5, 2)),
+        Trial(lambda f: f(10, 3, groups=5, padding="VALID"), (3, 7, 5)),
+    ),
+    "conv_transpose": (
+        Trial(lambda f: f(7, 3, stride=2, padding=1), (3, 5, 2)),
+        Trial(lambda f: f(10, (2, 3), groups=5, dilation=2), (3, 5, 7, 5)),
+    ),
+    "max_pool": (Trial(lambda f: f(2), (3, 7, 5, 2)), Trial(lambda f: f(3, stride=2, padding="SAME"), (3, 7, 5, 2))),
+    "avg_pool": (
+        Trial(lambda f: f(3, stride=2, padding="SAME"), (3, 7, 5, 2)),
+        Trial(lambda f: f(2, padding=1, count_padding=True), (3, 7, 2)),
+    ),
+    "global_avg_pool": (Trial(shape=(3, 7, 5, 2)),),
+    "reshape": (Trial(lambda f: f(-1, 5), (3, 5, 7)),),
+    "flatten": (Trial(shape=(3, 5, 7)),),
+    "serial": (Trial(lambda f: f(fnbp.dense(5), fnbp.dense(3), fnbp.tanh())),),
+    "skip": (Trial(lambda f: f(fnbp.dense(11))),),
+    "layer_norm": (Trial(), Trial(shape=(5, 3, 11))),
+    "rms_norm": (Trial(), Trial(shape=(5, 3, 11))),
+    "group_norm": (Trial(lambda f: f(3), (2, 5, 6)), Trial(lambda f: f(1), (5, 11))),
+    "batch_norm": (Trial(train=True), Trial(shape=(2, 5, 7), train=True), Trial()),
+    "dropout": (Trial(lambda f: f(0.3), train=True), Trial(lambda f: f(0.3))),
+    "drop_path": (Trial(lambda f: f(0.3), (7, 5, 3), train=True),),
+    "embedding": (Trial(lambda f: f(13, 3), (5, 11), "tokens"), Trial(lambda f: f(13, 3), (7,), "tokens")),
+    "positions": (Trial(lambda f: f(17), (7, 5, 3)), Trial(lambda f: f(5), (7, 5, 3))),
+    "sinusoids": (Trial(shape=(7, 5, 3)),),
+    "softmax_cross_entropy": (
+        Trial(y="labels"),
+        Trial(y="soft"),
+        Trial(shape=(5, 3, 11), y="labels"),
+    ),
+    "binary_cross_entropy": (Trial(x="unit", y="unit"), Trial(lambda f: f(from_logits=True), y="unit")),
+    "mean_squared_error": (Trial(y="normal"),),
+    "half_squared_error": (Trial(y="normal"),),
+}
+
+FOR = {"parameterless": ("identity", "tanh")}  # of a helper of many constructors, those that it is tried with

@@ -1,0 +1,66 @@
+"""Dropout: of single numbers, and of whole branches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fnbp.checks import check_key, check_params
+from fnbp.layer import Layer
+
+X = Float[Array, "*s"]
+
+
+def dropout(rate: float) -> Layer:
+    """In training, each number set to 0 with probability rate, the others scaled up; in use, nothing.
+
+        y = x keep / (1 - rate)      keep ~ Bernoulli(1 - rate)      dx = dy keep / (1 - rate)
+
+    Shapes: x, y (...); saved keep, one truth value for each x, in training alone.
+    Source: Srivastava et al. 2014, JMLR 15, section 4, scaled in training as in section 10 of the same.
+    Raises: ValueError for a rate outside [0, 1), and in training without Context.key; TypeError for a key that is none.
+    """
+    return dropping(f"dropout({rate})", rate, lambda shape: shape)
+
+
+def drop_path(rate: float) -> Layer:
+    """In training, each example's numbers all set to 0 with probability rate, the others scaled up; in use, nothing.
+
+        y = x keep / (1 - rate)      keep ~ Bernoulli(1 - rate), one an example      dx = dy keep / (1 - rate)
+
+    At the end of a branch, skip(serial(layer, drop_path(rate))), it is stochastic depth: the example goes around.
+
+    Shapes: x, y (m, ...); saved keep (m, 1, ...), in training alone.
+    Source: Huang et al. 2016, arXiv:1603.09382, section 3, scaled in training.
+    Raises: ValueError for a rate outside [0, 1), and in training without Context.key; TypeError for a key that is none.
+    """
+    return dropping(f"drop_path({rate})", rate, lambda shape: shape[:1] + (1,) * len(shape[1:]))
+
+
+def dropping(name: str, rate: float, drawn: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Layer:
+    """A Layer that keeps some numbers. drawn: the shape of x -> the shape of keep."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name}: rate must be in [0, 1), got {rate}")
+
+    def init(key, x):
+        check_key(name, key)
+        return {}, {}
+
+    def forward(params: dict, state: dict, x: X, ctx: Any) -> tuple[X, dict, tuple]:
+        check_params(name, params, x, {})
+        if not ctx.train:
+            return x, state, (None,)
+        if ctx.key is None:
+            raise ValueError(f"{name}: training needs a key, Context(key=jax.random.key(0), train=True)")
+        check_key(name, ctx.key)
+        chance = jnp.asarray(1 - rate, jnp.float32)  # so that a key draws the same with jax_enable_x64
+        keep = jax.random.bernoulli(ctx.key, chance, drawn(x.shape))
+        return jnp.where(keep, x / (1 - rate), 0), state, (keep,)
+
+    def backward(params: dict, res: tuple, dy: X) -> tuple[dict, X]:
+        (keep,) = res
+        return {}, dy if keep is None else jnp.where(keep, dy / (1 - rate), 0)
+
+    return Layer(init, forward, backward, name)

@@ -1,0 +1,119 @@
+"""Embedding: a row of a table for every token, and what tells a position from the next."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fnbp.checks import check_floating, check_key, check_params, check_positive, check_size, concrete, describe
+from fnbp.factor import Lookup, Rows
+from fnbp.initialisers import initialiser, weights
+from fnbp.layer import Layer, stateless
+from fnbp.layers.activation import parameterless
+
+Tokens = Float[Array, "m t d"]
+
+
+def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = None) -> Layer:
+    """A row of E for every token.
+
+        y = E[x]      dE[i] = sum of dy over all places where x = i
+
+    Repeated tokens add up. Tokens are whole numbers and have no cotangent: dx = None.
+
+    Shapes:  x (m, ...) of integers; y (m, ..., width); E (size, width); saved x.
+    Forward: Bengio et al. 2003, JMLR 3, section 2.
+    Options: E: an initialiser by name (see fnbp.initialiser) or a function. dtype: of E, float32 where none is given.
+    Raises:  ValueError for sizes below 1, and, outside jit, for a token outside 0..size-1 (under jit its row is NaN);
+             TypeError for x that is not of integers.
+    """
+    name = f"embedding({size}, {width})"
+    check_size(name, "size", size)
+    check_size(name, "width", width)
+    make = initialiser(E)
+
+    def init(key, x):
+        check_key(name, key)
+        check_tokens(name, x, size)
+        return {"E": make(key, (size, width), jnp.result_type(float) if dtype is None else dtype)}
+
+    def forward(params: dict, x: Int[Array, "m *s"]) -> tuple[Float[Array, "m *s d"], tuple]:
+        check_params(name, params, x, {"E": (size, width)})
+        check_tokens(name, x, size)
+        return params["E"].at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False), (x,)
+
+    def backward(params: dict, res: tuple, dy: Float[Array, "m *s d"]) -> tuple[dict, None]:
+        (x,) = res
+        return {"E": Lookup(dy, x, size)}, None
+
+    return stateless(init, forward, backward, name)
+
+
+def check_tokens(name: str, x: Any, size: int) -> None:
+    """TypeError unless x is of integers; ValueError, outside jit, for one outside 0..size-1."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{name}: x must be an array of integers, got {describe(x)}")
+    if concrete(x):
+        x = np.asarray(x)
+        for first in np.argwhere((x < 0) | (x >= size))[:1].tolist():
+            raise ValueError(f"{name}: token {x[tuple(first)]} at index {first} is outside 0..{size - 1}")
+
+
+def positions(length: int, P: str | Callable = "normal") -> Layer:
+    """A learned row for every position, added to what stands there.
+
+        y[t] = x[t] + P[t]      dP[t] = sum dy[t] over examples, 0 beyond the last      dx = dy
+
+    Shapes:  x, y (m, t, d), t at most length; P (length, d); nothing saved.
+    Forward: Gehring et al. 2017, arXiv:1705.03122, section 3.1.
+    Options: P: an initialiser by name (see fnbp.initialiser) or a function.
+    Raises:  ValueError for a length below 1, a sequence of 0 or of more than length; TypeError for x that is not
+             floating point.
+    """
+    name = f"positions({length})"
+    check_size(name, "length", length)
+
+    def shapes(x):
+        if len(x.shape) != 3 or not 1 <= x.shape[1] <= length:
+            raise ValueError(f"{name}: x must be (m, t, d) with t from 1 to {length}, got shape {x.shape}")
+        return {"P": (length, x.shape[-1])}
+
+    def forward(params: dict, x: Tokens) -> tuple[Tokens, tuple]:
+        check_params(name, params, x, shapes(x))
+        return x + params["P"][: x.shape[1]], ()
+
+    def backward(params: dict, res: tuple, dy: Tokens) -> tuple[dict, Tokens]:
+        return {"P": Rows(dy, length)}, dy
+
+    return stateless(weights(name, shapes, {"P": initialiser(P)}), forward, backward, name)
+
+
+def sinusoids(base: float = 10_000.0) -> Layer:
+    """Waves of many lengths added to what stands at each position.
+
+        y[t, 2i] = x[t, 2i] + sin(t base^(-2i / d))    y[t, 2i + 1] = x[t, 2i + 1] + cos(t base^(-2i / d))
+        dx = dy
+
+    Shapes:  x, y (m, t, d); nothing saved.
+    Forward: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
+    Raises:  ValueError for a sequence of 0, x that is not (m, t, d); TypeError for x that is not floating point.
+    """
+    check_positive("sinusoids", "base", base)
+
+    def waves(t: int, d: int) -> np.ndarray:
+        angle = np.arange(t)[:, None] * base ** -(np.arange(0, d, 2) / d)
+        return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(t, -1)[:, :d]
+
+    def forward(x: Tokens) -> tuple[Tokens, tuple]:
+        check_floating("sinusoids", "x", x)
+        if x.ndim != 3 or not x.shape[1]:
+            raise ValueError(f"sinusoids: x must be (m, t, d) with t at least 1, got shape {x.shape}")
+        return x + jnp.asarray(waves(*x.shape[1:]), x.dtype), ()
+
+    def backward(res: tuple, dy: Tokens) -> Tokens:
+        return dy
+
+    return parameterless(forward, backward, "sinusoids")

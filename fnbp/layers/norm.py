@@ -1,0 +1,216 @@
+"""Normalisation: over the features of a position, over groups of channels, over the batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fnbp.checks import check_floating, check_key, check_params, check_positive, check_size, concrete
+from fnbp.factor import Mixed, Product, Sum, wide
+from fnbp.initialisers import initialiser, weights
+from fnbp.layer import Layer, stateless
+
+Features = Float[Array, "*m d"]
+Channels = Float[Array, "m *s c"]
+GAIN_AND_SHIFT = {"gamma": initialiser("ones"), "beta": initialiser("zeros")}
+
+
+def gain_and_shift(x) -> dict[str, tuple[int, ...]]:
+    """The shapes of gamma and beta: one of each for every channel."""
+    return {"gamma": x.shape[-1:], "beta": x.shape[-1:]}
+
+
+def averaging(axes: int | tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+    """The mean over axes, which stay as axes of 1."""
+    return lambda a: jnp.mean(a, axes, keepdims=True)
+
+
+def layer_norm(eps: float = 1e-5) -> Layer:
+    """Each position's features with mean 0 and variance 1, then scaled and shifted.
+
+        x^ = (x - mean x) rstd    rstd = (var x + eps)^-1/2    y = gamma x^ + beta
+        dgamma = sum dy x^        dbeta = sum dy               dx^ = gamma dy
+        dx = rstd (dx^ - mean dx^ - x^ mean(dx^ x^))
+
+    Shapes:   x, y (..., d); gamma, beta (d,); means over d; saved x, mean and rstd (..., 1).
+    Forward:  Ba, Kiros & Hinton 2016, arXiv:1607.06450, equation 4.
+    Backward: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, means over features.
+    Raises:   ValueError for eps that is not positive, params that do not fit x; TypeError for x that is not floating
+              point.
+    """
+    check_positive("layer_norm", "eps", eps)
+    mean = averaging(-1)
+
+    def forward(params: dict, x: Features) -> tuple[Features, tuple]:
+        check_params("layer_norm", params, x, gain_and_shift(x))
+        mu = mean(wide(x))
+        centred = wide(x) - mu
+        rstd = jax.lax.rsqrt(mean(centred**2) + eps)
+        y = wide(params["gamma"]) * centred * rstd + wide(params["beta"])
+        return y.astype(x.dtype), (x, mu, rstd)
+
+    def backward(params: dict, res: tuple, dy: Features) -> tuple[dict, Features]:
+        x, mu, rstd = res
+        x_hat = (wide(x) - mu) * rstd
+        dx_hat = wide(params["gamma"]) * wide(dy)
+        dx = rstd * (dx_hat - mean(dx_hat) - x_hat * mean(dx_hat * x_hat))
+        return {"gamma": Product(dy, x_hat), "beta": Sum(dy)}, dx.astype(dy.dtype)
+
+    return stateless(weights("layer_norm", gain_and_shift, GAIN_AND_SHIFT), forward, backward, "layer_norm")
+
+
+def rms_norm(eps: float = 1e-6) -> Layer:
+    """Each position's features with mean square 1, then scaled.
+
+        x^ = x rstd    rstd = (mean x^2 + eps)^-1/2    y = gamma x^
+        dgamma = sum dy x^    dx^ = gamma dy    dx = rstd (dx^ - x^ mean(dx^ x^))
+
+    Shapes:   x, y (..., d); gamma (d,); means over d; saved x, rstd (..., 1).
+    Forward:  Zhang & Sennrich 2019, arXiv:1910.07467, equation 4.
+    Backward: by the chain rule, as layer_norm without the mean.
+    Raises:   ValueError for eps that is not positive, params that do not fit x; TypeError for x that is not floating
+              point.
+    """
+    check_positive("rms_norm", "eps", eps)
+    mean = averaging(-1)
+
+    def shapes(x):
+        return {"gamma": x.shape[-1:]}
+
+    def forward(params: dict, x: Features) -> tuple[Features, tuple]:
+        check_params("rms_norm", params, x, shapes(x))
+        rstd = jax.lax.rsqrt(mean(wide(x) ** 2) + eps)
+        return (wide(params["gamma"]) * wide(x) * rstd).astype(x.dtype), (x, rstd)
+
+    def backward(params: dict, res: tuple, dy: Features) -> tuple[dict, Features]:
+        x, rstd = res
+        x_hat = wide(x) * rstd
+        dx_hat = wide(params["gamma"]) * wide(dy)
+        dx = rstd * (dx_hat - x_hat * mean(dx_hat * x_hat))
+        return {"gamma": Product(dy, x_hat)}, dx.astype(dy.dtype)
+
+    return stateless(weights("rms_norm", shapes, {"gamma": initialiser("ones")}), forward, backward, "rms_norm")
+
+
+def group_norm(groups: int, eps: float = 1e-5) -> Layer:
+    """Each example's groups of channels with mean 0 and variance 1 over all positions, then scaled and shifted.
+
+        x^ = (x - mean x) rstd    rstd = (var x + eps)^-1/2    y = gamma x^ + beta
+        dgamma = sum dy x^        dbeta = sum dy               dx^ = gamma dy
+        dx = rstd (dx^ - mean dx^ - x^ mean(dx^ x^))
+
+    Shapes:   x, y (m, *s, c); gamma, beta (c,); means over the positions and the c / groups channels of a group;
+              saved x, mean and rstd (m, 1, groups, 1).
+    Forward:  Wu & He 2018, arXiv:1803.08494, section 3.1.
+    Backward: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, means over a group.
+    Raises:   ValueError for groups below 1 or that do not divide c, eps that is not positive, params that do not fit x;
+              TypeError for x that is not floating point.
+    """
+    name = f"group_norm({groups})"
+    check_size(name, "groups", groups)
+    check_positive(name, "eps", eps)
+    mean = averaging((1, 3))
+
+    def grouped(x):
+        if x.ndim < 2 or x.shape[-1] % groups:
+            raise ValueError(f"{name}: x must be (m, *s, c), c a multiple of groups, got shape {x.shape}")
+        return wide(x).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+
+    def forward(params: dict, x: Channels) -> tuple[Channels, tuple]:
+        check_params(name, params, x, gain_and_shift(x))
+        mu = mean(grouped(x))
+        centred = grouped(x) - mu
+        rstd = jax.lax.rsqrt(mean(centred**2) + eps)
+        y = wide(params["gamma"]) * (centred * rstd).reshape(x.shape) + wide(params["beta"])
+        return y.astype(x.dtype), (x, mu, rstd)
+
+    def backward(params: dict, res: tuple, dy: Channels) -> tuple[dict, Channels]:
+        x, mu, rstd = res
+        x_hat = (grouped(x) - mu) * rstd
+        dx_hat = grouped(wide(params["gamma"]) * wide(dy))
+        dx = rstd * (dx_hat - mean(dx_hat) - x_hat * mean(dx_hat * x_hat))
+        factors = {"gamma": Product(dy, x_hat.reshape(x.shape)), "beta": Sum(dy)}
+        return factors, dx.reshape(x.shape).astype(dy.dtype)
+
+    return stateless(weights(name, gain_and_shift, GAIN_AND_SHIFT), forward, backward, name)
+
+
+def over_batch(a: jax.Array) -> jax.Array:
+    """The mean of each channel over examples and positions."""
+    return jnp.mean(a, range(a.ndim - 1))
+
+
+def of_batch(x: jax.Array, state: dict, momentum: float) -> tuple[jax.Array, jax.Array, dict]:
+    """Mean and variance of a batch, and the state that has followed them."""
+    n = x.size // x.shape[-1]
+    if n < 2:
+        raise ValueError(f"batch_norm: x of shape {x.shape} has one number a channel, which has no variance")
+    mu = over_batch(x)
+    var = over_batch((x - mu) ** 2)
+    new = {"mean": mu, "var": var * (n / (n - 1))}
+    followed = {k: ((1 - momentum) * state[k] + momentum * new[k]).astype(state[k].dtype) for k in new}
+    return mu, var, followed | {"count": state["count"] + 1}
+
+
+def of_state(state: dict) -> tuple[jax.Array, jax.Array, dict]:
+    """Mean and variance as training left them."""
+    if concrete(state["count"]) and not np.any(np.asarray(state["count"])):
+        raise ValueError(
+            "batch_norm: no training step yet, so there are no running statistics; for the batch's own: "
+            "Context(train=True)"
+        )
+    return state["mean"], jnp.where(state["count"] > 0, state["var"], jnp.nan), state
+
+
+def batch_norm(momentum: float = 0.1, eps: float = 1e-5) -> Layer:
+    """Each channel with mean 0 and variance 1 over the batch, then scaled and shifted; in use, by running statistics.
+
+        x^ = (x - mean x) rstd    rstd = (var x + eps)^-1/2    y = gamma x^ + beta
+        dgamma = sum dy x^        dbeta = sum dy               dx^ = gamma dy
+        training   dx = rstd (dx^ - mean dx^ - x^ mean(dx^ x^))       in use   dx = rstd dx^
+
+    In training (Context.train) mean and var are those of the batch, over examples and positions, and the state follows
+    them: mean := (1 - momentum) mean + momentum mean of x, and var likewise by the variance with n - 1. Otherwise they
+    are those of the state. In training the examples are mixed, so only total is to be had of the factors.
+
+    Shapes:   x, y (m, *s, c); gamma, beta (c,); state mean, var (c,) and count () of training steps; saved x, mean and
+              rstd (c,), and whether it was training.
+    Forward:  Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1 and, in use, algorithm 2.
+    Backward: the same, section 3.
+    Raises:   ValueError for options out of range, params that do not fit x, training on one number a channel, and,
+              outside jit, use before any training step (under jit y is then NaN); TypeError for x that is not floating
+              point.
+    """
+    check_positive("batch_norm", "eps", eps)
+    if not 0 < momentum <= 1:
+        raise ValueError(f"batch_norm: momentum must be in (0, 1], got {momentum}")
+    init_params = weights("batch_norm", gain_and_shift, GAIN_AND_SHIFT)
+
+    def init(key, x):
+        check_key("batch_norm", key)
+        check_floating("batch_norm", "x", x)
+        zeros = jnp.zeros(x.shape[-1:], wide(jnp.zeros((), x.dtype)).dtype)
+        return init_params(key, x), {"mean": zeros, "var": zeros + 1, "count": jnp.zeros((), jnp.int32)}
+
+    def forward(params: dict, state: dict, x: Channels, ctx) -> tuple[Channels, dict, tuple]:
+        check_params("batch_norm", params, x, gain_and_shift(x))
+        mu, var, new_state = of_batch(wide(x), state, momentum) if ctx.train else of_state(state)
+        rstd = jax.lax.rsqrt(var + eps)
+        y = wide(params["gamma"]) * (wide(x) - mu) * rstd + wide(params["beta"])
+        training = () if ctx.train else None  # told by the structure of res, which no transformation touches
+        return y.astype(x.dtype), new_state, (x, mu, rstd, training)
+
+    def backward(params: dict, res: tuple, dy: Channels) -> tuple[dict, Channels]:
+        x, mu, rstd, training = res
+        x_hat = (wide(x) - mu) * rstd
+        dx_hat = wide(params["gamma"]) * wide(dy)
+        factors = {"gamma": Product(dy, x_hat), "beta": Sum(dy)}
+        if training is None:
+            return factors, (rstd * dx_hat).astype(dy.dtype)
+        mean = over_batch
+        dx = rstd * (dx_hat - mean(dx_hat) - x_hat * mean(dx_hat * x_hat))
+        return {name: Mixed(factor.total()) for name, factor in factors.items()}, dx.astype(dy.dtype)
+
+    return Layer(init, forward, backward, "batch_norm")

@@ -1,0 +1,146 @@
+"""What no layer can be made of, or make something of: each raises before any compute, saying what came and was due."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fnbp
+
+TRAINING = fnbp.Context(jax.random.key(0), train=True)
+
+
+def forward(layer, shape, dtype=jnp.float32, ctx=fnbp.Context(), x=None):
+    """A layer on zeros of that shape, or on x."""
+    x = jnp.zeros(shape, dtype) if x is None else x
+    params, state = layer.init(jax.random.key(0), x)
+    return layer.forward(params, state, x, ctx)
+
+
+OPTIONS = [
+    (lambda: fnbp.conv(0, 3), ValueError, r"conv\(0, 3\): n_out must be at least 1, got 0"),
+    (lambda: fnbp.conv(5, 0), ValueError, r"conv\(5, 0\): kernel must be at least 1, got 0"),
+    (lambda: fnbp.conv(5, (3, 2.5)), TypeError, r"kernel must be a whole number, got 2.5"),
+    (lambda: fnbp.conv(5, 3, stride=0), ValueError, r"stride must be at least 1, got 0"),
+    (lambda: fnbp.conv(5, 3, padding="same"), ValueError, r"padding must be 'SAME', 'VALID', or numbers .* got 'same'"),
+    (lambda: fnbp.conv(5, 3, padding=-1), ValueError, r"padding must be .* got -1"),
+    (
+        lambda: fnbp.conv(5, 3, padding=((1, 2), (0, 1.5))),
+        ValueError,
+        r"padding must be .* got \(\(1, 2\), \(0, 1.5\)\)",
+    ),
+    (lambda: fnbp.conv(7, 3, groups=2), ValueError, r"n_out must be a multiple of groups, got 7 for 2 groups"),
+    (lambda: fnbp.conv(7, 3, groups=0), ValueError, r"groups must be at least 1, got 0"),
+    (lambda: fnbp.max_pool(0), ValueError, r"max_pool\(0\): kernel must be at least 1, got 0"),
+    (lambda: fnbp.avg_pool(2, count_padding=1), TypeError, r"count_padding must be a bool, got int 1"),
+    (lambda: fnbp.reshape(-1, -1), ValueError, r"reshape\(-1, -1\): sizes must be at least 1, or -1 once"),
+    (lambda: fnbp.reshape(2.0), TypeError, r"reshape\(2.0\): sizes must be whole numbers, got 2.0"),
+    (lambda: fnbp.layer_norm(0), ValueError, r"layer_norm: eps must be above 0, got 0"),
+    (lambda: fnbp.group_norm(0), ValueError, r"group_norm\(0\): groups must be at least 1, got 0"),
+    (lambda: fnbp.batch_norm(momentum=0), ValueError, r"batch_norm: momentum must be in \(0, 1\], got 0"),
+    (lambda: fnbp.dropout(1), ValueError, r"dropout\(1\): rate must be in \[0, 1\), got 1"),
+    (lambda: fnbp.drop_path(-0.1), ValueError, r"drop_path\(-0.1\): rate must be in \[0, 1\), got -0.1"),
+    (lambda: fnbp.embedding(0, 3), ValueError, r"embedding\(0, 3\): size must be at least 1, got 0"),
+    (lambda: fnbp.embedding(3, 1.5), TypeError, r"width must be a whole number, got 1.5"),
+    (lambda: fnbp.positions(0), ValueError, r"positions\(0\): length must be at least 1, got 0"),
+    (lambda: fnbp.sinusoids(0), ValueError, r"sinusoids: base must be above 0, got 0"),
+]
+
+INPUTS = [
+    (
+        lambda: forward(fnbp.conv(5, 5, padding="VALID"), (2, 3, 11, 7)),
+        ValueError,
+        r"conv\(5, 5\): the kernel spans \(5, 5\) positions, x of shape \(2, 3, 11, 7\) has \(3, 11\), padded by",
+    ),
+    (
+        lambda: forward(fnbp.conv(6, 3, groups=3), (2, 11, 7)),
+        ValueError,
+        r"channels of x must be a multiple .* got 7 for 3",
+    ),
+    (
+        lambda: forward(fnbp.conv(6, (3, 3)), (2, 11, 7)),
+        ValueError,
+        r"kernel \(3, 3\) is for 2 spatial axes, x .* has 1",
+    ),
+    (lambda: forward(fnbp.conv(6, 3), (2, 7)), ValueError, r"x must be \(m, \*spatial, channels\), got shape \(2, 7\)"),
+    (lambda: forward(fnbp.conv(6, 3), (2, 5, 7), jnp.uint8), TypeError, r"x must be a floating point array, got uint8"),
+    (
+        lambda: fnbp.conv(6, 3).forward(
+            {"W": jnp.zeros((6, 3, 5)), "b": jnp.zeros(6)}, {}, jnp.zeros((2, 11, 7)), TRAINING
+        ),
+        ValueError,
+        r"conv\(6, 3\): params\['W'\] has shape \(6, 3, 5\), x of shape \(2, 11, 7\) needs \(6, 3, 7\)",
+    ),
+    (
+        lambda: forward(fnbp.conv_transpose(6, 2, padding=3), (2, 4, 7)),
+        ValueError,
+        r"leaves nothing of x of shape \(2, 4, 7\)",
+    ),
+    (lambda: forward(fnbp.max_pool(3), (2, 2, 7)), ValueError, r"max_pool\(3\): the kernel spans \(3,\) positions"),
+    (lambda: forward(fnbp.max_pool(2, padding=2), (2, 5, 7)), ValueError, r"leaves windows without a number of x"),
+    (
+        lambda: forward(fnbp.global_avg_pool(), (2, 7)),
+        ValueError,
+        r"x must be \(m, \*positions, channels\), got shape \(2, 7\)",
+    ),
+    (
+        lambda: forward(fnbp.reshape(3, 5), (2, 7)),
+        ValueError,
+        r"reshape\(3, 5\): an example of x, of shape \(7,\), has 7",
+    ),
+    (
+        lambda: forward(fnbp.group_norm(3), (2, 5, 7)),
+        ValueError,
+        r"group_norm\(3\): .* multiple of groups, got shape \(2, 5, 7\)",
+    ),
+    (
+        lambda: forward(fnbp.batch_norm(), (1, 7), ctx=TRAINING),
+        ValueError,
+        r"one number a channel, which has no variance",
+    ),
+    (lambda: forward(fnbp.batch_norm(), (5, 7)), ValueError, r"no training step yet.* Context\(train=True\)"),
+    (lambda: forward(fnbp.dropout(0.5), (5, 7), ctx=fnbp.Context(train=True)), ValueError, r"training needs a key"),
+    (lambda: forward(fnbp.dropout(0.5), (5, 7), ctx=fnbp.Context(7, train=True)), TypeError, r"a random key is due"),
+    (lambda: forward(fnbp.embedding(13, 3), (2, 5)), TypeError, r"x must be an array of integers, got float32"),
+    (
+        lambda: forward(fnbp.embedding(13, 3), None, x=jnp.array([[0, 13]])),
+        ValueError,
+        r"embedding\(13, 3\): token 13 at index \[0, 1\] is outside 0..12",
+    ),
+    (
+        lambda: forward(fnbp.embedding(13, 3), None, x=jnp.array([-1])),
+        ValueError,
+        r"token -1 at index \[0\] is outside",
+    ),
+    (
+        lambda: forward(fnbp.positions(5), (2, 7, 3)),
+        ValueError,
+        r"\(m, t, d\) with t from 1 to 5, got shape \(2, 7, 3\)",
+    ),
+    (lambda: forward(fnbp.positions(5), (2, 0, 3)), ValueError, r"t from 1 to 5, got shape \(2, 0, 3\)"),
+    (lambda: forward(fnbp.sinusoids(), (2, 0, 3)), ValueError, r"t at least 1, got shape \(2, 0, 3\)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"), OPTIONS + INPUTS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_it_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_under_jit_a_token_outside_is_nan():
+    layer = fnbp.embedding(13, 3)
+    params, state = layer.init(jax.random.key(0), jnp.zeros((1,), int))
+    y = jax.jit(lambda x: layer.forward(params, state, x, fnbp.Context())[0])(jnp.array([-1, 0, 12, 13]))
+    assert jnp.isnan(y).all(1).tolist() == [True, False, False, True]
+
+
+def test_under_jit_batch_norm_before_training_is_nan():
+    layer = fnbp.batch_norm()
+    x = jnp.ones((5, 7))
+    params, state = layer.init(jax.random.key(0), x)
+    run = jax.jit(layer.forward)
+    assert jnp.isnan(run(params, state, x, fnbp.Context())[0]).all()
+    state = run(params, state, x, TRAINING)[1]
+    assert jnp.isfinite(run(params, state, x, fnbp.Context())[0]).all()
