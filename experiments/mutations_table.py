@@ -61,6 +61,26 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "embedding": (Trial(lambda f: f(13, 3), (5, 11), "tokens"), Trial(lambda f: f(13, 3), (7,), "tokens")),
     "positions": (Trial(lambda f: f(17), (7, 5, 3)), Trial(lambda f: f(5), (7, 5, 3))),
     "sinusoids": (Trial(shape=(7, 5, 3)),),
+    "rnn_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
+    "lstm_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
+    "gru_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
+    "scan": (Trial(lambda f: f(fnbp.lstm_cell(3)), (5, 3, 2)), Trial(lambda f: f(fnbp.gru_cell(3), True), (5, 3, 2))),
+    "parallel": (
+        Trial(lambda f: f(fnbp.dense(5), fnbp.dense(5)), (7, 3)),
+        Trial(lambda f: f(fnbp.dense(5), fnbp.tanh(), join="concat"), (7, 3)),
+        Trial(lambda f: f(fnbp.dense(5), fnbp.dense(5), fnbp.dense(5), join="product"), (7, 3)),
+    ),
+    "repeat": (Trial(lambda f: f(fnbp.dense(3), 2), (7, 3)),),
+    "remat": (Trial(lambda f: f(fnbp.dense(5)), (7, 3)),),
+    "cast": (Trial(lambda f: f(fnbp.dense(5), "float32"), (7, 3)),),
+    "freeze": (Trial(lambda f: fnbp.serial(fnbp.dense(5), f(fnbp.dense(3))), (7, 3)),),
+    "tie": (
+        Trial(
+            lambda f: f(fnbp.serial(fnbp.embedding(13, 3), fnbp.dense(13, b=None)), (0, "E"), (1, "W")),
+            (5, 7),
+            "tokens",
+        ),
+    ),
     "softmax_cross_entropy": (
         Trial(y="labels"),
         Trial(y="soft"),

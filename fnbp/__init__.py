@@ -1,8 +1,9 @@
 """fnbp: backpropagation as a value. Every layer is (init, forward, backward); the backward is the published formula."""
 
 from fnbp.backpropagation import Pass, Trace, backprop, per_example_norms, trace, value_and_grad
-from fnbp.combinators import serial, skip
+from fnbp.combinators import parallel, serial, skip, tie
 from fnbp.comparison import Report, compare
+from fnbp.compound import Added, Cast, Shared, Stacked
 from fnbp.factor import (
     Correlation,
     Factor,
@@ -40,9 +41,12 @@ from fnbp.layers.dropout import drop_path, dropout
 from fnbp.layers.embedding import embedding, positions, sinusoids
 from fnbp.layers.norm import batch_norm, group_norm, layer_norm, rms_norm
 from fnbp.layers.pooling import avg_pool, flatten, global_avg_pool, max_pool, reshape
+from fnbp.layers.recurrent import gru_cell, lstm_cell, rnn_cell
 from fnbp.losses import Loss, binary_cross_entropy, half_squared_error, mean_squared_error, softmax_cross_entropy
 from fnbp.measurement import Cost, cost
+from fnbp.scanning import repeat, scan
 from fnbp.training import Fit, History, fit
+from fnbp.wrappers import cast, freeze, remat
 
 __all__ = [  # in the order in which the README teaches them
     # a layer is a value
@@ -50,12 +54,14 @@ __all__ = [  # in the order in which the README teaches them
     "silu", "gelu", "identity", "softmax", "log_softmax", "initialiser", "serial", "skip", "map_layers", "leaves",
     "conv", "conv_transpose", "bias", "max_pool", "avg_pool", "global_avg_pool", "reshape", "flatten",
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "dropout", "drop_path",
-    "embedding", "positions", "sinusoids",
+    "embedding", "positions", "sinusoids", "rnn_cell", "lstm_cell", "gru_cell", "scan",
+    "parallel", "repeat", "remat", "cast", "tie", "freeze",
     # a loss of each example
     "Loss", "softmax_cross_entropy", "binary_cross_entropy", "mean_squared_error", "half_squared_error",
     # backpropagation, and what is made of the factors
     "backprop", "Pass", "value_and_grad", "per_example_norms", "trace", "Trace",
     "Factor", "Outer", "Sum", "Product", "Rows", "Correlation", "Lookup", "Mixed",
+    "Stacked", "Shared", "Added", "Cast",
     "total", "keep", "sq_norms", "per_example",
     # prove, measure, train, exchange
     "compare", "Report", "cost", "Cost", "fit", "Fit", "History", "to_jax", "from_jax", "automatic_value_and_grad",

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.checks import check_finite, check_is, describe
+from fnbp.combinators import tied_leaves
+from fnbp.compound import Contracted, is_contracted, is_open, out_of_depth
 from fnbp.factor import MIXED, Factor, Mixed, sq_norms, total, wide
 from fnbp.layer import Context, Layer, leaves, map_layers
 from fnbp.losses import Loss, check_losses
@@ -52,7 +54,8 @@ def contract_leaf(contract: Contraction, leaf: Any, path: str) -> Any:
     """What contract makes of one factor. The error runs down the net as dJ/dy, so the factors hold the 1/m of J;
     every contraction but total sees each example's own, which is m times that."""
     if isinstance(contract, tuple):
-        return tuple(contract_leaf(c, leaf, path) for c in contract)
+        made = (contract_leaf(c, leaf, path) for c in contract)
+        return tuple(Contracted(one, c) if c is total else one for one, c in zip(made, contract, strict=True))
     if not isinstance(leaf, Factor):
         if contract is total:
             return leaf
@@ -62,16 +65,20 @@ def contract_leaf(contract: Contraction, leaf: Any, path: str) -> Any:
         return total(leaf)
     if isinstance(leaf, Mixed):
         raise TypeError(f"{path}: {MIXED}")
-    return contract(leaf.scaled(leaf.d.shape[0]))
+    return Contracted(contract(leaf.scaled(leaf.d.shape[0])), contract)
 
 
-def contracted(contract: Contraction) -> Callable[[str, Layer], Layer]:
-    """For map_layers: a layer whose backward contracts its factors as soon as they exist."""
+def contracted(contract: Contraction, later: frozenset[str] = frozenset()) -> Callable[[str, Layer], Layer]:
+    """For map_layers: a layer whose backward contracts its factors as soon as they exist; but for those at later, the
+    paths of layers whose factors are still to be added to others. Only total can be added when it is done."""
     for c in contract if isinstance(contract, tuple) else (contract,):
         if not callable(c) and not isinstance(c, tuple):
             raise TypeError(f"contract must be a function of a factor, or a tuple of such, got {c!r}")
 
     def at(path, layer):
+        if path in later and contract is not total:
+            return layer
+
         def backward(params, res, dy):
             factors, dx = layer.backward(params, res, dy)
             return jax.tree.map(finish, factors, is_leaf=lambda leaf: isinstance(leaf, Factor)), dx
@@ -115,11 +122,17 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
             where a layer's backward has no factor for that contraction.
     """
     check_is("backprop", "net", net, Layer)
-    run = one_pass(map_layers(contracted(contract), net), loss)
+    run = one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss)
+
+    def finish(node):
+        done = node if is_contracted(node) else contract_leaf(contract, node, net.name)
+        return jax.tree.map(out_of_depth, done, is_leaf=is_open)
 
     def backprop_of(params, state, x, y, ctx=Context()):
         done = run(params, state, x, y, ctx)
-        return done._replace(grads=conform(done.grads, params)) if contract is total else done
+        if contract is total:
+            return done._replace(grads=conform(done.grads, params))
+        return done._replace(grads=jax.tree.map(finish, done.grads, is_leaf=is_open))
 
     return backprop_of
 
@@ -199,6 +212,15 @@ class Seen(NamedTuple):
     grads: Any
     output: Any
     delta: Any
+
+    @property
+    def inside(self) -> Any:
+        """The factors that it wraps."""
+        return self.grads
+
+    def holding(self, factors: Any) -> "Seen":
+        """With other factors inside."""
+        return self._replace(grads=factors)
 
 
 def traced(path: str, layer: Layer) -> Layer:

@@ -1,6 +1,7 @@
 """The one registry of layers under test, and the tools that every property test draws from."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,6 +71,28 @@ def waves(t, d):
             angle = pos / 10_000 ** ((j - j % 2) / d)
             table[pos, j] = np.cos(angle) if j % 2 else np.sin(angle)
     return table
+
+
+def turned(cell, p, x):
+    """A cell of PyTorch's, turned over time: its last h, and every h."""
+    h = x.new_zeros(len(x), p["U"].shape[1])
+    h, ys = (h, h) if cell is lstm_cell else h, []
+    for t in range(x.shape[1]):
+        h = cell(x[:, t], h, p["W"], p["U"], p["b"], p["c"])
+        ys.append(h[0] if cell is lstm_cell else h)
+    return h, sys.modules["torch"].stack(ys, 1)
+
+
+def rnn_tanh_cell(*args):
+    return sys.modules["torch"].rnn_tanh_cell(*args)
+
+
+def lstm_cell(*args):
+    return sys.modules["torch"].lstm_cell(*args)
+
+
+def gru_cell(*args):
+    return sys.modules["torch"].gru_cell(*args)
 
 
 CONV = lambda F: F.conv1d, lambda F: F.conv2d, lambda F: F.conv3d
@@ -314,6 +337,76 @@ CASES = (
     ),
     Case("positions", fnbp.positions(17), ((7, 5, 3), (2, 17, 3)), lambda p, x: x + p["P"][: x.shape[1]]),
     Case("sinusoids", fnbp.sinusoids(), ((7, 5, 3), (2, 17, 11)), lambda p, x: x + waves(*x.shape[1:])),
+    Case(
+        "rnn_cell",
+        fnbp.scan(fnbp.rnn_cell(13)),
+        ((7, 3, 11), (2, 1, 5)),
+        oracles.rnn,
+        lambda F, p, x: turned(rnn_tanh_cell, p, x)[1],
+    ),
+    Case(
+        "lstm_cell",
+        fnbp.scan(fnbp.lstm_cell(13)),
+        ((7, 3, 11), (2, 1, 5)),
+        oracles.lstm,
+        lambda F, p, x: turned(lstm_cell, p, x)[1],
+    ),
+    Case(
+        "gru_cell",
+        fnbp.scan(fnbp.gru_cell(13)),
+        ((7, 3, 11), (2, 1, 5)),
+        oracles.gru,
+        lambda F, p, x: turned(gru_cell, p, x)[1],
+    ),
+    Case("scan", fnbp.scan(fnbp.lstm_cell(5), reverse=True), ((7, 3, 11),), lambda p, x: oracles.lstm(p, x, True)),
+    Case(
+        "parallel",
+        fnbp.parallel(fnbp.dense(13), fnbp.serial(fnbp.dense(13), fnbp.tanh())),
+        FEATURES,
+        lambda p, x: affine(p[0], x) + np.tanh(affine(p[1][0], x)),
+    ),
+    Case(
+        "parallel:product",
+        fnbp.parallel(fnbp.dense(13), fnbp.serial(fnbp.dense(13), fnbp.sigmoid()), fnbp.dense(13), join="product"),
+        FEATURES,
+        lambda p, x: affine(p[0], x) * special.expit(affine(p[1][0], x)) * affine(p[2], x),
+    ),
+    Case(
+        "parallel:concat",
+        fnbp.parallel(fnbp.scan(fnbp.lstm_cell(5)), fnbp.scan(fnbp.gru_cell(3), reverse=True), join="concat"),
+        ((7, 3, 11),),
+        lambda p, x: np.concatenate([oracles.lstm(p[0], x), oracles.gru(p[1], x, True)], -1),
+    ),
+    Case(
+        "repeat",
+        fnbp.repeat(fnbp.serial(fnbp.dense(11), fnbp.tanh()), 3),
+        FEATURES,
+        lambda p, x: functools.reduce(lambda x, i: np.tanh(x @ p[0][0]["W"][i].T + p[0][0]["b"][i]), range(3), x),
+    ),
+    Case(
+        "repeat:twice",
+        fnbp.repeat(fnbp.repeat(fnbp.skip(fnbp.dense(11)), 3), 2),
+        ((7, 11),),
+        lambda p, x: functools.reduce(
+            lambda x, i: x + x @ p[0][0][0]["W"][i].T + p[0][0][0]["b"][i], np.ndindex(2, 3), x
+        ),
+    ),
+    Case(
+        "remat",
+        fnbp.remat(fnbp.serial(fnbp.dense(13), fnbp.tanh())),
+        FEATURES,
+        lambda p, x: np.tanh(affine(p[0][0], x)),
+    ),
+    Case(
+        "freeze", fnbp.freeze(fnbp.dense(13, "ones", "ones")), FEATURES, lambda p, x: x.sum(-1)[..., None] + np.ones(13)
+    ),
+    Case(
+        "tie",
+        fnbp.tie(fnbp.serial(fnbp.embedding(13, 3), fnbp.dense(3), fnbp.dense(13, b=None)), (0, "E"), (2, "W")),
+        ((5, 7), (2, 11)),
+        lambda p, x: affine(p[0][1], p[0][0]["E"][x]) @ p[0][0]["E"].T,
+        tokens=13,
+    ),
     Case("from_jax", fnbp.from_jax(fnbp.dense(13)), FEATURES, affine),
 )
 

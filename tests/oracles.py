@@ -67,3 +67,36 @@ def pool(reduce, x, kernel, stride=None, padding="VALID"):
         y = np.zeros((len(x), *count, x.shape[-1])) if y is None else y
         y[(slice(None), *p)] = reduce(np.stack([x[(slice(None), *at)] for _, at in held]))
     return y
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def rnn(p, x, reverse=False):
+    h, y = np.zeros((len(x), p["U"].shape[1])), np.zeros((*x.shape[:2], p["U"].shape[1]))
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
+        h = y[:, t] = np.tanh(x[:, t] @ p["W"].T + p["b"] + h @ p["U"].T + p["c"])
+    return y
+
+
+def lstm(p, x, reverse=False):
+    n = p["U"].shape[1]
+    h = s = np.zeros((len(x), n))
+    y = np.zeros((*x.shape[:2], n))
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
+        i, f, g, o = np.split(x[:, t] @ p["W"].T + p["b"] + h @ p["U"].T + p["c"], 4, -1)
+        s = sigmoid(f) * s + sigmoid(i) * np.tanh(g)
+        h = y[:, t] = sigmoid(o) * np.tanh(s)
+    return y
+
+
+def gru(p, x, reverse=False):
+    n = p["U"].shape[1]
+    h, y = np.zeros((len(x), n)), np.zeros((*x.shape[:2], n))
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
+        a_r, a_z, a_k = np.split(x[:, t] @ p["W"].T + p["b"], 3, -1)
+        e_r, e_z, e_k = np.split(h @ p["U"].T + p["c"], 3, -1)
+        z = sigmoid(a_z + e_z)
+        h = y[:, t] = (1 - z) * np.tanh(a_k + sigmoid(a_r + e_r) * e_k) + z * h
+    return y

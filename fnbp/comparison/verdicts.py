@@ -21,6 +21,7 @@ POOLED = ("given", "another")  # where float64 starts from the same digits as th
 ROOM = 100.0  # times a leaf's noise in the working dtype: jit, vmap and devices sum in other orders
 RHO_FACTOR, RHO_TAIL = 4.0, 1e-7  # how much less accurate than autodiff is fair, and how rare an accident
 SHAKES = 4
+SLACK = 256.0  # a rounding error in float32 over the same in float64 may be off 2^29 by so much
 LONE = 1e3  # at a probe of extremes, alone: three digits lost that autodiff keeps
 
 
@@ -148,7 +149,7 @@ def verdicts(at: Sight) -> list[Row]:
     if z > Z and only_kinks(at.runner, at.probe, leaf.leaf, m, a, at.rng, scale.dtype):
         hint = "at a kink or a tie: the two take different slopes, both of them fair"
         return [*found, at.row("convention", hint=hint)]
-    rounding = z > Z and scale.dtype == np.float64 and is_rounding(at, m - a)
+    rounding = z > Z and scale.dtype == np.float64 and (shrinks(at, a, error) or is_rounding(at, m - a))
     if z > Z and not rounding:
         leaf.z = max(leaf.z, z)
         return [*found, at.row("formula", hint=hint_at(at, m, a))]
@@ -163,6 +164,13 @@ def reference_is_narrow(at: Sight, a: np.ndarray, error: float) -> bool:
         return False
     change = relative(at.runner.evaluate(shaken(at.probe, 1e-13), np.float64).automatic[at.leaf.leaf], a)
     return change == 0 or change > 1e4 * 1e-13 * at.noise / U32
+
+
+def shrinks(at: Sight, a: np.ndarray, error: float) -> bool:
+    """True where float32 is wrong by as much more as its eps is larger, and autodiff is not: the error is rounding,
+    though it may be the same for all points nearby."""
+    single = relative(at.runner.at(at.probe, np.float32).manual[at.leaf.leaf], a)
+    return single > 16 * at.noise and 1 / SLACK < single / error / (U32 / U64) < SLACK
 
 
 def is_rounding(at: Sight, difference: np.ndarray) -> bool:

@@ -35,7 +35,7 @@ def layer_norm(eps: float = 1e-5) -> Layer:
         dx = rstd (dx^ - mean dx^ - x^ mean(dx^ x^))
 
     Shapes:   x, y (..., d); gamma, beta (d,); means over d; saved x, mean and rstd (..., 1).
-    Forward:  Ba, Kiros & Hinton 2016, arXiv:1607.06450, equation 4.
+    Forward:  Ba, Kiros & Hinton 2016, arXiv:1607.06450, section 3.
     Backward: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, means over features.
     Raises:   ValueError for eps that is not positive, params that do not fit x; TypeError for x that is not floating
               point.

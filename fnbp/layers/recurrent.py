@@ -1,0 +1,173 @@
+"""Recurrent cells, from (h, x) to (h, y): fnbp.scan turns them in time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnbp.checks import check_floating, check_params, check_size
+from fnbp.factor import Outer, Sum
+from fnbp.initialisers import initialiser
+from fnbp.layer import Layer, stateless
+
+sigma = jax.nn.sigmoid
+
+
+def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "orthogonal") -> Layer:
+    """Elman's cell: a dense layer of the input and of its own last output, and a tanh.
+
+        h' = tanh(W x + b + U h + c)      y = h'
+        da = (dh' + dy) (1 - h'^2)        dW = da x^T    db = dc = sum da    dU = da h^T    dx = W^T da    dh = U^T da
+
+    Shapes:   x (m, d); h, h', y (m, n); W (n, d); U (n, n); b, c (n,); saved x, h, h'.
+    Forward:  Elman 1990, Cognitive Science 14; the two biases as in PyTorch.
+    Backward: the document, section 4.2, with tanh' = 1 - tanh^2.
+    Options:  W, U: an initialiser by name (see fnbp.initialiser) or a function. h=None: zeros.
+    Raises:   ValueError for n below 1, params or h that do not fit; TypeError for x that is not floating point.
+    """
+    name = f"rnn_cell({n})"
+
+    def forward(params: dict, hx: Any) -> tuple[Any, tuple]:
+        (h,), x = check_turn(name, params, hx, n, 1)
+        y = jnp.tanh(x @ params["W"].T + params["b"] + h @ params["U"].T + params["c"])
+        return (y, y), (x, h, y)
+
+    def backward(params: dict, res: tuple, d: Any) -> tuple[dict, Any]:
+        x, h, y = res
+        dh, dy = d
+        da = (dh + dy) * (1 + y) * (1 - y)
+        factors = {"W": Outer(da, x), "U": Outer(da, h), "b": Sum(da), "c": Sum(da)}
+        return factors, (da @ params["U"], da @ params["W"])
+
+    return stateless(init_of(name, n, 1, W, U), forward, backward, name)
+
+
+def lstm_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "orthogonal") -> Layer:
+    """Long short-term memory: a cell s that is added to, behind gates.
+
+        i, f, g, o = sigma, sigma, tanh, sigma of the quarters of a = W x + b + U h + c
+        s' = f s + i g      h' = o tanh s'      y = h'
+        do = dh' tanh s'    ds' += dh' o (1 - tanh^2 s')    di = ds' g    df = ds' s    dg = ds' i    ds = ds' f
+        da = (di i (1 - i), df f (1 - f), dg (1 - g^2), do o (1 - o))
+        dW = da x^T    db = dc = sum da    dU = da h^T    dx = W^T da    dh = U^T da
+
+    dh' here holds dy too. The carry is (h, s).
+
+    Shapes:   x (m, d); h, s, y (m, n); W (4n, d); U (4n, n); b, c (4n,); saved x, h, s, i, f, g, o, tanh s'.
+    Forward:  Hochreiter & Schmidhuber 1997, Neural Computation 9; the forget gate of Gers, Schmidhuber & Cummins 2000,
+              Neural Computation 12; order of the gates and the two biases as in PyTorch.
+    Backward: Greff et al. 2015, arXiv:1503.04069, section II.B, without peepholes.
+    Options:  W, U: an initialiser by name (see fnbp.initialiser) or a function. (h, s)=None: zeros.
+    Raises:   ValueError for n below 1, params or carry that do not fit; TypeError for x that is not floating point.
+    """
+    name = f"lstm_cell({n})"
+
+    def forward(params: dict, hx: Any) -> tuple[Any, tuple]:
+        (h, s), x = check_turn(name, params, hx, n, 4)
+        a = x @ params["W"].T + params["b"] + h @ params["U"].T + params["c"]
+        a_i, a_f, a_g, a_o = jnp.split(a, 4, -1)
+        i, f, g, o = sigma(a_i), sigma(a_f), jnp.tanh(a_g), sigma(a_o)
+        s_new = f * s + i * g
+        tanh_s = jnp.tanh(s_new)
+        y = o * tanh_s
+        return ((y, s_new), y), (x, h, s, i, f, g, o, tanh_s)
+
+    def backward(params: dict, res: tuple, d: Any) -> tuple[dict, Any]:
+        x, h, s, i, f, g, o, tanh_s = res
+        (dh, ds), dy = d
+        dh = dh + dy
+        do = dh * tanh_s
+        ds = ds + dh * o * (1 + tanh_s) * (1 - tanh_s)
+        di, df, dg = ds * g, ds * s, ds * i
+        da = jnp.concatenate([di * i * (1 - i), df * f * (1 - f), dg * (1 + g) * (1 - g), do * o * (1 - o)], -1)
+        factors = {"W": Outer(da, x), "U": Outer(da, h), "b": Sum(da), "c": Sum(da)}
+        return factors, ((da @ params["U"], ds * f), da @ params["W"])
+
+    return stateless(init_of(name, n, 4, W, U), forward, backward, name)
+
+
+def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "orthogonal") -> Layer:
+    """The gated recurrent unit.
+
+        r, z = sigma of the first two thirds of a + e      a = W x + b      e = U h + c
+        k = tanh(a_k + r e_k)                              h' = (1 - z) k + z h      y = h'
+        dk = dh' (1 - z)    dz = dh' (h - k)    dt = dk (1 - k^2)    dr = dt e_k
+        da = (dr r (1 - r), dz z (1 - z), dt)              de = (the same, the same, dt r)
+        dW = da x^T    db = sum da    dx = W^T da          dU = de h^T    dc = sum de    dh = U^T de + dh' z
+
+    dh' here holds dy too.
+
+    Shapes:   x (m, d); h, y (m, n); W (3n, d); U (3n, n); b, c (3n,); saved x, h, r, z, k, e_k.
+    Forward:  Cho et al. 2014, arXiv:1406.1078, section 2.3; r behind U h + c, order and biases as in PyTorch.
+    Backward: by the chain rule.
+    Options:  W, U: an initialiser by name (see fnbp.initialiser) or a function. h=None: zeros.
+    Raises:   ValueError for n below 1, params or h that do not fit; TypeError for x that is not floating point.
+    """
+    name = f"gru_cell({n})"
+
+    def forward(params: dict, hx: Any) -> tuple[Any, tuple]:
+        (h,), x = check_turn(name, params, hx, n, 3)
+        a_r, a_z, a_k = jnp.split(x @ params["W"].T + params["b"], 3, -1)
+        e_r, e_z, e_k = jnp.split(h @ params["U"].T + params["c"], 3, -1)
+        r, z = sigma(a_r + e_r), sigma(a_z + e_z)
+        k = jnp.tanh(a_k + r * e_k)
+        y = (1 - z) * k + z * h
+        return (y, y), (x, h, r, z, k, e_k)
+
+    def backward(params: dict, res: tuple, d: Any) -> tuple[dict, Any]:
+        x, h, r, z, k, e_k = res
+        dh, dy = d
+        dh = dh + dy
+        dk, dz = dh * (1 - z), dh * (h - k)
+        dt = dk * (1 + k) * (1 - k)
+        da_r, da_z = dt * e_k * r * (1 - r), dz * z * (1 - z)
+        da, de = jnp.concatenate([da_r, da_z, dt], -1), jnp.concatenate([da_r, da_z, dt * r], -1)
+        factors = {"W": Outer(da, x), "U": Outer(de, h), "b": Sum(da), "c": Sum(de)}
+        return factors, (de @ params["U"] + dh * z, da @ params["W"])
+
+    return stateless(init_of(name, n, 3, W, U), forward, backward, name)
+
+
+def due(n: int, gates: int, x: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a cell's params."""
+    return {"W": (gates * n, x.shape[-1]), "U": (gates * n, n), "b": (gates * n,), "c": (gates * n,)}
+
+
+def init_of(name: str, n: int, gates: int, W: str | Callable, U: str | Callable) -> Callable:
+    """(key, (h, x)) -> params."""
+    check_size(name, "n", n)
+    makers = {"W": initialiser(W), "U": initialiser(U), "b": initialiser("zeros"), "c": initialiser("zeros")}
+
+    def init(key, hx):
+        _, x = check_pair(name, hx)
+        check_floating(name, "x", x)
+        keys = dict(zip(makers, jax.random.split(key, 4), strict=True))
+        return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in due(n, gates, x).items()}
+
+    return init
+
+
+def check_pair(name: str, hx: Any) -> tuple[Any, Any]:
+    """h and x; TypeError for what is no pair."""
+    if not isinstance(hx, tuple) or len(hx) != 2:
+        raise TypeError(
+            f"{name}: a cell takes a pair (h, x), h=None for zeros; for a whole sequence: fnbp.scan({name})"
+        )
+    return hx
+
+
+def check_turn(name: str, params: Any, hx: Any, n: int, gates: int) -> tuple[tuple, jax.Array]:
+    """The parts of h, zeros for None, and x; ValueError where params or h do not fit."""
+    h, x = check_pair(name, hx)
+    if len(x.shape) != 2:
+        raise ValueError(f"{name}: x must be (m, d), got shape {x.shape}; for a whole sequence: fnbp.scan({name})")
+    check_params(name, params, x, due(n, gates, x))
+    count = 2 if gates == 4 else 1
+    if h is None:
+        return (jnp.zeros((x.shape[0], n), x.dtype),) * count, x
+    parts = h if count == 2 else (h,)
+    shapes = [jnp.shape(part) for part in parts] if isinstance(parts, tuple) else [type(parts).__name__]
+    if shapes != [(x.shape[0], n)] * count:
+        raise ValueError(f"{name}: h must be {count} of shape {(x.shape[0], n)}, got {shapes}")
+    return parts, x

@@ -1,0 +1,216 @@
+"""Loops that are compiled once: over time, with the same weights in every turn, and over depth, with others."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fnbp.checks import check_is, check_key, check_parts, check_size, located
+from fnbp.compound import Shared, Stacked, is_open
+from fnbp.factor import Lookup, Mixed, Outer, Product, Sum
+from fnbp.layer import Context, Layer
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """parts -> repeat of them: what a repeat is told by."""
+
+    n: int
+
+    def __call__(self, parts: tuple[Layer, ...]) -> Layer:
+        return repeat(parts[0], self.n)
+
+
+def repeat(layer: Layer, n: int) -> Layer:
+    """A layer n times, one after the other, each time with weights of its own, compiled once.
+
+        y = f_n(... f_2(f_1(x)))      dx = b_1(b_2(... b_n(dy))), as serial
+
+    Shapes: params, state: a tuple of one entry, whose arrays have a first axis of n; so have the factors: Stacked.
+    Source: the document, section 3.2, steps 1 and 3, with lax.scan for the loop over layers.
+    Raises: ValueError for n below 1, a layer that changes the shape, params or state of another net; TypeError for
+            a key, or a layer, that is none.
+    """
+    name = f"repeat({n})"
+    check_size(name, "n", n)
+    check_is(name, "the layer", layer, Layer)
+    inside = f"{name}[0].{layer.name}"
+
+    def init(key, x):
+        check_key(name, key)
+        with located(inside):
+            p, s = jax.vmap(lambda i: layer.init(jax.random.fold_in(key, i), x))(jnp.arange(n))
+            first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (p, s))
+            y, _, _ = jax.eval_shape(layer.forward, *first, x, Context())
+        check_same(name, layer, x, y)
+        return (p,), (s,)
+
+    def forward(params, state, x, ctx):
+        check_turns(name, "params", params, n)
+        check_turns(name, "state", state, n)
+
+        def turn(x, each):
+            p, s, key = each
+            y, s, res = layer.forward(p, s, x, replace(ctx, key=key))
+            check_same(name, layer, x, y)
+            return y, (s, res)
+
+        with located(inside):
+            y, (states, saved) = lax.scan(turn, x, (params[0], state[0], keys_of(ctx, n)))
+        return y, (states,), (saved,)
+
+    def backward(params, res, dy):
+        def turn(dy, each):
+            factors, dx = layer.backward(*each, dy)
+            return dx, factors
+
+        with located(inside):
+            dx, factors = lax.scan(turn, dy, (params[0], res[0]), reverse=True)
+        return (jax.tree.map(stacked, factors, is_leaf=is_open),), dx
+
+    return Layer(init, forward, backward, name, (layer,), Repeat(n))
+
+
+def scan(cell: Layer, reverse: bool = False) -> Layer:
+    """A cell turned once for every position, first to last or back: recurrence, and its backward through time.
+
+        h[t], y[t] = cell(h[t-1], x[t])
+        dh[t-1], dx[t] = its backward of (dh[t], dy[t]), last turn first      weights: one contraction after the loop
+
+    A cell is a Layer from (h, x) to (h, y); h is any tree, and None stands for where it starts: zeros. A scan takes x,
+    and returns y; given (h_0, x) it returns (h_T, y), as the cell does. Where Context.mask is False h stays as it is
+    and y is 0. It is a leaf: its params are the cell's.
+
+    Shapes:  x (m, T, ...); y (m, T, ...); mask (m, T); saved: what the cell saves, T times.
+    Source:  Werbos 1990, Proceedings of the IEEE 78, Backpropagation through time.
+    Options: reverse: from the last position to the first; y stands where its x does.
+    Raises:  ValueError for a sequence of 0, a mask of another shape, a cell that changes h; TypeError for a cell that
+             is no Layer.
+    """
+    check_is("scan", "the cell", cell, Layer)
+    name = f"scan({cell.name}, reverse)" if reverse else f"scan({cell.name})"
+
+    def init(key, x):
+        check_key(name, key)
+        h, x = check_sequence(name, x)
+        first = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0], *a.shape[2:]), a.dtype), x)
+        with located(name):
+            return cell.init(key, (h, first))
+
+    def forward(params, state, x, ctx):
+        given, (h, x) = isinstance(x, tuple), check_sequence(name, x)
+        mask, keys = mask_of(name, ctx, x), keys_of(ctx, x.shape[1])
+
+        def turn(carry, each):
+            (h, state), (x, counts, key) = carry, each
+            (new, y), state, res = cell.forward(params, state, (h, x), replace(ctx, key=key, mask=None))
+            check_same(name, cell, h, new)
+            return (where(counts, new, h), state), (where(counts, y, zeros(y)), res)
+
+        with located(name):
+            h_0 = h if h is not None else of_zeros(cell, params, state, x, ctx)
+            (h_T, state), (y, saved) = lax.scan(turn, (h_0, state), (time_first(x), mask, keys), reverse=reverse)
+        y, like = example_first(y), jax.tree.map(lambda a: a[:0], h_T)
+        return (h_T, y) if given else y, state, (saved, mask, like, None if h is None else ())
+
+    def backward(params, res, dy):
+        saved, mask, like, from_zeros = res
+        given, (dh_T, dy) = isinstance(dy, tuple), dy if isinstance(dy, tuple) else (zeros(like, dy.shape[:1]), dy)
+
+        def turn(dh, each):
+            res, counts, dy = each
+            d_new, dy = where(counts, dh, zeros(dh)), where(counts, dy, zeros(dy))
+            factors, (dh_in, dx) = cell.backward(params, res, (d_new, dy))
+            around = where(counts, zeros(dh), dh) if counts is not None else zeros(dh)
+            return jax.tree.map(jnp.add, dh_in, around), (factors, dx)
+
+        with located(name):
+            dh_0, (factors, dx) = lax.scan(turn, dh_T, (saved, mask, time_first(dy)), reverse=not reverse)
+        factors, dx = jax.tree.map(over_time, factors, is_leaf=is_open), example_first(dx)
+        return factors, (None if from_zeros is None else dh_0, dx) if given else dx
+
+    return Layer(init, forward, backward, name)
+
+
+def check_sequence(name: str, x: Any) -> tuple[Any, Any]:
+    """h_0, or None, and x; ValueError unless x is a sequence of at least one position."""
+    if isinstance(x, tuple) and len(x) != 2:
+        raise ValueError(f"{name}: x, or (h_0, x), is due; got a tuple of {len(x)}")
+    h, x = x if isinstance(x, tuple) else (None, x)
+    if len(x.shape) < 2 or not x.shape[1]:
+        raise ValueError(f"{name}: x must be (m, T, ...) with T at least 1, got shape {tuple(x.shape)}")
+    return h, x
+
+
+def of_zeros(cell: Layer, params: Any, state: Any, x: jax.Array, ctx: Context) -> Any:
+    """The h that the cell takes None for."""
+    (h, _), _, _ = jax.eval_shape(cell.forward, params, state, (None, x[:, 0]), replace(ctx, mask=None))
+    return zeros(h)
+
+
+def mask_of(name: str, ctx: Context, x: jax.Array) -> jax.Array | None:
+    """The mask, time first; ValueError where it does not fit x."""
+    if ctx.mask is not None and ctx.mask.shape != x.shape[:2]:
+        raise ValueError(f"{name}: x of shape {x.shape} needs a mask of shape {x.shape[:2]}, got {ctx.mask.shape}")
+    return None if ctx.mask is None else jnp.moveaxis(ctx.mask, 1, 0)
+
+
+def keys_of(ctx: Context, n: int) -> jax.Array | None:
+    """A key for each of n turns."""
+    return None if ctx.key is None else jax.vmap(lambda i: jax.random.fold_in(ctx.key, i))(jnp.arange(n))
+
+
+def zeros(tree: Any, batch: tuple[int, ...] | None = None) -> Any:
+    """Zeros of the same shapes, or with another first axis."""
+    shape = lambda a: a.shape if batch is None else batch + a.shape[1:]  # noqa: E731
+    return jax.tree.map(lambda a: jnp.zeros(shape(a), a.dtype), tree)
+
+
+def time_first(tree: Any) -> Any:
+    """(m, T, ...) as (T, m, ...)."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tree)
+
+
+def example_first(tree: Any) -> Any:
+    """(T, m, ...) as (m, T, ...)."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), tree)
+
+
+def where(counts: jax.Array | None, yes: Any, no: Any) -> Any:
+    """yes for the examples that count, no for the others; yes where there is no mask."""
+    if counts is None:
+        return yes
+    return jax.tree.map(lambda a, b: jnp.where(counts.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
+
+
+def over_time(factor: Any) -> Any:
+    """One factor of all turns: time becomes an axis of positions."""
+    if isinstance(factor, (Outer, Sum, Product, Lookup)):
+        return example_first(factor)
+    if isinstance(factor, Mixed):
+        return Mixed(jnp.sum(factor.d, 0))
+    return Shared(factor) if is_open(factor) else jnp.sum(factor, 0)
+
+
+def stacked(node: Any) -> Any:
+    """A factor whose arrays a loop over depth has stacked; a finished gradient is stacked as it should be."""
+    return Stacked(node) if is_open(node) and not isinstance(node, Mixed) else node
+
+
+def check_same(name: str, layer: Layer, x: Any, y: Any) -> None:
+    """ValueError where a layer does not return what it takes."""
+    forms = [[f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(tree)] for tree in (x, y)]
+    if forms[0] != forms[1] or jax.tree.structure(x) != jax.tree.structure(y):
+        raise ValueError(
+            f"{name}: {layer.name} maps {', '.join(forms[0])} to {', '.join(forms[1])}; it must be the same"
+        )
+
+
+def check_turns(name: str, what: str, tree: Any, n: int) -> None:
+    """ValueError unless tree is one entry whose arrays have a first axis of n."""
+    check_parts(name, what, tree, 1)
+    sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves(tree)} - {(n,)}
+    if sizes:
+        raise ValueError(f"{name}: {what} must have a first axis of {n}, got {sorted(sizes)}: is it of another net?")

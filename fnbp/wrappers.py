@@ -1,0 +1,145 @@
+"""One layer in another setting: recomputed, in another dtype, untrained."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnbp.checks import check_is, check_parts, located
+from fnbp.compound import Cast, Contracted, is_open
+from fnbp.factor import Factor
+from fnbp.layer import Layer
+
+
+def remat(layer: Layer) -> Layer:
+    """A layer that saves its input alone, and computes what backward needs once more.
+
+        y = f(x)      dx = b(dy), after another forward
+
+    On the CPU the compiler finds the second forward and keeps the first one's results, as with jax.checkpoint, but for
+    loops: there, repeat(remat(layer), n), it saves what it should.
+
+    params, state, factors: a tuple of one entry; saved: state, x, and the context.
+    Source: Chen et al. 2016, arXiv:1604.06174, section 4.
+    Raises: TypeError for a layer that is none.
+    """
+    check_is("remat", "the layer", layer, Layer)
+    here = f"remat[0].{layer.name}"
+
+    def init(key, x):
+        with located(here):
+            p, s = layer.init(key, x)
+        return (p,), (s,)
+
+    def forward(params, state, x, ctx):
+        check_parts("remat", "params", params, 1)
+        check_parts("remat", "state", state, 1)
+        with located(here):
+            y, s, _ = layer.forward(params[0], state[0], x, ctx)
+        return y, (s,), (state[0], x, ctx)
+
+    def backward(params, res, dy):
+        # behind the barrier, or the compiler finds that it has all this already, and keeps it
+        params, (state, x, ctx), dy = jax.lax.optimization_barrier((params, res, dy))
+        with located(here):
+            _, _, res = layer.forward(params[0], state, x, ctx)
+            factors, dx = layer.backward(params[0], res, dy)
+        return (factors,), dx
+
+    return Layer(init, forward, backward, "remat", (layer,), lambda parts: remat(*parts))
+
+
+def cast(layer: Layer, dtype: Any) -> Layer:
+    """A layer computed in another dtype: bfloat16 inside, float32 weights and neighbours outside.
+
+        y = f(x), params and x cast on the way in, y cast back      dy cast in, dx and factors cast back
+
+    params, state, factors: a tuple of one entry, in the dtypes that the layer has without the cast.
+    Source: Micikevicius et al. 2017, arXiv:1710.03740, section 3.1, for the weights that stay wide.
+    Raises: TypeError for a layer that is none, and for a dtype that is not floating point.
+    """
+    check_is("cast", "the layer", layer, Layer)
+    low = jnp.dtype(dtype)
+    if not jnp.issubdtype(low, jnp.floating):
+        raise TypeError(f"cast: a floating point dtype is due, got {low}")
+    name = f"cast({low})"
+    here = f"{name}[0].{layer.name}"
+
+    def init(key, x):
+        with located(here):
+            p, s = layer.init(key, x)
+        return (p,), (s,)
+
+    def forward(params, state, x, ctx):
+        check_parts(name, "params", params, 1)
+        check_parts(name, "state", state, 1)
+        with located(here):
+            due, _, _ = jax.eval_shape(layer.forward, params[0], state[0], x, ctx)
+            y, s, res = layer.forward(to(low, params[0]), state[0], to(low, x), ctx)
+        return to_dtypes_of(due, y), (s,), (res, like(y), like(x))
+
+    def backward(params, res, dy):
+        res, like_y, like_x = res
+        with located(here):
+            factors, dx = layer.backward(to(low, params[0]), res, to_dtypes_of(like_y, dy))
+        widest = jnp.result_type(low, *jax.tree.leaves(params[0]))
+        return (jax.tree.map(partial(widened, widest), factors, is_leaf=is_open),), to_dtypes_of(like_x, dx)
+
+    return Layer(init, forward, backward, name, (layer,), lambda parts: cast(parts[0], low))
+
+
+def to(dtype: Any, tree: Any) -> Any:
+    """The floating leaves in that dtype."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+def to_dtypes_of(like: Any, tree: Any) -> Any:
+    """Each leaf in the dtype of the leaf of like that stands in its place; None stays None."""
+    return jax.tree.map(lambda a, b: None if b is None else b.astype(a.dtype), like, tree, is_leaf=lambda a: a is None)
+
+
+def like(tree: Any) -> Any:
+    """Nothing but the dtypes and the shapes behind the first axis."""
+    return jax.tree.map(lambda a: a[:0], tree)
+
+
+def widened(dtype: Any, node: Any) -> Any:
+    """A factor, or what was made of it, in the dtype of the parameters."""
+    if isinstance(node, Factor):
+        return Cast(node, dtype)
+    if isinstance(node, Contracted):
+        return replace(node, value=jax.tree.map(partial(widened, dtype), node.value, is_leaf=is_open))
+    return to(dtype, node)
+
+
+def freeze(layer: Layer) -> Layer:
+    """A layer whose weights are not trained: they stand in the state, where no optimiser sees them.
+
+        y = f(x)      dx = b(dy)
+
+    params: none, {}; state: {"params": ..., "state": ...} of the layer. Put trained weights there:
+    net = freeze(layer); state = {"params": params, "state": state}.
+    Raises: TypeError for a layer that is none.
+    """
+    check_is("freeze", "the layer", layer, Layer)
+    name = f"freeze({layer.name})"
+
+    def init(key, x):
+        with located(name):
+            params, state = layer.init(key, x)
+        return {}, {"params": params, "state": state}
+
+    def forward(params, state, x, ctx):
+        with located(name):
+            y, s, res = layer.forward(state["params"], state["state"], x, ctx)
+        return y, state | {"state": s}, (state["params"], res)
+
+    def backward(params, res, dy):
+        frozen, res = res
+        with located(name):
+            _, dx = layer.backward(frozen, res, dy)
+        return {}, dx
+
+    return Layer(init, forward, backward, name)

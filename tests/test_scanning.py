@@ -1,0 +1,196 @@
+"""Loops: sequences of several lengths, a first state that is given, depth."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnbp
+from tests.cases import relative
+
+rng = np.random.default_rng(0)
+LENGTHS = (3, 1, 5, 4, 2)
+MASK = np.arange(5) < np.array(LENGTHS)[:, None]
+CELLS = (fnbp.rnn_cell(7), fnbp.lstm_cell(7), fnbp.gru_cell(7))
+cells = pytest.mark.parametrize("cell", CELLS, ids=[cell.name for cell in CELLS])
+
+
+def drawn(net, x):
+    params, state = net.init(jax.random.key(0), x)
+    return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape) / 3, p.dtype), params), state
+
+
+def first(cell, m):
+    h = jnp.asarray(rng.standard_normal((m, 7)))
+    return (h, 2 * h) if cell.name.startswith("lstm") else h
+
+
+def total(factors):
+    is_factor = lambda node: isinstance(node, fnbp.Factor)  # noqa: E731
+    return jax.tree.map(lambda f: f.total() if is_factor(f) else f, factors, is_leaf=is_factor)
+
+
+@cells
+@pytest.mark.parametrize("reverse", [False, True])
+def test_ragged_sequences_are_as_each_alone(x64, cell, reverse):
+    net, x = fnbp.scan(cell, reverse), jnp.asarray(rng.standard_normal((5, 5, 3)))
+    h, dh, dy = first(cell, 5), first(cell, 5), jnp.asarray(rng.standard_normal((5, 5, 7)))
+    params, state = drawn(net, x)
+
+    def run(h, x, dh, dy, mask):
+        (h_T, y), _, res = net.forward(params, state, (h, x), fnbp.Context(mask=mask))
+        factors, (dh_0, dx) = net.backward(params, res, (dh, dy))
+        return h_T, y, dh_0, dx, total(factors)
+
+    h_T, y, dh_0, dx, grads = run(h, x, dh, dy, jnp.asarray(MASK))
+    summed = None
+    for i, n in enumerate(LENGTHS):
+        one = lambda tree, i=i: jax.tree.map(lambda a: a[i : i + 1], tree)  # noqa: E731
+        alone = run(one(h), one(x)[:, :n], one(dh), one(dy)[:, :n], None)
+        assert relative((one(h_T), y[i : i + 1, :n], one(dh_0), dx[i : i + 1, :n]), alone[:4]) <= 1e-13
+        assert not y[i, n:].any() and not dx[i, n:].any()
+        summed = alone[4] if summed is None else jax.tree.map(jnp.add, summed, alone[4])
+    assert relative(grads, summed) <= 1e-12
+
+
+@cells
+def test_the_gradient_of_the_first_state_is_autodiffs(x64, cell):
+    net, x = fnbp.scan(cell), jnp.asarray(rng.standard_normal((5, 3, 11)))
+    h, dh, dy = first(cell, 5), first(cell, 5), jnp.asarray(rng.standard_normal((5, 3, 7)))
+    params, state = drawn(net, x)
+    _, _, res = net.forward(params, state, (h, x), fnbp.Context())
+    factors, d = net.backward(params, res, (dh, dy))
+    f = lambda params, hx: net.forward(params, state, hx, fnbp.Context())[0]  # noqa: E731
+    assert relative((total(factors), d), jax.vjp(f, params, (h, x))[1]((dh, dy))) <= 1e-13
+
+
+@cells
+def test_none_stands_for_zeros_and_has_no_cotangent(x64, cell):
+    net, x = fnbp.scan(cell), jnp.asarray(rng.standard_normal((5, 3, 11)))
+    params, state = drawn(net, x)
+    y = net.forward(params, state, x, fnbp.Context())[0]
+    (h_T, same), _, res = net.forward(params, state, (None, x), fnbp.Context())
+    last = h_T[0] if isinstance(h_T, tuple) else h_T
+    assert (same == y).all() and (last == y[:, -1]).all()
+    assert net.backward(params, res, (h_T, y))[1][0] is None
+
+
+@cells
+def test_a_cell_alone_is_one_turn(x64, cell):
+    x = jnp.asarray(rng.standard_normal((5, 1, 11)))
+    net = fnbp.scan(cell)
+    params, state = drawn(net, x)
+    y = net.forward(params, state, x, fnbp.Context())[0]
+    (_, alone), _, _ = cell.forward(params, state, (None, x[:, 0]), fnbp.Context())
+    assert relative(y[:, 0], alone) <= 1e-15
+
+
+def mixing_cell():
+    """A cell with a parameter whose factor has no axis for time: it is summed turn by turn."""
+    conv = fnbp.conv(3, 2, b=None)
+
+    def forward(params, state, hx, ctx):
+        h, x = hx
+        y, state, res = conv.forward(params, state, x if h is None else x + h, ctx)
+        return (y, y), state, res
+
+    def backward(params, res, d):
+        factors, dx = conv.backward(params, res, d[0] + d[1])
+        return factors, (dx, dx)
+
+    return fnbp.Layer(lambda key, hx: conv.init(key, hx[1]), forward, backward, "mixing")
+
+
+def test_factors_of_any_kind_go_through_time(x64):
+    net, x = fnbp.scan(mixing_cell()), jnp.asarray(rng.standard_normal((5, 4, 7, 3)))
+    params, state = drawn(net, x)
+    loss, t = fnbp.half_squared_error(), jnp.asarray(rng.standard_normal(x.shape))
+    f = lambda params: loss.forward(net.forward(params, state, x, fnbp.Context())[0], t)[0]  # noqa: E731
+    rows = jax.jacrev(f)(params)["W"]
+    got = fnbp.backprop(net, loss, (fnbp.per_example, fnbp.sq_norms, fnbp.total))(params, state, x, t).grads["W"]
+    assert relative(got, (rows, (rows**2).sum((1, 2, 3)), rows.mean(0))) <= 1e-12
+
+
+def test_repeat_is_serial_with_the_same_weights(x64):
+    layer = fnbp.skip(fnbp.serial(fnbp.layer_norm(), fnbp.dense(11), fnbp.dropout(0.3)))
+    deep, x = fnbp.repeat(layer, 3), jnp.asarray(rng.standard_normal((5, 11)))
+    params, state = drawn(deep, x)
+    ctx = fnbp.Context(jax.random.key(1), train=True)
+    chain = fnbp.serial(layer, layer, layer)
+    each = tuple(jax.tree.map(lambda a, i=i: a[i], params[0]) for i in range(3))
+    states = tuple(jax.tree.map(lambda a, i=i: a[i], state[0]) for i in range(3))
+    dy = jnp.asarray(rng.standard_normal((5, 11)))
+    y, _, res = deep.forward(params, state, x, ctx)
+    due, _, res_due = chain.forward(each, states, x, ctx)
+    assert relative(y, due) <= 1e-14
+    factors, dx = deep.backward(params, res, dy)
+    factors_due, dx_due = chain.backward(each, res_due, dy)
+    assert relative(dx, dx_due) <= 1e-13
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *map(total, factors_due))
+    assert relative(total(factors)[0], stacked) <= 1e-13
+
+
+def test_trace_sees_every_turn(x64):
+    net, x = fnbp.repeat(fnbp.serial(fnbp.dense(11), fnbp.tanh()), 3), jnp.asarray(rng.standard_normal((5, 11)))
+    params, state = drawn(net, x)
+    seen = fnbp.trace(net, fnbp.half_squared_error())(params, state, x, x)
+    outputs = seen.outputs["repeat(3)[0].serial[1].tanh"]
+    assert outputs.shape == (3, 5, 11) and relative(outputs[-1], seen.prediction) == 0
+
+
+def test_depth_of_any_contraction_of_ones_own_comes_first():
+    net, x = fnbp.repeat(fnbp.dense(11), 3), jnp.asarray(rng.standard_normal((5, 11)), jnp.float32)
+    params, state = drawn(net, x)
+    largest = lambda factor: jnp.max(abs(factor.d), range(1, factor.d.ndim))  # noqa: E731
+    got = fnbp.backprop(net, fnbp.half_squared_error(), largest)(params, state, x, x).grads[0]["W"]
+    assert got.shape == (3, 5)
+
+
+SEQUENCE = jnp.zeros((5, 3, 11))
+REFUSED = [
+    (lambda: fnbp.repeat(fnbp.dense(3), 0), ValueError, r"repeat\(0\): n must be at least 1, got 0"),
+    (lambda: fnbp.repeat(fnbp.relu, 2), TypeError, r"repeat\(2\): the layer must be a Layer, .* call it: relu\(\)"),
+    (
+        lambda: fnbp.repeat(fnbp.dense(3), 2).init(jax.random.key(0), SEQUENCE),
+        ValueError,
+        r"repeat\(2\): dense\(3\) maps float32\[5, 3, 11\] to float32\[5, 3, 3\]; it must be the same",
+    ),
+    (
+        lambda: fnbp.repeat(fnbp.dense(11), 2).forward(
+            *fnbp.repeat(fnbp.dense(11), 3).init(jax.random.key(0), SEQUENCE), SEQUENCE, fnbp.Context()
+        ),
+        ValueError,
+        r"repeat\(2\): params must have a first axis of 2, got \[\(3,\)\]: is it of another net\?",
+    ),
+    (lambda: fnbp.scan(fnbp.lstm_cell), TypeError, r"scan: the cell must be a Layer, .* call it: lstm_cell\(\)"),
+    (
+        lambda: fnbp.scan(CELLS[0]).init(jax.random.key(0), SEQUENCE[:, :0]),
+        ValueError,
+        r"scan\(rnn_cell\(7\)\): x must be \(m, T, ...\) with T at least 1, got shape \(5, 0, 11\)",
+    ),
+    (
+        lambda: run(fnbp.scan(CELLS[0]), SEQUENCE, fnbp.Context(mask=jnp.ones((5, 4), bool))),
+        ValueError,
+        r"x of shape \(5, 3, 11\) needs a mask of shape \(5, 3\), got \(5, 4\)",
+    ),
+    (lambda: CELLS[0].init(jax.random.key(0), SEQUENCE), TypeError, r"a cell takes a pair \(h, x\).*fnbp.scan\(rnn"),
+    (
+        lambda: run(CELLS[1], (jnp.zeros((5, 7)), SEQUENCE[:, 0])),
+        ValueError,
+        r"lstm_cell\(7\): h must be 2 of shape \(5, 7\), got \['ArrayImpl'\]",
+    ),
+    (lambda: run(CELLS[2], (jnp.zeros((5, 3)), SEQUENCE[:, 0])), ValueError, r"h must be 1 of shape \(5, 7\), got"),
+    (lambda: run(fnbp.scan(CELLS[2]), (1, 2, SEQUENCE)), ValueError, r"x, or \(h_0, x\), is due; got a tuple of 3"),
+    (lambda: fnbp.gru_cell(0), ValueError, r"gru_cell\(0\): n must be at least 1, got 0"),
+]
+
+
+def run(net, x, ctx=fnbp.Context()):
+    params, state = net.init(jax.random.key(0), x)
+    return net.forward(params, state, x, ctx)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED)
+def test_it_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
