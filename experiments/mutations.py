@@ -58,10 +58,13 @@ class Module(NamedTuple):
     functions: tuple[str, ...]
 
 
+OTHERS = ("losses.py", "combinators.py", "scanning.py", "wrappers.py", "factor.py", "compound.py")
+
+
 def files() -> list[str]:
-    """The files of the library that hold backwards: the layers by glob, losses, combinators, factors."""
+    """The files of the library that hold backwards: the layers by glob, losses, combinators, loops, factors."""
     layers = sorted(path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "layers").rglob("*.py"))
-    return [*(file for file in layers if not file.endswith("__init__.py")), "losses.py", "combinators.py", "factor.py"]
+    return [*(file for file in layers if not file.endswith("__init__.py")), *OTHERS]
 
 
 def read(file: str) -> Module:

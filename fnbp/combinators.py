@@ -199,13 +199,12 @@ Keys = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Tie:
-    """parts -> tie of them: what a tie is told by."""
+    """parts -> tie of them. A combinator whose rebuild has tied adds the factors that stand at these keys."""
 
-    source: Keys
-    target: Keys
+    tied: tuple[Keys, Keys]
 
     def __call__(self, parts: tuple[Layer, ...]) -> Layer:
-        return tie(parts[0], self.source, self.target)
+        return tie(parts[0], *self.tied)
 
 
 def tie(net: Layer, source: Keys, target: Keys) -> Layer:
@@ -244,7 +243,7 @@ def tie(net: Layer, source: Keys, target: Keys) -> Layer:
         both = Added(first, second) if isinstance(first, Factor) else first + second
         return (put(put(factors, target, None), source, both),), dx
 
-    return Layer(init, forward, backward, "tie", (net,), Tie(source, target))
+    return Layer(init, forward, backward, "tie", (net,), Tie((source, target)))
 
 
 def look_up(tree: Any, keys: Keys) -> Any:
@@ -282,8 +281,8 @@ def tied_leaves(net: Layer) -> frozenset[str]:
     def walk(path: str, layer: Layer) -> Iterator[str]:
         for i, part in enumerate(layer.parts):
             inside = f"{path}[{i}].{part.name}"
-            if isinstance(layer.rebuild, Tie):
-                yield from (of(inside, part, keys) for keys in (layer.rebuild.source, layer.rebuild.target))
+            tied = getattr(layer.rebuild, "tied", ())
+            yield from (of(inside, part, keys) for keys in tied)
             yield from walk(inside, part)
 
     return frozenset(walk(net.name, net))

@@ -15,12 +15,12 @@ from fnbp.layer import Context, Layer
 
 @dataclass(frozen=True)
 class Repeat:
-    """parts -> repeat of them: what a repeat is told by."""
+    """parts -> repeat of them. A combinator whose rebuild has turns holds arrays with a first axis of as many."""
 
-    n: int
+    turns: int
 
     def __call__(self, parts: tuple[Layer, ...]) -> Layer:
-        return repeat(parts[0], self.n)
+        return repeat(parts[0], self.turns)
 
 
 def repeat(layer: Layer, n: int) -> Layer:

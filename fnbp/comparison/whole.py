@@ -25,7 +25,6 @@ from fnbp.comparison.verdicts import Z, noise
 from fnbp.factor import total
 from fnbp.layer import Context, Layer, map_layers, rebuilt
 from fnbp.losses import Loss
-from fnbp.scanning import Repeat
 
 SHAKE = 2.0**-40  # relative; the gradients of a float64 net move by about as much
 
@@ -147,7 +146,7 @@ def nodes(net: Layer, seen: Seen, one_turn: bool = False) -> Iterator[tuple[str,
 
     def walk(path, layer, seen):
         for i, (part, below) in enumerate(zip(layer.parts, seen.parts, strict=True)):
-            if one_turn and isinstance(layer.rebuild, Repeat):
+            if one_turn and hasattr(layer.rebuild, "turns"):
                 below = jax.tree.map(lambda a: a[0], below)
             yield from walk(f"{path}[{i}].{part.name}", part, below)
         yield path, layer, seen
