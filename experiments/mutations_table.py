@@ -61,6 +61,10 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "embedding": (Trial(lambda f: f(13, 3), (5, 11), "tokens"), Trial(lambda f: f(13, 3), (7,), "tokens")),
     "positions": (Trial(lambda f: f(17), (7, 5, 3)), Trial(lambda f: f(5), (7, 5, 3))),
     "sinusoids": (Trial(shape=(7, 5, 3)),),
+    "attention": (
+        Trial(lambda f: f(3, causal=True), (2, 5, 6)),
+        Trial(lambda f: f(4, 2, rotary=100.0, b=None), (2, 5, 8)),
+    ),
     "rnn_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
     "lstm_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
     "gru_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),

@@ -35,6 +35,7 @@ from fnbp.layers.activation import (
     softplus,
     tanh,
 )
+from fnbp.layers.attention import attention
 from fnbp.layers.convolution import bias, conv, conv_transpose
 from fnbp.layers.dense import dense
 from fnbp.layers.dropout import drop_path, dropout
@@ -54,7 +55,7 @@ __all__ = [  # in the order in which the README teaches them
     "silu", "gelu", "identity", "softmax", "log_softmax", "initialiser", "serial", "skip", "map_layers", "leaves",
     "conv", "conv_transpose", "bias", "max_pool", "avg_pool", "global_avg_pool", "reshape", "flatten",
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "dropout", "drop_path",
-    "embedding", "positions", "sinusoids", "rnn_cell", "lstm_cell", "gru_cell", "scan",
+    "embedding", "positions", "sinusoids", "rnn_cell", "lstm_cell", "gru_cell", "scan", "attention",
     "parallel", "repeat", "remat", "cast", "tie", "freeze",
     # a loss of each example
     "Loss", "softmax_cross_entropy", "binary_cross_entropy", "mean_squared_error", "half_squared_error",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.nn import initializers
 
 from fnbp.checks import check_floating, choose
@@ -15,10 +16,18 @@ FANNED = {
     "lecun_normal": initializers.lecun_normal,
     "lecun_uniform": initializers.lecun_uniform,
 }
+
+
+def orthogonal() -> Callable:
+    """An orthogonal matrix, found in at least float32: narrower dtypes have no QR decomposition."""
+    make = initializers.orthogonal()
+    return lambda key, shape, dtype: make(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+
 PLAIN = {
     "normal": lambda: initializers.normal(1.0),
     "ones": lambda: initializers.ones,
-    "orthogonal": initializers.orthogonal,
+    "orthogonal": orthogonal,
     "zeros": lambda: initializers.zeros,
 }
 

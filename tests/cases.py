@@ -95,6 +95,13 @@ def gru_cell(*args):
     return sys.modules["torch"].gru_cell(*args)
 
 
+def of_torch(F, p, x, heads, causal=False):
+    """By torch's own attention."""
+    part = lambda leaf, a: F.linear(a, p[leaf], p.get(f"b_{leaf}"))  # noqa: E731
+    q, k, v = (part(leaf, x).unflatten(-1, (heads, -1)).movedim(2, 1) for leaf in "QKV")
+    return part("O", F.scaled_dot_product_attention(q, k, v, is_causal=causal).movedim(1, 2).flatten(2))
+
+
 CONV = lambda F: F.conv1d, lambda F: F.conv2d, lambda F: F.conv3d
 CONV_T = lambda F: F.conv_transpose1d, lambda F: F.conv_transpose2d
 MAX_POOL = lambda F: F.max_pool1d, lambda F: F.max_pool2d
@@ -357,6 +364,26 @@ CASES = (
         ((7, 3, 11), (2, 1, 5)),
         oracles.gru,
         lambda F, p, x: turned(gru_cell, p, x)[1],
+    ),
+    Case(
+        "attention",
+        fnbp.attention(1),
+        ((3, 5, 7), (2, 11, 5)),
+        lambda p, x: oracles.attention(p, x, 1),
+        lambda F, p, x: of_torch(F, p, x, 1),
+    ),
+    Case(
+        "attention:causal",
+        fnbp.attention(5, causal=True, b=None),
+        ((2, 7, 5),),
+        lambda p, x: oracles.attention(p, x, 5, causal=True),
+        lambda F, p, x: of_torch(F, p, x, 5, True),
+    ),
+    Case(
+        "attention:rotary",
+        fnbp.serial(fnbp.dense(12), fnbp.tanh(), fnbp.attention(6, 2, causal=True, rotary=100.0)),
+        ((2, 7, 5),),
+        lambda p, x: oracles.attention(p[2], np.tanh(affine(p[0], x)), 6, 2, True, 100.0),
     ),
     Case("scan", fnbp.scan(fnbp.lstm_cell(5), reverse=True), ((7, 3, 11),), lambda p, x: oracles.lstm(p, x, True)),
     Case(

@@ -100,3 +100,31 @@ def gru(p, x, reverse=False):
         z = sigmoid(a_z + e_z)
         h = y[:, t] = (1 - z) * np.tanh(a_k + sigmoid(a_r + e_r) * e_k) + z * h
     return y
+
+
+def attention(p, x, heads, kv=None, causal=False, rotary=None, memory=None, mask=None):
+    """Head by head, query by query."""
+    z, kv = x if memory is None else memory, heads if kv is None else kv
+    m, T, n = x.shape
+    d, S = n // heads, z.shape[1]
+    part = lambda leaf, a: a @ p[leaf].T + p.get(f"b_{leaf}", 0.0)  # noqa: E731
+    q = part("Q", x).reshape(m, T, heads, d)
+    k, v = (part(leaf, z).reshape(m, S, kv, d) for leaf in "KV")
+    o = np.zeros((m, T, heads, d))
+    for i, h, t in np.ndindex(m, heads, T):
+        seen = [s for s in range(S) if (s <= t or not causal) and (mask is None or mask[i, s])]
+        if not seen:
+            continue
+        own = rotated(q[i, t, h], t, rotary)
+        scores = np.array([own @ rotated(k[i, s, h * kv // heads], s, rotary) for s in seen]) / np.sqrt(d)
+        weights = np.exp(scores - scores.max())
+        o[i, t, h] = (weights / weights.sum()) @ v[i, seen, h * kv // heads]
+    return part("O", o.reshape(m, T, n))
+
+
+def rotated(a, t, base):
+    """Pairs as complex numbers, turned by multiplication."""
+    if base is None:
+        return a
+    turned = (a[::2] + 1j * a[1::2]) * np.exp(1j * t * base ** (-np.arange(0, len(a), 2) / len(a)))
+    return np.stack([turned.real, turned.imag], -1).reshape(a.shape)

@@ -184,6 +184,14 @@ def test_init_needs_only_the_shape_of_x(case, shape):
 
 
 @each
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_init_draws_in_narrow_dtypes(case, shape, dtype):
+    x = draw(case, shape, dtype)[2]
+    params, _ = case.layer.init(jax.random.key(0), x)
+    assert all(a.dtype == (dtype if not case.tokens else jnp.float32) for a in jax.tree.leaves(params))
+
+
+@each
 def test_init_wants_a_key(case, shape):
     with pytest.raises(TypeError, match=r"a random key is due, such as jax.random.key\(0\); got int 0"):
         case.layer.init(0, draw(case, shape, jnp.float32)[2])

@@ -136,13 +136,16 @@ def verdicts(at: Sight) -> list[Row]:
     error = relative(m, a)
     if at.probe.name == "given":
         leaf.error, leaf.limit = error, Z * scale.unit * at.noise / U32
-        leaf.room = ROOM * max(relative(at.v.aw, a), roundoff(at.v.mw.dtype))
+        own = relative(at.v.mw, a)  # what is rounded so badly is rounded as badly another way
+        leaf.room = max(ROOM * max(relative(at.v.aw, a), roundoff(at.v.mw.dtype)), 4 * own if np.isfinite(own) else 0)
     if at.lost and (at.probe.name not in DRAWN or error < 0.1):
         return found
     if np.any(a):
         z = error / (scale.unit * at.noise / U32)
     else:
         z = rms(m) / (scale.unit * zero_noise(at.exact, at.probe)) if np.any(m) else 0.0
+    if z > Z and at.probe.name not in DRAWN and scale.dtype == np.float64 and np.any(a):
+        z = error / (scale.unit * max(at.noise / U32, sensitivity(at, a)))
     if z > Z and scale.dtype == np.float64 and reference_is_narrow(at, a, error):
         scale.narrow(at.notes, at.runner.unit, "it computes in float32 whatever comes in")
         z = error / at.noise
@@ -164,6 +167,19 @@ def reference_is_narrow(at: Sight, a: np.ndarray, error: float) -> bool:
         return False
     change = relative(at.runner.evaluate(shaken(at.probe, 1e-13), np.float64).automatic[at.leaf.leaf], a)
     return change == 0 or change > 1e4 * 1e-13 * at.noise / U32
+
+
+def sensitivity(at: Sight, a: np.ndarray) -> float:
+    """The rounding of the automatic gradient itself, in roundings of float64: how much more it moves than its arguments
+    do, and how far it is from linear in dy, which but for rounding it is. In extremes float32 may happen to be exact
+    where float64 is not, and says too little of it."""
+    evaluate, leaf = at.runner.evaluate, at.leaf.leaf
+    found = [relative(evaluate(shaken(at.probe, 2.0**-36), np.float64).automatic[leaf], a) * 2.0**36]
+    args, _, dy = at.probe.of(np.float64)
+    for c in (3.0, 0.7, 11.0):
+        scaled = at.probe.moved_to(args, jax.tree.map(lambda d, c=c: d if is_float0(d) else c * d, dy))
+        found.append(relative(evaluate(scaled, np.float64).automatic[leaf] / c, a) / U64)
+    return max(found) if np.isfinite(found).all() else 0.0
 
 
 def shrinks(at: Sight, a: np.ndarray, error: float) -> bool:

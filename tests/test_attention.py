@@ -1,0 +1,119 @@
+"""Attention beyond one sequence and itself: masks, memory, shared heads; and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnbp
+from tests import oracles
+from tests.cases import relative
+
+rng = np.random.default_rng(0)
+X, MEMORY = rng.standard_normal((3, 5, 12)), rng.standard_normal((3, 7, 11))
+KEYS = np.array([[1, 1, 0, 1, 0, 1, 1], [0] * 7, [1] * 7], bool)  # the second example has nothing to look at
+
+
+def drawn(layer, x):
+    params, state = layer.init(jax.random.key(0), x)
+    return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape) / 3), params), state
+
+
+@pytest.mark.parametrize(("heads", "kv", "rotary"), [(6, 6, None), (6, 2, 100.0), (3, 1, None)])
+def test_cross_attention_under_a_mask(x64, heads, kv, rotary):
+    layer, x = fnbp.attention(heads, kv, rotary=rotary), (jnp.asarray(X), jnp.asarray(MEMORY))
+    params, state = drawn(layer, x)
+    ctx = fnbp.Context(mask=jnp.asarray(KEYS))
+    y, _, res = layer.forward(params, state, x, ctx)
+    plain = jax.tree.map(np.asarray, params)
+    due = oracles.attention(plain, X, heads, kv, rotary=rotary, memory=MEMORY, mask=KEYS)
+    assert relative(y, due) <= 1e-13
+    dy = jnp.asarray(rng.standard_normal(y.shape))
+    factors, dx = layer.backward(params, res, dy)
+    grads = jax.tree.map(lambda f: f.total(), factors, is_leaf=lambda f: isinstance(f, fnbp.Factor))
+    f = lambda params, x: layer.forward(params, state, x, ctx)[0]  # noqa: E731
+    automatic, automatic_dx = jax.vjp(f, params, x)[1](dy)
+    assert relative((grads, dx), (automatic, automatic_dx)) <= 1e-12
+    assert not dx[0][1].any() and not dx[1][1].any() and (y[1] == params["b_O"]).all()
+
+
+def test_a_mask_for_each_query_is_a_causal_one_where_it_says_so(x64):
+    x = jnp.asarray(X)
+    params, state = drawn(fnbp.attention(3), x)
+    triangle = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (3, 5, 5))
+    masked = fnbp.attention(3).forward(params, state, x, fnbp.Context(mask=triangle))[0]
+    assert relative(masked, fnbp.attention(3, causal=True).forward(params, state, x, fnbp.Context())[0]) <= 1e-15
+
+
+def test_rotary_scores_know_distances_alone(x64):
+    """Turned by their positions, q and k match as they would if both stood elsewhere."""
+    layer = fnbp.attention(1, rotary=50.0, b=None)
+    a, b = rng.standard_normal((2, 1, 2, 12))
+    params, state = drawn(layer, jnp.asarray(a))
+    p = [layer.forward(params, state, jnp.asarray(x), fnbp.Context())[2][5] for x in (
+        np.concatenate([a, b], 1), np.concatenate([b, a], 1))]  # fmt: skip
+    np.testing.assert_allclose(
+        p[0][0, 0, 0, 0, 1] / p[0][0, 0, 0, 0, 0], p[1][0, 0, 0, 2, 3] / p[1][0, 0, 0, 2, 2], rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_compare_takes_masked_rows_for_no_fault(dtype):
+    x, ctx = X[..., :6].astype(dtype), fnbp.Context(mask=np.arange(5) < np.array([[3], [0], [5]]))
+    report = fnbp.compare(fnbp.attention(3, 1, causal=True), x, ctx=ctx, transforms=("jit",))
+    assert report.ok, str(report)
+
+
+def test_per_example_norms_of_a_masked_example_are_its_own():
+    layer = fnbp.attention(3)
+    x, ctx = jnp.asarray(X, jnp.float32), fnbp.Context(mask=jnp.arange(5) < jnp.array([[3], [2], [5]]))
+    params, state = layer.init(jax.random.key(0), x)
+    norms = fnbp.per_example_norms(layer, fnbp.half_squared_error())(params, state, x, x, ctx)
+    one = fnbp.value_and_grad(layer, fnbp.half_squared_error())
+    for i, n in enumerate((3, 2, 5)):
+        mask = fnbp.Context(mask=jnp.arange(5)[None] < n)
+        grads = one(params, state, x[i : i + 1], x[i : i + 1], mask)[1]
+        np.testing.assert_allclose(norms[i], jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))), rtol=1e-5)
+
+
+def run(layer, x, ctx=fnbp.Context()):
+    params, state = layer.init(jax.random.key(0), x)
+    return layer.forward(params, state, x, ctx)
+
+
+Z = jnp.zeros
+REFUSED = [
+    (lambda: fnbp.attention(0), ValueError, r"attention\(0\): heads must be at least 1, got 0"),
+    (lambda: fnbp.attention(6, 4), ValueError, r"attention\(6, 4\): heads must be a multiple of kv_heads, got 6 for 4"),
+    (lambda: fnbp.attention(2, rotary=0), ValueError, r"attention\(2\): rotary must be above 0, got 0"),
+    (lambda: run(fnbp.attention(5), Z((2, 3, 12))), ValueError, r"must be a multiple of heads; got 12 for 5"),
+    (
+        lambda: run(fnbp.attention(4, rotary=10.0), Z((2, 3, 12))),
+        ValueError,
+        r"an even number for each with rotary; got",
+    ),
+    (lambda: run(fnbp.attention(3), Z((2, 0, 12))), ValueError, r"x must be \(m, T, n\) with T at least 1, got shape"),
+    (lambda: run(fnbp.attention(3), Z((2, 12))), ValueError, r"x must be \(m, T, n\) .* got shape \(2, 12\)"),
+    (lambda: run(fnbp.attention(3), Z((2, 3, 12), int)), TypeError, r"x must be a floating point array, got int32"),
+    (
+        lambda: run(fnbp.attention(3), (Z((2, 3, 12)),) * 3),
+        ValueError,
+        r"x, or \(x, memory\), is due; got a tuple of 3",
+    ),
+    (
+        lambda: run(fnbp.attention(3), (Z((2, 3, 12)), Z((5, 3, 12)))),
+        ValueError,
+        r"x and memory must be alike, got float32",
+    ),
+    (
+        lambda: run(fnbp.attention(3), Z((2, 3, 12)), fnbp.Context(mask=Z((2, 5), bool))),
+        ValueError,
+        r"the mask must have shape \(2, 3\) or \(2, 3, 3\), got \(2, 5\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED)
+def test_it_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
