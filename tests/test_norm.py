@@ -5,6 +5,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fnbp
@@ -76,3 +77,22 @@ def test_every_part_of_a_net_draws_for_itself():
     params, state = net.init(jax.random.key(0), x)
     (first,), (second,) = net.forward(params, state, x, TRAINING)[2]
     assert (first != second).any()
+
+
+def test_a_net_with_state_keys_and_images_is_trained_and_validated():
+    """Two kinds of stripes, told apart by a convolution, batch_norm and dropout: state and keys go through fit."""
+    upright = rng.integers(0, 2, 64)
+    stripes = np.where(upright[:, None, None], np.arange(8) % 2, np.arange(8)[:, None] % 2)[..., None]
+    x = jnp.asarray(stripes + 0.3 * rng.standard_normal((64, 8, 8, 1)), jnp.float32)
+    y = jnp.asarray(upright)
+    net = fnbp.serial(
+        fnbp.conv(4, 3, b=None), fnbp.batch_norm(), fnbp.relu(), fnbp.max_pool(2), fnbp.dropout(0.2),
+        fnbp.flatten(), fnbp.dense(2),
+    )  # fmt: skip
+    params, state = net.init(jax.random.key(0), x)
+    done = fnbp.fit(
+        net, fnbp.softmax_cross_entropy(), params, state, x[:48], y[:48], optimizer=optax.adam(1e-2),
+        key=jax.random.key(1), batch_size=16, epochs=15, validation=(x[48:], y[48:]), progress=False,
+    )  # fmt: skip
+    assert done.history.validation_loss[-1] < 0.2 and int(done.state[1]["count"]) == 45
+    assert not jnp.allclose(done.state[1]["mean"], state[1]["mean"])
