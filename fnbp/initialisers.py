@@ -21,7 +21,11 @@ FANNED = {
 def orthogonal() -> Callable:
     """An orthogonal matrix, found in at least float32: narrower dtypes have no QR decomposition."""
     make = initializers.orthogonal()
-    return lambda key, shape, dtype: make(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+    def init(key, shape, dtype):
+        return make(key, shape, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32).astype(dtype)
+
+    return init
 
 
 PLAIN = {
