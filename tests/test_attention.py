@@ -37,6 +37,16 @@ def test_cross_attention_under_a_mask(x64, heads, kv, rotary):
     assert not dx[0][1].any() and not dx[1][1].any() and (y[1] == params["b_O"]).all()
 
 
+def test_attention_to_a_memory_that_is_the_sequence_itself_is_still_of_a_pair(x64):
+    x = jnp.asarray(X)
+    layer = fnbp.attention(3)
+    params, state = drawn(layer, x)
+    dy = jnp.asarray(rng.standard_normal(x.shape))
+    _, alone = layer.backward(params, layer.forward(params, state, x, fnbp.Context())[2], dy)
+    _, (dx, dz) = layer.backward(params, layer.forward(params, state, (x, x), fnbp.Context())[2], dy)
+    assert relative(dx + dz, alone) <= 1e-14
+
+
 def test_a_mask_for_each_query_is_a_causal_one_where_it_says_so(x64):
     x = jnp.asarray(X)
     params, state = drawn(fnbp.attention(3), x)

@@ -51,21 +51,21 @@ def attention(
 
     def forward(params: dict, state: dict, x: Any, ctx: Any) -> tuple[jax.Array, dict, tuple]:
         check_params(name, params, x[0] if isinstance(x, tuple) else x, shapes(x))
+        memory = x[1] if isinstance(x, tuple) else None
         x, z = check_pair(name, x, heads, rotary)
         seen = visible(name, x, z, ctx.mask, causal)
         q, k, v = affine(params, "Q", x), affine(params, "K", z), affine(params, "V", z)
         q = turned(q.reshape(*q.shape[:2], kv, heads // kv, -1), rotary)
         k, v = turned(k.reshape(*k.shape[:2], kv, -1), rotary), v.reshape(*v.shape[:2], kv, -1)
         o, p = attend(q, k, v, seen)
-        return affine(params, "O", merged(o)), state, (x, None if z is x else z, q, k, v, p, o)
+        return affine(params, "O", merged(o)), state, (x, memory, q, k, v, p, o)
 
     def backward(params: dict, res: tuple, dy: jax.Array) -> tuple[dict, Any]:
         x, memory, q, k, v, p, o = res
         z = x if memory is None else memory
         do = (dy @ params["O"]).reshape(q.shape)
         dq, dk, dv = attend_back(q, k, v, p, do)
-        dq, dk = turned(dq, rotary, back=True), turned(dk, rotary, back=True)
-        dq, dk, dv = map(merged, (dq, dk, dv))
+        dq, dk, dv = map(merged, (turned(dq, rotary, back=True), turned(dk, rotary, back=True), dv))
         factors = {"Q": Outer(dq, x), "K": Outer(dk, z), "V": Outer(dv, z), "O": Outer(dy, merged(o))}
         factors |= {leaf: Sum(factors[leaf[-1]].d) for leaf in params if leaf.startswith("b_")}
         dx, dz = dq @ params["Q"], dk @ params["K"] + dv @ params["V"]
