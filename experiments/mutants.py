@@ -37,7 +37,7 @@ class Settings:
     """Settings of the hunt."""
 
     only: str = ""
-    """Only mutants whose id contains this."""
+    """Only mutants whose id contains this, or one of several: "dense|losses"."""
     limit: int = 0
     """At most so many mutants, spread over the catalogue; 0: all."""
     peer: bool = True
@@ -85,7 +85,8 @@ def main(settings: Settings) -> int:
 
 def choose(catalogue: list[Mutant], settings: Settings) -> list[Mutant]:
     """The mutants that were asked for."""
-    chosen = [mutant for mutant in catalogue if settings.only in mutant.id]
+    wanted = settings.only.split("|")
+    chosen = [mutant for mutant in catalogue if any(part in mutant.id for part in wanted)]
     if not chosen:
         raise report.InputError(f"--only {settings.only}: no mutant's id contains that; --list prints them all")
     if settings.limit and settings.limit < len(chosen):
