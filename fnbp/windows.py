@@ -15,7 +15,6 @@ from fnbp.checks import check_size
 
 Sizes = int | Sequence[int]
 Padding = str | int | Sequence[Any]
-FEW = 4  # input channels, below which the views of x and one matrix product make dW faster than a convolution does
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,8 @@ def turned(W: jax.Array, groups: int) -> jax.Array:
 def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
     """dW[k] = sum_p dy[p] x[p stride + k dilation - low]^T, (n_out, *kernel, n_in / groups).
 
-    A convolution of x by dy in which examples and channels have changed places. With few channels one product of
-    dy and the views of x is faster.
+    A convolution of x by dy in which examples and channels have changed places.
     """
-    if groups == 1 and x.shape[-1] < FEW:
-        dW = jnp.einsum("...o,...ki->oki", dy, jnp.stack(at.views(x), -2))
-        return dW.reshape(dy.shape[-1], *at.kernel, x.shape[-1])
     pads = []
     for n, c, s, d, k, (low, _) in at.each("size", "count", "stride", "dilation", "kernel", "padding"):
         pads.append((low, (k - 1) * d + (c - 1) * s + 1 - n - low))
