@@ -21,6 +21,8 @@ class Trial(NamedTuple):
     train: bool = False
 
 
+WITH_MEMORY = fnbp.parallel(fnbp.identity(), fnbp.conv(7, 2, padding="VALID"), join="tuple")
+
 TABLE: dict[str, tuple[Trial, ...]] = {
     "leaky_relu": (Trial(lambda f: f(0.2)),),
     "elu": (Trial(lambda f: f(1.7)),),
@@ -64,6 +66,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "attention": (
         Trial(lambda f: f(3, causal=True), (2, 5, 6)),
         Trial(lambda f: f(4, 2, rotary=100.0, b=None), (2, 5, 8)),
+        Trial(lambda f: fnbp.serial(WITH_MEMORY, f(3)), (2, 5, 6)),
     ),
     "rnn_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
     "lstm_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
