@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import fnbp
 
 
@@ -19,6 +21,25 @@ class Trial(NamedTuple):
     x: str = "normal"
     y: str = ""
     train: bool = False
+
+
+LENGTHS = np.array([3, 7, 1, 0, 5])
+
+
+def of_lengths(layer: fnbp.Layer) -> fnbp.Layer:
+    """A ragged layer as one of x alone, with fixed lengths."""
+
+    def init(key, x):
+        return layer.init(key, (x, LENGTHS))
+
+    def forward(params, state, x, ctx):
+        return layer.forward(params, state, (x, LENGTHS), ctx)
+
+    def backward(params, res, dy):
+        factors, (dx, _) = layer.backward(params, res, dy)
+        return factors, dx
+
+    return fnbp.Layer(init, forward, backward, layer.name)
 
 
 WITH_MEMORY = fnbp.parallel(fnbp.identity(), fnbp.conv(7, 2, padding="VALID"), join="tuple")
@@ -50,6 +71,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(2, padding=1, count_padding=True), (3, 7, 2)),
     ),
     "global_avg_pool": (Trial(shape=(3, 7, 5, 2)),),
+    "last": (Trial(shape=(3, 5, 7)), Trial(lambda f: of_lengths(fnbp.ragged(f())), (5, 7, 3))),
     "reshape": (Trial(lambda f: f(-1, 5), (3, 5, 7)),),
     "flatten": (Trial(shape=(3, 5, 7)),),
     "serial": (Trial(lambda f: f(fnbp.dense(5), fnbp.dense(3), fnbp.tanh())),),
@@ -78,6 +100,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(fnbp.dense(5), fnbp.dense(5), fnbp.dense(5), join="product"), (7, 3)),
     ),
     "repeat": (Trial(lambda f: f(fnbp.dense(3), 2), (7, 3)),),
+    "ragged": (Trial(lambda f: of_lengths(f(fnbp.serial(fnbp.scan(fnbp.rnn_cell(2)), fnbp.last()))), (5, 7, 3)),),
     "remat": (Trial(lambda f: f(fnbp.dense(5)), (7, 3)),),
     "cast": (Trial(lambda f: f(fnbp.dense(5), "float32"), (7, 3)),),
     "freeze": (Trial(lambda f: fnbp.serial(fnbp.dense(5), f(fnbp.dense(3))), (7, 3)),),

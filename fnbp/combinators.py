@@ -15,23 +15,23 @@ from fnbp.factor import Factor
 from fnbp.layer import Context, Layer
 
 
-def serial(*layers: Layer) -> Layer:
+def serial(*layers: Layer, name: str = "serial") -> Layer:
     """Layers one after the other.
 
         y = f_n(... f_2(f_1(x)))      dx = b_1(b_2(... b_n(dy))), the chain rule, last layer first
 
-    params, state, factors: a tuple, one entry a layer.
+    params, state, factors: a tuple, one entry a layer. name: what reports and errors call it.
     Source: the document, section 3.2, steps 1 and 3.
     Raises: ValueError where params or state are not of these layers; TypeError for a key, or a layer, that is none.
     """
     for i, layer in enumerate(layers):
-        check_is("serial", f"part {i}", layer, Layer)
+        check_is(name, f"part {i}", layer, Layer)
 
     def init(key, x):
-        check_key("serial", key)
+        check_key(name, key)
         params, states = [], []
         for i, layer in enumerate(layers):
-            with located(f"serial[{i}].{layer.name}"):
+            with located(f"{name}[{i}].{layer.name}"):
                 p, s = layer.init(jax.random.fold_in(key, i), x)
                 x, _, _ = jax.eval_shape(layer.forward, p, s, x, Context())
             params.append(p)
@@ -39,11 +39,11 @@ def serial(*layers: Layer) -> Layer:
         return tuple(params), tuple(states)
 
     def forward(params, state, x, ctx):
-        check_parts("serial", "params", params, len(layers))
-        check_parts("serial", "state", state, len(layers))
+        check_parts(name, "params", params, len(layers))
+        check_parts(name, "state", state, len(layers))
         states, saved = [], []
         for i, (layer, p, s, c) in enumerate(zip(layers, params, state, ctx.split(len(layers)), strict=True)):
-            with located(f"serial[{i}].{layer.name}"):
+            with located(f"{name}[{i}].{layer.name}"):
                 x, s, res = layer.forward(p, s, x, c)
             states.append(s)
             saved.append(res)
@@ -52,12 +52,12 @@ def serial(*layers: Layer) -> Layer:
     def backward(params, res, dy):
         factors = []
         for i in reversed(range(len(layers))):
-            with located(f"serial[{i}].{layers[i].name}"):
+            with located(f"{name}[{i}].{layers[i].name}"):
                 f, dy = layers[i].backward(params[i], res[i], dy)
             factors.append(f)
         return tuple(reversed(factors)), dy
 
-    return Layer(init, forward, backward, "serial", layers, lambda parts: serial(*parts))
+    return Layer(init, forward, backward, name, layers, lambda parts: serial(*parts, name=name))
 
 
 def skip(layer: Layer) -> Layer:

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fnbp.checks import check_is, check_parts, located
+from fnbp.checks import check_is, check_parts, concrete, describe, located
 from fnbp.compound import Cast, Contracted, is_open
 from fnbp.factor import Factor
 from fnbp.layer import Layer
@@ -112,6 +113,60 @@ def widened(dtype: Any, node: Any) -> Any:
     if isinstance(node, Contracted):
         return replace(node, value=jax.tree.map(partial(widened, dtype), node.value, is_leaf=is_open))
     return to(dtype, node)
+
+
+def ragged(layer: Layer) -> Layer:
+    """A layer over sequences of different lengths, each filled up at its end.
+
+        y = f(x), where Context.mask is True below each length      dx = b(dy); lengths have no cotangent
+
+    The input is a pair (x, lengths), x (m, T, ...) and lengths (m,), whole numbers from 0 to T: data of fit may be
+    ragged so. It goes around the layers that know a mask: scan, attention, last.
+
+    params, state, factors: a tuple of one entry.
+    Raises: ValueError for x that is no pair, lengths of another shape, and, outside jit, a length outside 0..T;
+            TypeError for a layer that is none, lengths that are no integers.
+    """
+    check_is("ragged", "the layer", layer, Layer)
+    here = f"ragged[0].{layer.name}"
+
+    def init(key, x):
+        x, _ = check_lengths(x)
+        with located(here):
+            p, s = layer.init(key, x)
+        return (p,), (s,)
+
+    def forward(params, state, x, ctx):
+        check_parts("ragged", "params", params, 1)
+        check_parts("ragged", "state", state, 1)
+        x, lengths = check_lengths(x)
+        mask = jnp.arange(x.shape[1]) < lengths[:, None]
+        with located(here):
+            y, s, res = layer.forward(params[0], state[0], x, replace(ctx, mask=mask))
+        return y, (s,), (res,)
+
+    def backward(params, res, dy):
+        with located(here):
+            factors, dx = layer.backward(params[0], res[0], dy)
+        return (factors,), (dx, None)
+
+    return Layer(init, forward, backward, "ragged", (layer,), lambda parts: ragged(*parts))
+
+
+def check_lengths(x: Any) -> tuple[Any, Any]:
+    """x and lengths; ValueError or TypeError where they are no such pair."""
+    if not isinstance(x, tuple) or len(x) != 2:
+        raise ValueError(f"ragged: a pair (x, lengths) is due, got {describe(x)}")
+    x, lengths = x
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"ragged: lengths must be integers, got {describe(lengths)}")
+    if len(x.shape) < 2 or lengths.shape != x.shape[:1]:
+        raise ValueError(f"ragged: x of shape {x.shape} needs lengths of shape {x.shape[:1]}, got {lengths.shape}")
+    T = x.shape[1]
+    if concrete(lengths):
+        for i in np.flatnonzero((np.asarray(lengths) < 0) | (np.asarray(lengths) > T))[:1].tolist():
+            raise ValueError(f"ragged: length {lengths[i]} of example {i} is outside 0..{T}, the positions of x")
+    return x, lengths
 
 
 def freeze(layer: Layer) -> Layer:

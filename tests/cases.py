@@ -50,6 +50,31 @@ def standard(x, axes):
     return (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
 
 
+def shifted(p, x):
+    return p["gamma"] * x + p["beta"]
+
+
+def batch_normed_conv(p, x, stride=1):
+    """The two convolutions of a residual block."""
+    h = np.maximum(shifted(p[1], standard(oracles.conv(x, p[0]["W"], stride=stride), (0, 1, 2))), 0)
+    return shifted(p[4], standard(oracles.conv(h, p[3]["W"]), (0, 1, 2)))
+
+
+def gelu(x):
+    return x * special.ndtr(x)
+
+
+def silu(x):
+    return x * special.expit(x)
+
+
+def of_block(p, x):
+    """A transformer block: five heads, gelu."""
+    (norm, attend), (second, mlp) = p[0][0], p[1][0]
+    h = x + oracles.attention(attend, shifted(norm, standard(x, -1)), 5, causal=True)
+    return h + affine(mlp[2], gelu(affine(mlp[0], shifted(second, standard(h, -1)))))
+
+
 def torch_ones(x):
     return x.new_ones(x.shape[1])
 
@@ -433,6 +458,52 @@ CASES = (
         ((5, 7), (2, 11)),
         lambda p, x: affine(p[0][1], p[0][0]["E"][x]) @ p[0][0]["E"].T,
         tokens=13,
+    ),
+    Case("last", fnbp.last(), ((5, 3, 11), (2, 7), (1, 2, 3, 5)), lambda p, x: x[:, -1]),
+    Case(
+        "residual",
+        fnbp.residual(3),
+        ((5, 7, 2, 3),),
+        lambda p, x: np.maximum(batch_normed_conv(p[0][0], x) + x, 0),
+        context=fnbp.Context(train=True),
+        mixes=True,
+    ),
+    Case(
+        "residual:strided",
+        fnbp.residual(13, 2),
+        ((5, 7, 2, 3),),
+        lambda p, x: np.maximum(
+            batch_normed_conv(p[0][0], x, 2)
+            + shifted(p[0][1][1], standard(oracles.conv(x, p[0][1][0]["W"], stride=2), (0, 1, 2))),
+            0,
+        ),
+        context=fnbp.Context(train=True),
+        mixes=True,
+    ),
+    Case("gelu_mlp", fnbp.gelu_mlp(13, 7), FEATURES, lambda p, x: affine(p[2], gelu(affine(p[0], x)))),
+    Case(
+        "swiglu",
+        fnbp.swiglu(13, 7),
+        FEATURES,
+        lambda p, x: (silu(x @ p[0][0][0]["W"].T) * (x @ p[0][1]["W"].T)) @ p[1]["W"].T,
+    ),
+    Case(
+        "transformer_block",
+        fnbp.transformer_block(5, 5),
+        ((2, 7, 5),),
+        lambda p, x: of_block(p, x),
+    ),
+    Case(
+        "bidirectional",
+        fnbp.bidirectional(fnbp.gru_cell(5)),
+        ((7, 3, 11),),
+        lambda p, x: np.concatenate([oracles.gru(p[0], x), oracles.gru(p[1], x, True)], -1),
+    ),
+    Case(
+        "stacked",
+        fnbp.stacked(fnbp.lstm_cell(5), fnbp.gru_cell(3)),
+        ((7, 3, 11),),
+        lambda p, x: oracles.gru(p[1], oracles.lstm(p[0], x)),
     ),
     Case("from_jax", fnbp.from_jax(fnbp.dense(13)), FEATURES, affine),
 )

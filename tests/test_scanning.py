@@ -53,6 +53,51 @@ def test_ragged_sequences_are_as_each_alone(x64, cell, reverse):
     assert relative(grads, summed) <= 1e-12
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_ragged_batch_trains_as_each_sequence_alone(x64, reverse):
+    read = fnbp.serial(fnbp.scan(fnbp.lstm_cell(7), reverse), fnbp.last(), fnbp.dense(2))
+    net, loss = fnbp.ragged(read), fnbp.half_squared_error()
+    x, y = (jnp.asarray(rng.standard_normal(shape)) for shape in ((5, 5, 3), (5, 2)))
+    lengths = jnp.array(LENGTHS)
+    params, state = drawn(net, (x, lengths))
+    contract = (fnbp.total, fnbp.sq_norms)
+    grads, squares = jax.tree.transpose(
+        jax.tree.structure(params), None, fnbp.backprop(net, loss, contract)(params, state, (x, lengths), y).grads
+    )
+    dx = fnbp.backprop(net, loss)(params, state, (x, lengths), y).dx
+    assert dx[1] is None
+    alone = [
+        fnbp.backprop(read, loss)(params[0], state[0], x[i : i + 1, :n], y[i : i + 1]) for i, n in enumerate(LENGTHS)
+    ]
+    mean = jax.tree.map(lambda *each: sum(each) / 5, *(one.grads for one in alone))
+    norms = jax.tree.map(lambda *each: jnp.stack([jnp.sum(g**2) for g in each]), *(one.grads for one in alone))
+    assert relative(grads, (mean,)) <= 1e-12
+    assert relative(squares, (norms,)) <= 1e-12
+    for i, n in enumerate(LENGTHS):
+        assert relative(dx[0][i, :n], alone[i].dx[0] / 5) <= 1e-12
+        assert not dx[0][i, n:].any()
+
+
+def test_last_is_the_last_that_counts_whatever_stands_behind():
+    x = jnp.asarray(rng.standard_normal((4, 5, 3)), jnp.float32).at[1, 3].set(jnp.nan)
+    mask = jnp.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0]], bool)
+    y, _, res = fnbp.last().forward({}, {}, x, fnbp.Context(mask=mask))
+    np.testing.assert_array_equal(y, [x[0, 4], x[1, 2], np.zeros(3), x[3, 3]])
+    dy = jnp.asarray(rng.standard_normal((4, 3)), jnp.float32)
+    due = np.zeros((4, 5, 3), np.float32)
+    due[0, 4], due[1, 2], due[3, 3] = dy[0], dy[1], dy[3]
+    np.testing.assert_array_equal(fnbp.last().backward({}, res, dy)[1], due)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_compare_takes_a_ragged_net_for_no_fault(dtype):
+    x = jnp.asarray(rng.standard_normal((5, 7, 3)), dtype)
+    lengths = jnp.array([3, 7, 1, 0, 5])
+    net = fnbp.ragged(fnbp.serial(fnbp.scan(fnbp.rnn_cell(2)), fnbp.last()))
+    report = fnbp.compare(net, (x, lengths), transforms=())
+    assert report.ok, report
+
+
 @cells
 def test_the_gradient_of_the_first_state_is_autodiffs(x64, cell):
     net, x = fnbp.scan(cell), jnp.asarray(rng.standard_normal((5, 3, 11)))
@@ -182,6 +227,34 @@ REFUSED = [
     (lambda: run(CELLS[2], (jnp.zeros((5, 3)), SEQUENCE[:, 0])), ValueError, r"h must be 1 of shape \(5, 7\), got"),
     (lambda: run(fnbp.scan(CELLS[2]), (1, 2, SEQUENCE)), ValueError, r"x, or \(h_0, x\), is due; got a tuple of 3"),
     (lambda: fnbp.gru_cell(0), ValueError, r"gru_cell\(0\): n must be at least 1, got 0"),
+]
+
+
+def run_ragged(x, lengths):
+    return run(fnbp.ragged(fnbp.last()), (x, lengths))
+
+
+REFUSED += [
+    (
+        lambda: run_ragged(SEQUENCE, jnp.array([3, 1, 4, 2, 0])),
+        ValueError,
+        r"ragged: length 4 of example 2 is outside 0..3, the positions of x",
+    ),
+    (lambda: run_ragged(SEQUENCE, jnp.array([3, 1, -1, 2, 0])), ValueError, r"length -1 of example 2 is outside 0..3"),
+    (lambda: run_ragged(SEQUENCE, jnp.ones(5)), TypeError, r"ragged: lengths must be integers, got float32 of shape"),
+    (lambda: run_ragged(SEQUENCE, jnp.ones(4, int)), ValueError, r"needs lengths of shape \(5,\), got \(4,\)"),
+    (
+        lambda: run(fnbp.ragged(fnbp.last()), SEQUENCE),
+        ValueError,
+        r"ragged: a pair \(x, lengths\) is due, got float32 of",
+    ),
+    (lambda: fnbp.ragged(fnbp.last), TypeError, r"ragged"),
+    (
+        lambda: run(fnbp.last(), SEQUENCE, fnbp.Context(mask=jnp.ones((5, 4), bool))),
+        ValueError,
+        r"last: x of shape \(5, 3, 11\) needs a mask of shape \(5, 3\), got \(5, 4\)",
+    ),
+    (lambda: run(fnbp.last(), SEQUENCE[:, :0]), ValueError, r"last: x must be \(m, T, ...\) with T at least 1"),
 ]
 
 

@@ -64,6 +64,7 @@ def test_cast_gives_per_example_norms_and_traces():
 
 def test_compare_takes_cast_for_no_fault():
     assert fnbp.compare(fnbp.cast(NET, jnp.bfloat16), X, transforms=()).ok
+    assert fnbp.compare(fnbp.cast(fnbp.dense(5), jnp.float32), X.astype(jnp.bfloat16), transforms=()).ok
 
 
 def test_remat_saves_its_input_alone_and_a_loop_of_it_needs_less_memory():

@@ -106,8 +106,8 @@ def untapped(params: Any) -> Any:
 
 
 def plus(x: Any, tap: Any) -> Any:
-    """x + tap, where there is one."""
-    return x if tap is None else jax.tree.map(lambda a, t: a if t is None else a + t, x, tap)
+    """x + tap, where there is one, in the dtype of x."""
+    return x if tap is None else jax.tree.map(lambda a, t: a if t is None else a + t.astype(a.dtype), x, tap)
 
 
 def taps(layer: Layer, params: Any, met: Met | None) -> Tapped:
@@ -187,7 +187,8 @@ class Whole:
         self.nodes = list(nodes(net, seen, one_turn=True))
         try:
             exact = seen_in(np.float64)
-            single = seen if seen.dx is not None and seen.dx.dtype == np.float32 else seen_in(np.float32)
+            dtypes = {a.dtype for a in jax.tree.leaves(seen.dx)}
+            single = seen if dtypes == {np.dtype(np.float32)} else seen_in(np.float32)
             with arithmetic(np.float64):
                 manual = compiled_or_plain(self.manual, *cast((params, state, x, ctx), np.float64), exact.dy)
             sides = list(zip(*(nodes(net, side) for side in (manual, exact, single)), strict=True))

@@ -20,6 +20,7 @@ def attention(
     rotary: float | None = None,
     W: str | Callable = "glorot_uniform",
     b: str | Callable | None = "zeros",
+    W_out: str | Callable | None = None,
 ) -> Layer:
     """Multi-head attention: of a sequence to itself, or, given a pair (x, memory), to another.
 
@@ -40,10 +41,9 @@ def attention(
     Forward:  Vaswani et al. 2017, arXiv:1706.03762, section 3.2; rotary: Su et al. 2021, arXiv:2104.09864, section 3.4;
               kv_heads: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
     Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2.
-    Options:  W, b: an initialiser by name (see fnbp.initialiser) or a function; b=None: without.
+    Options:  W, b: an initialiser by name (see fnbp.initialiser) or a function; b=None: without. W_out: O's, if other.
     Raises:   ValueError for heads that do not divide n, kv_heads that do not divide heads, an odd d with rotary, a
-              sequence of 0, a mask of another shape, params that do not fit; TypeError for x that is not floating
-              point.
+              sequence of 0, a mask of another shape, params that do not fit; TypeError for x not in floating point.
     """
     kv = heads if kv_heads is None else kv_heads
     name = f"attention({heads})" if kv == heads else f"attention({heads}, {kv})"
@@ -71,7 +71,7 @@ def attention(
         dx, dz = dq @ params["Q"], dk @ params["K"] + dv @ params["V"]
         return factors, dx + dz if memory is None else (dx, dz)
 
-    return Layer(init_of(name, shapes, W, b), forward, backward, name)
+    return Layer(init_of(name, shapes, W, b, W_out), forward, backward, name)
 
 
 def shapes_of(name: str, heads: int, kv: int, rotary: float | None, biased: str) -> Callable:
@@ -177,9 +177,11 @@ def check_pair(name: str, x: Any, heads: int, rotary: float | None) -> tuple[Any
     return x, z
 
 
-def init_of(name: str, shapes: Callable, W: str | Callable, b: str | Callable | None) -> Callable:
+def init_of(
+    name: str, shapes: Callable, W: str | Callable, b: str | Callable | None, W_out: str | Callable | None
+) -> Callable:
     """(key, x) -> params, state."""
-    init_W, init_b = initialiser(W), initialiser(b or "zeros")
+    init_W, init_b, init_O = initialiser(W), initialiser(b or "zeros"), initialiser(W if W_out is None else W_out)
 
     def init(key, x):
         check_key(name, key)
@@ -187,7 +189,8 @@ def init_of(name: str, shapes: Callable, W: str | Callable, b: str | Callable | 
         keys = jax.random.split(key, len(due))
         made = {}
         for k, (leaf, shape) in zip(keys, due.items(), strict=True):
-            made[leaf] = (init_W if len(shape) == 2 else init_b)(k, shape, dtype)
+            make = init_b if len(shape) == 1 else init_O if leaf == "O" else init_W
+            made[leaf] = make(k, shape, dtype)
         return made, {}
 
     return init

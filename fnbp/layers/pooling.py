@@ -3,10 +3,11 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_is
+from fnbp.checks import check_is, check_key, check_params
 from fnbp.factor import wide
 from fnbp.layer import Layer
 from fnbp.layers.activation import parameterless
@@ -116,6 +117,45 @@ def global_avg_pool() -> Layer:
         return jnp.broadcast_to(spread, (dy.shape[0], *like.shape[1:]))
 
     return parameterless(forward, backward, "global_avg_pool")
+
+
+def last() -> Layer:
+    """What stands at the last position that counts: a sequence's last word.
+
+        y = x[t], t the last position where Context.mask is True      dx[t] = dy, and 0 everywhere else
+
+    Without a mask all positions count. An example none of whose positions counts has y = 0, and no gradient.
+
+    Shapes: x (m, T, ...); y (m, ...); mask (m, T); saved which position it was, one truth value for each.
+    Raises: ValueError for a sequence of 0, a mask of another shape; TypeError for a key that is none.
+    """
+
+    def init(key, x):
+        check_key("last", key)
+        return {}, {}
+
+    def forward(params: dict, state: dict, x: Float[Array, "m t *s"], ctx: Any) -> tuple[Any, dict, tuple]:
+        check_params("last", params, x, {})
+        if x.ndim < 2 or not x.shape[1]:
+            raise ValueError(f"last: x must be (m, T, ...) with T at least 1, got shape {x.shape}")
+        counts = jnp.ones(x.shape[:2], bool) if ctx.mask is None else ctx.mask
+        if counts.shape != x.shape[:2]:
+            raise ValueError(f"last: x of shape {x.shape} needs a mask of shape {x.shape[:2]}, got {counts.shape}")
+        after = jnp.cumsum(counts[:, ::-1], 1)[:, ::-1]  # how many count from here on
+        here = counts & (after == 1)
+        return jnp.sum(jnp.where(along(here, x), x, 0), 1), state, (here,)
+
+    def backward(params: dict, res: tuple, dy: Float[Array, "m *s"]) -> tuple[dict, Any]:
+        (here,) = res
+        dy = dy[:, None]
+        return {}, jnp.where(along(here, dy), dy, 0)
+
+    return Layer(init, forward, backward, "last")
+
+
+def along(here: jax.Array, x: jax.Array) -> jax.Array:
+    """(m, T) with axes of 1 behind, as many as x has."""
+    return here.reshape(*here.shape, *[1] * (x.ndim - 2))
 
 
 def reshape(*shape: int) -> Layer:
