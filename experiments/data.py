@@ -1,4 +1,4 @@
-"""The data of the experiments: scikit-learn's digits, which need no download, and MNIST, whatever folder it lies in."""
+"""The data of the experiments: scikit-learn's digits, which need no download; MNIST and a text, where they lie."""
 
 import gzip
 import hashlib
@@ -18,6 +18,9 @@ MNIST_SHA256 = {  # of the decompressed files
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+TEXT = "tinyshakespeare.txt"
+TEXT_SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class Data(NamedTuple):
@@ -58,6 +61,26 @@ def mnist(folder: Path | None = None, download: bool = False) -> Data:
     return Data(flat[0], train_y.astype(np.int32), flat[1], test_y.astype(np.int32))
 
 
+def shakespeare(folder: Path | None = None, download: bool = False) -> tuple[str, np.ndarray]:
+    """The 65 characters of tinyshakespeare in their order, and its 1,115,394 characters as their numbers, uint8.
+
+    Looks in folder, else $FNBP_DATA, else the user's cache. Downloads only when asked to.
+    """
+    path = data_folder(folder) / TEXT
+    if download:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fetch_file(TEXT_SOURCE, path)
+    if not path.is_file():
+        raise InputError(
+            f"tinyshakespeare is not there: no {path}. Give its folder with --data-folder or $FNBP_DATA, download it "
+            f"with --download, or fetch it yourself from {TEXT_SOURCE}"
+        )
+    raw = path.read_bytes()
+    check_sum(path, raw, TEXT_SHA256, TEXT_SOURCE)
+    codes, numbers = np.unique(np.frombuffer(raw, np.uint8), return_inverse=True)
+    return "".join(map(chr, codes)), numbers.astype(np.uint8)
+
+
 def data_folder(folder: Path | None) -> Path:
     """The argument, else $FNBP_DATA, else the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fnbp"
@@ -79,29 +102,38 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
         raise InputError(
             f"{path} cannot be unpacked ({error}). Delete it, and fetch it anew from {MNIST_SOURCE}"
         ) from error
-    found = hashlib.sha256(raw).hexdigest()
-    if found != MNIST_SHA256[name]:
-        raise InputError(
-            f"{path} is corrupt: the SHA-256 of its content is {found}, {MNIST_SHA256[name]} was due. "
-            f"Delete it, and fetch it anew from {MNIST_SOURCE}"
-        )
+    check_sum(path, raw, MNIST_SHA256[name], MNIST_SOURCE)
     dimensions = raw[3]
     shape = np.frombuffer(raw, ">i4", dimensions, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def check_sum(path: Path, raw: bytes, due: str, source: str) -> None:
+    """InputError where the content is not what it should be."""
+    found = hashlib.sha256(raw).hexdigest()
+    if found != due:
+        raise InputError(
+            f"{path} is corrupt: the SHA-256 of its content is {found}, {due} was due. "
+            f"Delete it, and fetch it anew from {source}"
+        )
 
 
 def fetch(folder: Path, source: str = MNIST_SOURCE) -> None:
     """The four files of MNIST into folder, those that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in MNIST_SHA256:
-        target = folder / f"{name}.gz"
-        if target.exists():
-            continue
-        try:
-            with urllib.request.urlopen(f"{source}{name}.gz") as response:
-                packed = response.read()
-        except OSError as error:
-            raise InputError(f"{source}{name}.gz cannot be fetched: {error}") from error
-        partial = target.with_suffix(".partial")
-        partial.write_bytes(packed)
-        partial.rename(target)
+        fetch_file(f"{source}{name}.gz", folder / f"{name}.gz")
+
+
+def fetch_file(source: str, target: Path) -> None:
+    """What lies at source as the file target, unless that is there."""
+    if target.exists():
+        return
+    try:
+        with urllib.request.urlopen(source) as response:
+            content = response.read()
+    except OSError as error:
+        raise InputError(f"{source} cannot be fetched: {error}") from error
+    partial = target.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.rename(target)

@@ -1,0 +1,41 @@
+"""A recurrent network that reads the images of MNIST row by row, trained by its manual backward through time alone.
+
+Each image is a sequence of 28 rows of 28 pixels; what the network holds after the last row is scored. --side-by-side
+trains once more by jax.grad over the same batches, and holds losses and costs against each other.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import fnbp
+from experiments import data, report
+from experiments.classification import Training, classify
+
+MODELS = {"lstm": fnbp.models.lstm_classifier, "gru": fnbp.models.gru_classifier}
+
+
+@dataclass(frozen=True)
+class Settings(Training):
+    """Settings of the training."""
+
+    model: Literal["lstm", "gru"] = "lstm"
+    units: int = 128
+    layers: int = 1
+    """Recurrent layers, one on another."""
+    rate: float = 0.0
+    """Of dropout between them."""
+    out: Path = Path("results/rows")
+    """Where figure.png and result.json go."""
+
+
+def main(settings: Settings) -> int:
+    """Run the experiment."""
+    loaded = data.mnist(settings.data_folder, settings.download)
+    rows = [x.reshape(-1, 28, 28) for x in (loaded.train_x, loaded.test_x)]
+    net = MODELS[settings.model](settings.units, 10, settings.layers, settings.rate)
+    return classify(net, data.Data(rows[0], loaded.train_y, rows[1], loaded.test_y), settings, settings.out)
+
+
+if __name__ == "__main__":
+    report.run(Settings, main)
