@@ -1,4 +1,4 @@
-"""What the experiments on labelled examples share: a training by the manual backward, and one by jax.grad on request."""
+"""What the experiments on labelled examples share: training by the manual backward, and by jax.grad on request."""
 
 import time
 from dataclasses import dataclass

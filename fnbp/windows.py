@@ -89,17 +89,22 @@ class Windows:
 # --- convolution, written for the axes (m, *spatial, channels) and W (n_out, *kernel, n_in / groups) ---
 
 
-def axes(x: jax.Array) -> lax.ConvDimensionNumbers:
-    """First axis, last axis, spatial axes: of input, kernel and output alike."""
-    order = (0, x.ndim - 1, *range(1, x.ndim - 1))
-    return lax.ConvDimensionNumbers(order, order, order)
+def correlate(x: jax.Array, W: jax.Array, stride: Any, padding: Any, **options: Any) -> jax.Array:
+    """lax.conv_general_dilated of x (m, *spatial, n_in) with W (*kernel, n_in / groups, n_out).
+
+    XLA has fast code for these orders of axes on the CPU. Outside loops it brings any order into this one; inside it
+    does not, and is several times slower.
+    """
+    spatial = range(1, x.ndim - 1)
+    of_x, of_W = (0, x.ndim - 1, *spatial), (x.ndim - 1, x.ndim - 2, *(i - 1 for i in spatial))
+    orders = lax.ConvDimensionNumbers(of_x, of_W, of_x)
+    return lax.conv_general_dilated(x, W, stride, padding, dimension_numbers=orders, **options)
 
 
 def convolve(x: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
     """y[p] = sum_k W[k] x[p stride + k dilation - low], (m, *count, n_out)."""
-    return lax.conv_general_dilated(
-        x, W, at.stride, at.padding, rhs_dilation=at.dilation, dimension_numbers=axes(x), feature_group_count=groups
-    )
+    W = jnp.moveaxis(W, 0, -1)
+    return correlate(x, W, at.stride, at.padding, rhs_dilation=at.dilation, feature_group_count=groups)
 
 
 def convolve_back(y: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
@@ -110,23 +115,22 @@ def convolve_back(y: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> j
     pads = []
     for n, c, s, e, (low, _) in at.each("size", "count", "stride", "extent", "padding"):
         pads.append((e - 1 - low, n + low - (c - 1) * s - 1))
-    return lax.conv_general_dilated(
+    return correlate(
         y,
         turned(W, groups),
         (1,) * len(pads),
         pads,
         lhs_dilation=at.stride,
         rhs_dilation=at.dilation,
-        dimension_numbers=axes(y),
         feature_group_count=groups,
     )
 
 
 def turned(W: jax.Array, groups: int) -> jax.Array:
-    """W with its offsets in reverse and n_in before n_out, group by group: (n_in, *kernel, n_out / groups)."""
+    """W with its offsets in reverse and n_in behind n_out, group by group: (*kernel, n_out / groups, n_in)."""
     n_out, *kernel, n_in = W.shape
     W = jnp.flip(W, range(1, W.ndim - 1)).reshape(groups, n_out // groups, *kernel, n_in)
-    return jnp.swapaxes(W, 1, -1).reshape(groups * n_in, *kernel, n_out // groups)
+    return jnp.moveaxis(W, (0, 1), (-2, -3)).reshape(*kernel, n_out // groups, groups * n_in)
 
 
 def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
@@ -137,17 +141,15 @@ def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -
     pads = []
     for n, c, s, d, k, (low, _) in at.each("size", "count", "stride", "dilation", "kernel", "padding"):
         pads.append((low, (k - 1) * d + (c - 1) * s + 1 - n - low))
-    spatial = range(1, x.ndim - 1)
-    order = (x.ndim - 1, 0, *spatial)
-    return lax.conv_general_dilated(
-        x,
-        dy,
+    dW = correlate(
+        jnp.swapaxes(x, 0, -1),
+        jnp.moveaxis(dy, 0, -2),
         at.dilation,
         pads,
         rhs_dilation=at.stride,
-        dimension_numbers=lax.ConvDimensionNumbers(order, order, order),
         batch_group_count=groups,
     )
+    return jnp.swapaxes(dW, 0, -1)
 
 
 # --- what a layer is asked for, before its input is known ---
