@@ -135,17 +135,31 @@ def device() -> dict[str, Any]:
 
 
 def network_table(net: fnbp.Layer, params: Any, state: Any, x: Any, notes: dict[str, str] | None = None) -> Table:
-    """Each leaf of a net with what it puts out and holds; notes add a column, by path."""
+    """Each leaf of a net with what it puts out and holds; notes add a column, by path. Nets in a net are indented."""
     shapes = jax.eval_shape(
         fnbp.trace(net, fnbp.mean_squared_error()), params, state, x, prediction_of(net, params, state, x)
     )
     table = Table(title=f"{net.name}: {count(params):,} parameters", title_justify="left")
     for name in ("layer", "output", "parameters", *(("formula",) if notes else ())):
-        table.add_column(name, no_wrap=True)
-    for path, _, p in fnbp.leaves(net, params):
-        held = "  ".join(f"{name} {'x'.join(map(str, leaf.shape))}" for name, leaf in p.items())
-        output = "x".join(map(str, ("m", *shapes.outputs[path].shape[1:])))
-        table.add_row(path, output, held, *([notes.get(path, "")] if notes else []))
+        table.add_column(name, no_wrap=name != "parameters")
+    nested = any(part.parts for part in net.parts)
+
+    def add(path: str, shown: str, layer: fnbp.Layer, p: Any, loops: int) -> None:
+        """The rows of a node; arrays in loops have as many axes before the example's."""
+        if layer.rebuild is None:
+            held = "  ".join(f"{name} {'x'.join(map(str, leaf.shape))}" for name, leaf in p.items())
+            output = "x".join(map(str, ("m", *shapes.outputs[path].shape[loops + 1 :])))
+            table.add_row(shown, output, held, *([notes.get(path, "")] if notes else []))
+            return
+        if nested:
+            table.add_row(shown)
+        loops += hasattr(layer.rebuild, "turns")
+        indent = " " * (len(shown) - len(shown.lstrip()) + 2)
+        for i, (part, each) in enumerate(zip(layer.parts, p, strict=True)):
+            at = f"{path}[{i}].{part.name}"
+            add(at, f"{indent}[{i}] {part.name}" if nested else at, part, each, loops)
+
+    add(net.name, net.name, net, params, 0)
     return table
 
 
