@@ -14,6 +14,8 @@ CENTRED = "the rows of this dx sum to 0: their mean is rounding"
 ALIKE = "dy has the dtype of y"
 ROUNDED = "its own rounding is no larger than that of the result, in a dtype of 8 or 11 bits"
 SHAPED = "of what is saved here, the shape behind the first axis alone is read"
+WHOLE = "tokens are whole numbers of at least 0: in an array of integers no such change is to be seen"
+SLIDING = "where windows are slid the size of what they lie over is not read"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
 ELU = "layers/activation.py:elu.backward:*:"
@@ -55,9 +57,16 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("combinators.py:skip.backward:*:constant: 0 -> -1 in layer.backward(params[0], res[0], dy)*", ONE_ENTRY),
     ("combinators.py:skip.backward:*:factors: factors: in another order", ONE_ENTRY),
     ("factor.py:*Sum.total:*:moved: result: reshaped through its transpose", "a vector is its own transpose"),
-    ("layers/dense.py:dense.backward:*:moved: Sum[0] of 'b': rolled by one", SUMMED),
-    ("layers/dense.py:dense.backward:*:moved: Sum[0] of 'b': reversed", SUMMED),
-    ("layers/dense.py:dense.backward:*:moved: Sum[0] of 'b': averaged over axis 0", SUMMED),
+    ("layers/*:*.backward:*:moved: Sum[0] of *: rolled by one", SUMMED),
+    ("layers/*:*.backward:*:moved: Sum[0] of *: reversed", SUMMED),
+    ("layers/*:*.backward:*:moved: Sum[0] of *: averaged over axis 0", SUMMED),
+    ("layers/convolution.py:conv_transpose.backward:*:name: x -> dy in over(x)", SLIDING),
+    ("layers/embedding.py:embedding.forward saves:*: x: saved with a stray 1e-4", WHOLE),
+    ("layers/embedding.py:embedding.backward:*: Lookup[1] of 'E': absolute", WHOLE),
+    ("layers/embedding.py:embedding.backward:*: Lookup[1] of 'E': small ones flushed", WHOLE),
+    ("layers/norm.py:*.backward:*:name: dy -> x in dx.astype(dy.dtype)", ALIKE),
+    ("layers/pooling.py:last.forward saves:*: here: saved with the sign changed", MASK),
+    ("layers/pooling.py:last.forward saves:*: here: saved in *float*", MASK),
 )
 
 

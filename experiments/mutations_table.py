@@ -11,7 +11,8 @@ import fnbp
 class Trial(NamedTuple):
     """A call of a constructor, and what it is tried on.
 
-    x      "normal", "unit" (between 0 and 1), "tokens" (integers below 13)
+    x      "normal", "unit" (between 0 and 1), "tokens" (integers below 13), "many tokens" (below 4,099: more than
+           a float16 tells apart)
     y      of a loss: "labels", "soft" (distributions), "unit", "normal"
     train  with Context(key, train=True); otherwise a layer with state has had one training step before
     """
@@ -82,7 +83,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "batch_norm": (Trial(train=True), Trial(shape=(2, 5, 7), train=True), Trial()),
     "dropout": (Trial(lambda f: f(0.3), train=True), Trial(lambda f: f(0.3))),
     "drop_path": (Trial(lambda f: f(0.3), (7, 5, 3), train=True),),
-    "embedding": (Trial(lambda f: f(13, 3), (5, 11), "tokens"), Trial(lambda f: f(13, 3), (7,), "tokens")),
+    "embedding": (Trial(lambda f: f(13, 3), (5, 11), "tokens"), Trial(lambda f: f(4_099, 3), (7,), "many tokens")),
     "positions": (Trial(lambda f: f(17), (7, 5, 3)), Trial(lambda f: f(5), (7, 5, 3))),
     "sinusoids": (Trial(shape=(7, 5, 3)),),
     "attention": (

@@ -23,6 +23,7 @@ from fnbp.backpropagation import contracted
 
 QUICK = ("given", "another")  # the first probes of compare
 FIRM = ("nonfinite", "formula")  # faults that more probes do not take back
+TOKENS = {"tokens": 13, "many tokens": 4_099}  # kinds of integers, and below what they are
 NARROW = ("bfloat16", "float16")
 
 
@@ -101,8 +102,8 @@ def draw(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
     """Data of a kind, in float32."""
     if kind == "labels":
         return rng.integers(0, shape[-1], shape[:-1]).astype(np.int32)
-    if kind == "tokens":
-        return rng.integers(0, 13, shape).astype(np.int32)
+    if kind in TOKENS:
+        return rng.integers(0, TOKENS[kind], shape).astype(np.int32)
     a = rng.random(shape) * 0.9 + 0.05 if kind in ("unit", "soft") else rng.standard_normal(shape)
     return np.asarray(a / a.sum(-1, keepdims=True) if kind == "soft" else a, np.float32)
 
@@ -111,7 +112,7 @@ def subject(constructor: Any, trial: Trial, dtype: str = "float32") -> Subject:
     """What the constructor makes, and data, the same each time."""
     rng = np.random.default_rng(0)
     x = draw(trial.x, rng, trial.shape)
-    x = x if trial.x == "tokens" else np.asarray(x, jnp.dtype(dtype))
+    x = x if trial.x in TOKENS else np.asarray(x, jnp.dtype(dtype))
     made = trial.make(constructor)
     if not isinstance(made, fnbp.Layer):  # a Loss, of a class of its own where its module is fresh
         return Subject(fnbp.Loss(*made), None, x, draw(trial.y, rng, trial.shape))

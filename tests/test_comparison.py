@@ -273,6 +273,19 @@ def test_a_backward_that_raises_is_a_fault_and_the_others_are_still_judged():
     assert {row.path for row in report.rows} == {path for path, _ in fnbp.leaves(SMALL)} | {"serial"}
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_backward_that_raises_in_float64_alone_is_a_fault(dtype):
+    def narrow(right, params, res, dy):
+        f, dx = right(params, res, dy)
+        return f, jax.lax.add(dx, jnp.zeros(dx.shape, jnp.asarray(X, dtype).dtype))
+
+    x = jnp.asarray(X, dtype)
+    net = fnbp.serial(fnbp.tanh())
+    report = fnbp.compare(wrong("serial[0].tanh", narrow, net), x, **QUICK)
+    assert [(row.path, row.kind) for row in report.faults] == [("serial[0].tanh", "raises")]
+    assert "same dtypes" in report.first_fault.hint
+
+
 def test_a_gradient_that_is_not_a_number_is_named():
     fault = fnbp.compare(
         wrong("serial[1].softplus", on_dx(lambda dx: dx.at[3, 2].set(jnp.nan)), SMALL), X, **QUICK

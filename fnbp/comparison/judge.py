@@ -89,10 +89,12 @@ def judge(prepared: Prepared, options: Options) -> Judged:
     scale = Scale(runner, given, notes)
     for probe in points:
         try:
-            for dtype in (None, scale.dtype):
+            for dtype in (None, scale.dtype, *(() if scale.working == np.float32 else (np.float32,))):
                 runner.at(probe, dtype)
         except FailedError as failed:
             rows.append(replace(broken(unit, failed), probe=probe.name))
+            if probe is given:  # nothing else can be asked of it
+                return Judged(rows, notes, [], {})
         except Exception as error:  # the subject refuses that point
             if probe is given:
                 raise
