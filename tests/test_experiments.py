@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +14,18 @@ import numpy as np
 import pytest
 
 import fnbp
-from experiments import data, digits, gradient_cost, nielsen, report, worked_example
+from experiments import (
+    architectures,
+    charlm,
+    data,
+    digits,
+    gradient_cost,
+    images,
+    nielsen,
+    report,
+    rows,
+    worked_example,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,6 +152,86 @@ def test_mnist_is_found_by_argument_variable_and_cache(fake_mnist, monkeypatch, 
     cache.rename(tmp_path / "fnbp")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert (data.mnist().train_x == loaded.train_x).all()
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_images_trains_and_writes_down_what_it_measured(fake_mnist, tmp_path, capsys, side_by_side):
+    settings = images.Settings(
+        epochs=2, batch_size=3, side_by_side=side_by_side, data_folder=fake_mnist, out=tmp_path, width=2, model="lenet"
+    )
+    assert images.main(settings) == 0
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert len(measured["test_accuracy"]) == 2 and measured["parameters"] == 61_706
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert measured.get("apart", 0) <= 1e-4 and ("automatic" in measured["training_seconds"]) == side_by_side
+    assert "lenet[3].conv(16, (5, 5))" in capsys.readouterr().out
+
+
+def test_images_refuses_what_it_cannot_train(fake_mnist, tmp_path):
+    with pytest.raises(report.InputError, match=r"--limit must be from one batch, 64, to 3"):
+        images.main(images.Settings(data_folder=fake_mnist, out=tmp_path))
+    with pytest.raises(report.InputError, match=r"depth must be 6 n \+ 2"):
+        images.main(images.Settings(model="resnet", depth=9, batch_size=3, data_folder=fake_mnist, out=tmp_path))
+
+
+def test_rows_trains_both_kinds(fake_mnist, tmp_path):
+    for model in ("lstm", "gru"):
+        settings = rows.Settings(
+            epochs=1, batch_size=3, model=model, units=3, layers=2, rate=0.1, data_folder=fake_mnist, out=tmp_path
+        )
+        assert rows.main(settings) == 0
+        assert len(json.loads((tmp_path / "result.json").read_text())["measured"]["test_accuracy"]) == 1
+
+
+@pytest.fixture
+def fake_text(tmp_path, monkeypatch):
+    """A text of 1,000 letters whose sum is the one that is due."""
+    raw = ("to be, or not to be: that is the question.\n" * 24)[:1000].encode()
+    (tmp_path / data.TEXT).write_bytes(raw)
+    monkeypatch.setattr(data, "TEXT_SHA256", hashlib.sha256(raw).hexdigest())
+    monkeypatch.delenv("FNBP_DATA", raising=False)
+    return tmp_path
+
+
+def test_charlm_learns_in_turns_and_writes(fake_text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(charlm, "TURN", 4)
+    peer = importlib.util.find_spec("torch") is not None
+    settings = charlm.Settings(
+        layers=2, heads=2, width=8, block=8, batch_size=3, steps=10, evaluate_every=4, letters=20, side_by_side=True,
+        peer=peer, data_folder=fake_text, out=tmp_path / "out",
+    )  # fmt: skip
+    settings.out.mkdir()
+    assert charlm.main(settings) == 0
+    measured = json.loads((settings.out / "result.json").read_text())["measured"]
+    assert [step for step, _ in measured["validation"]["fnbp"]] == [4, 8, 10]
+    assert len((settings.out / "sample.txt").read_text()) > 10 and "validation loss, fnbp" in capsys.readouterr().out
+    assert measured["against"]["jax.grad"]["apart"] <= 1e-5
+    if peer:
+        assert measured["against"]["PyTorch eager"]["apart"] <= 1e-4
+        ends = [losses[-1][1] for losses in measured["validation"].values()]
+        assert max(ends) - min(ends) <= 1e-4
+
+
+def test_a_missing_or_other_text_is_told(fake_text, tmp_path):
+    letters, text = data.shakespeare(fake_text)
+    assert "".join(letters[i] for i in text[:6]) == "to be," and text.dtype == np.uint8
+    (fake_text / data.TEXT).write_text("other")
+    with pytest.raises(report.InputError, match=r"tinyshakespeare.txt is corrupt"):
+        data.shakespeare(fake_text)
+    with pytest.raises(report.InputError, match=r"tinyshakespeare is not there: no .*--download"):
+        data.shakespeare(tmp_path / "nowhere")
+
+
+def test_architectures_holds_trainings_against_each_other(tmp_path, monkeypatch, capsys):
+    small = {"small": (fnbp.models.mlp(7, 3), architectures.images(5, 3, 11))}
+    monkeypatch.setattr(architectures, "MODELS", small)
+    settings = architectures.Settings(steps=5, samples=2, depth=False, out=tmp_path)
+    assert architectures.main(settings) == 0
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]["small"]
+    assert measured["apart"] <= 1e-5 and measured["apart_64"] <= 1e-13 and 0 < measured["itself"] < 1e-4
+    assert len(measured["losses"]) == 5 and "small" in capsys.readouterr().out
+    with pytest.raises(report.InputError, match="--only large: there are small"):
+        architectures.main(architectures.Settings(only="large", out=tmp_path))
 
 
 def test_missing_mnist_says_where_it_looked_and_where_to_get_it(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from fnbp.checks import check_floating, check_key, check_params, check_positive, check_size, concrete, describe
 from fnbp.factor import Lookup, Rows
@@ -39,7 +39,7 @@ def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = 
         check_tokens(name, x, size)
         return {"E": make(key, (size, width), jnp.result_type(float) if dtype is None else dtype)}
 
-    def forward(params: dict, x: Int[Array, "m *s"]) -> tuple[Float[Array, "m *s d"], tuple]:
+    def forward(params: dict, x: Integer[Array, "m *s"]) -> tuple[Float[Array, "m *s d"], tuple]:
         check_params(name, params, x, {"E": (size, width)})
         check_tokens(name, x, size)
         return params["E"].at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False), (x,)
