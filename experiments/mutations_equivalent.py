@@ -11,11 +11,13 @@ ONE_ENTRY = "the tuple has one entry: its first is its last"
 SUMMED = "a sum over examples does not know their order, nor whether each is their mean"
 PROMOTED = "the other operand is wide already, so the result is"
 CENTRED = "the rows of this dx sum to 0: their mean is rounding"
+CHECKED = "it only checks lengths, which are alike"
 ALIKE = "dy has the dtype of y"
 ROUNDED = "its own rounding is no larger than that of the result, in a dtype of 8 or 11 bits"
 SHAPED = "of what is saved here, the shape behind the first axis alone is read"
 WHOLE = "tokens are whole numbers of at least 0: in an array of integers no such change is to be seen"
 SLIDING = "where windows are slid the size of what they lie over is not read"
+TYPED = "of what is saved here, the dtype alone is read"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
 ELU = "layers/activation.py:elu.backward:*:"
@@ -56,6 +58,12 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/pooling.py:global_avg_pool.backward:*:name: dy -> spread in *", "both have as many examples"),
     ("combinators.py:skip.backward:*:constant: 0 -> -1 in layer.backward(params[0], res[0], dy)*", ONE_ENTRY),
     ("combinators.py:skip.backward:*:factors: factors: in another order", ONE_ENTRY),
+    ("wrappers.py:remat.forward saves:*: 0 -> -1 in (state[0], x, ctx)", ONE_ENTRY),
+    ("combinators.py:*.backward:*: True -> False in zip(*, strict=True)", CHECKED),
+    ("combinators.py:*.backward:*: zip(*, strict=True) -> zip(*)", CHECKED),
+    ("wrappers.py:*.backward:*: 0 -> -1 in layer.backward(*", ONE_ENTRY),
+    ("wrappers.py:*.backward:*: factors: those of the first, throughout", ONE_ENTRY),
+    ("wrappers.py:cast.forward saves:*: like(*): saved *", TYPED),
     ("factor.py:*Sum.total:*:moved: result: reshaped through its transpose", "a vector is its own transpose"),
     ("layers/*:*.backward:*:moved: Sum[0] of *: rolled by one", SUMMED),
     ("layers/*:*.backward:*:moved: Sum[0] of *: reversed", SUMMED),

@@ -111,6 +111,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
             (5, 7),
             "tokens",
         ),
+        Trial(lambda f: f(fnbp.serial(fnbp.dense(3), fnbp.tanh(), fnbp.dense(3)), (0, "W"), (2, "W")), (7, 3)),
     ),
     "softmax_cross_entropy": (
         Trial(y="labels"),

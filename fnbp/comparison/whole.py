@@ -158,7 +158,7 @@ def first_deltas(prediction: Any, loss: Loss | None, rng: np.random.Generator) -
     """(prediction, y) -> the delta that the automatic backward starts from: of J, or a draw."""
     if loss is None:
         drawn = rng.standard_normal(prediction.shape)
-        return lambda p, y: jnp.asarray(np.asarray(drawn, np.float32), p.dtype)
+        return lambda p, y: jnp.asarray(drawn, p.dtype)  # in float64 with digits of its own
     return lambda p, y: jax.grad(lambda p: jnp.mean(loss.forward(p, y)[0]))(p)
 
 
@@ -179,12 +179,16 @@ class Whole:
 
         self.net, self.failed = net, ""
         self.errors: dict[tuple[str, str], tuple[float, float]] = {}
-        if not net.parts:  # the whole is the layer alone
-            delta = np.asarray(deltas(prediction, y))
-            self.nodes = [(net.name, net, Seen(params, state, x, ctx, delta, None, None, ()))]
+        alone = [(net.name, net, Seen(params, state, x, ctx, np.asarray(deltas(prediction, y)), None, None, ()))]
+        if not net.parts:
+            self.nodes = alone
             return
-        seen = seen_in(None)
-        self.nodes = list(nodes(net, seen, one_turn=True))
+        try:
+            seen = seen_in(None)
+            self.nodes = list(nodes(net, seen, one_turn=True))
+        except Exception as error:  # it hands on a state that is not its parts': there is no looking inside
+            self.nodes, self.failed = alone, f"{type(error).__name__}: {first_line(error)}"
+            return
         try:
             exact = seen_in(np.float64)
             dtypes = {a.dtype for a in jax.tree.leaves(seen.dx)}
