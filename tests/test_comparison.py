@@ -347,6 +347,26 @@ def test_a_combinator_that_spoils_its_factors_alone_is_blamed():
     assert "it is 2 times what is due" in report.first_fault.hint
 
 
+def mislaid(layer):
+    """A combinator whose new state is what it saves, and the other way round."""
+
+    def forward(params, state, x, ctx):
+        y, s, res = layer.forward(params[0], state[0], x, ctx)
+        return y, (res,), (s,)
+
+    def backward(params, res, dy):
+        factors, dx = layer.backward(params[0], res[0], dy)
+        return (factors,), dx
+
+    init = lambda key, x: tuple((tree,) for tree in layer.init(key, x))  # noqa: E731
+    return fnbp.Layer(init, forward, backward, "mislaid", (layer,), lambda parts: mislaid(parts[0]))
+
+
+def test_a_combinator_that_mislays_its_state_is_blamed():
+    report = fnbp.compare(mislaid(fnbp.dense(3)), X, **QUICK)
+    assert not report.ok and {row.path for row in report.faults} == {"mislaid"}
+
+
 def test_a_combinator_whose_backward_was_replaced_is_refused():
     net = fnbp.serial(fnbp.dense(7), fnbp.skip(fnbp.dense(7))._replace(backward=lambda params, res, dy: None))
     with pytest.raises(

@@ -183,6 +183,7 @@ class Whole:
         if not net.parts:
             self.nodes = alone
             return
+        tapped(net)  # raises for a combinator whose own functions were replaced
         try:
             seen = seen_in(None)
             self.nodes = list(nodes(net, seen, one_turn=True))
