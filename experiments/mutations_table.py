@@ -31,10 +31,10 @@ def of_lengths(layer: fnbp.Layer) -> fnbp.Layer:
     """A ragged layer as one of x alone, with fixed lengths."""
 
     def init(key, x):
-        return layer.init(key, (x, LENGTHS))
+        return layer.init(key, (x, LENGTHS[: x.shape[0]]))
 
     def forward(params, state, x, ctx):
-        return layer.forward(params, state, (x, LENGTHS), ctx)
+        return layer.forward(params, state, (x, LENGTHS[: x.shape[0]]), ctx)
 
     def backward(params, res, dy):
         factors, (dx, _) = layer.backward(params, res, dy)

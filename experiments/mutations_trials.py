@@ -237,8 +237,9 @@ def judged(mutant: Mutant, with_peer: bool = True) -> dict[str, Any]:
             for name, trial in pairs if with_peer else ():
                 other = other or (peer(subject(made[name], trial)) if fair(name, trial) else "")
             apart = None if kind else max(distance(made[name], name, trial) for name, trial in pairs)
-        except Exception as error:
-            kind, hint, where, other, apart = "ERROR", repr(error)[:300], "", "", None
+        except Exception as error:  # its forward raises, or what was built here does
+            kind = "raises" if raised_by(error, mutant.id) else "ERROR"
+            hint, where, other, apart = repr(error)[:300], "", "raises" if kind == "raises" else "", None
     return {
         "id": mutant.id, "site": mutant.site, "owner": mutant.owner, "class": mutant.kind, "code": mutant.code,
         "fault": kind, "hint": hint, "in": where, "peer": other, "apart": apart,
