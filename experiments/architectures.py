@@ -99,18 +99,18 @@ def main(settings: Settings) -> int:
     chosen = {name: model for name, model in MODELS.items() if settings.only in name}
     if not chosen:
         raise report.InputError(f"--only {settings.only}: there are {', '.join(MODELS)}")
-    table = Table(title=f"manual over automatic, {settings.steps} steps", title_justify="left")
+    table = Table(title=f"manual over automatic; losses apart after {settings.steps} steps", title_justify="left")
     for column in (
         "model",
         "parameters",
-        "losses apart",
-        "jax.grad and itself",
+        "apart",
+        "itself",
         "float64",
         "time (quartiles)",
         "memory",
-        "compile time",
+        "compile",
     ):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     measured: dict[str, Any] = {}
     for name, (net, draw) in chosen.items():
         with console.status(name):
@@ -122,7 +122,7 @@ def main(settings: Settings) -> int:
             f"{one['apart']:.1e}",
             f"{one['itself']:.1e}",
             f"{one['apart_64']:.1e}",
-            f"{one['time']:.3f} ({low:.3f}-{high:.3f})",
+            f"{one['time']:.2f} ({low:.2f}-{high:.2f})",
             f"{one['memory']:.3f}" if one["memory"] else "-",
             f"{one['compile']:.2f}",
         )
