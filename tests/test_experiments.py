@@ -174,6 +174,7 @@ def test_images_refuses_what_it_cannot_train(fake_mnist, tmp_path):
         images.main(images.Settings(model="resnet", depth=9, batch_size=3, data_folder=fake_mnist, out=tmp_path))
 
 
+@pytest.mark.slow
 def test_rows_trains_both_kinds(fake_mnist, tmp_path):
     for model in ("lstm", "gru"):
         settings = rows.Settings(
@@ -193,6 +194,7 @@ def fake_text(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_charlm_learns_in_turns_and_writes(fake_text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(charlm, "TURN", 4)
     peer = importlib.util.find_spec("torch") is not None

@@ -12,8 +12,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import fnbp
 from tests.cases import CASES, compiled, draw, eager_vjp, finish, manual_vjp, relative, sum_of_squares
 
-SHAPED = [
-    pytest.param(case, shape, id=f"{case.id}-{'x'.join(map(str, shape))}") for case in CASES for shape in case.shapes
+SHAPED = [  # the first shape of each case in every run
+    pytest.param(case, shape, id=f"{case.id}-{'x'.join(map(str, shape))}", marks=[pytest.mark.slow] if i else [])
+    for case in CASES
+    for i, shape in enumerate(case.shapes)
 ]
 FIRST = [pytest.param(case, case.shapes[0], id=case.id) for case in CASES]
 MANUAL = [param for param in FIRST if param.id != "from_jax"]
@@ -110,7 +112,14 @@ def test_trees_shapes_and_dtypes(x64, case, shape, dtype):
 
 
 @each
-@pytest.mark.parametrize(("dtype", "eps"), [(jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11), (jnp.float32, 2.0**-24)])
+@pytest.mark.parametrize(
+    ("dtype", "eps"),
+    [
+        (jnp.bfloat16, 2.0**-8),
+        pytest.param(jnp.float16, 2.0**-11, marks=pytest.mark.slow),
+        (jnp.float32, 2.0**-24),
+    ],
+)
 def test_low_precision_stays_near_float64(x64, case, shape, dtype, eps):
     low = draw(case, shape, dtype)
     high = on_floats(lambda a: a.astype(jnp.float64), low)

@@ -11,6 +11,8 @@ import fnbp
 from experiments import mistakes, report
 from experiments.mistakes_catalogue import CATALOGUE
 
+pytestmark = pytest.mark.slow  # compare on every entry
+
 CASES = {(m.f, m.draw): [n for n in CATALOGUE if (n.f, n.draw) == (m.f, m.draw)] for m in CATALOGUE}
 FAST = {"xla_backend_optimization_level": 0}
 

@@ -48,6 +48,7 @@ def test_gradients_are_the_automatic_ones(x64, name):
     assert relative(manual, automatic) <= 1e-11
 
 
+@pytest.mark.slow
 @models
 def test_20_steps_have_the_losses_of_the_automatic_gradient(name):
     net, x, y = MODELS[name]

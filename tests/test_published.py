@@ -15,6 +15,8 @@ import pytest
 from experiments import published, report
 from experiments.published import ENTRIES
 
+pytestmark = pytest.mark.slow  # compare on every entry
+
 NAMED = {entry.name: entry for entry in ENTRIES}
 FAST: Any = {"xla_backend_optimization_level": 0}  # it compiles in half the time
 KINDS = {"ok", "convention", "formula", "precision", "nonfinite", "structure"}
