@@ -17,6 +17,7 @@ from experiments.data import Data
 from experiments.report import console
 
 STEPS = 200  # over which the losses of the two trainings are compared
+BOUND = 1e-4  # of their relative difference
 CHUNK = 1_000  # examples measured at a time
 
 
@@ -47,7 +48,7 @@ class Run:
 
 
 def classify(net: fnbp.Layer, loaded: Data, settings: Training, out: Path) -> int:
-    """Train, measure, draw, write down; 1 where it ends in numbers that are not finite."""
+    """Train, measure, draw, write down; 1 where the two trainings part, or end in numbers that are not finite."""
     began = time.perf_counter()
     loss = fnbp.softmax_cross_entropy()
     key_init, key_fit = jax.random.split(jax.random.key(settings.seed))
@@ -82,7 +83,7 @@ def classify(net: fnbp.Layer, loaded: Data, settings: Training, out: Path) -> in
         "training_seconds": {name: run.fitted.history.seconds for name, run in runs.items()},
         "wall_seconds": time.perf_counter() - began,
     })  # fmt: skip
-    return 1 if done.fitted.stopped == "non-finite" else 0
+    return 1 if measured.get("apart", 0) > BOUND or done.fitted.stopped == "non-finite" else 0
 
 
 def training(key: jax.Array) -> fnbp.Context:
