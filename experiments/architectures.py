@@ -239,7 +239,7 @@ def figure(path: Path, losses: dict[str, np.ndarray]) -> None:
         for name, loss in losses.items():
             axes.plot(np.arange(1, len(loss) + 1), loss / loss[0], lw=1, label=name)
         axes.set(title="Trained by their manual backwards", xlabel="step", ylabel="loss over its first", yscale="log")
-        axes.legend(fontsize=8)
+        fig.legend(loc="outside lower center", ncols=2, fontsize=8)
         fig.savefig(path)
         plt.close(fig)
     console.print(f"\nsaved {path}", highlight=False)
