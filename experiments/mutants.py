@@ -10,6 +10,7 @@ survives without a reason makes exit code 1.
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -112,8 +113,12 @@ def earlier(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 @contextmanager
 def pool(jobs: int) -> Iterator[Any]:
-    """Fresh processes, each replaced from time to time."""
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=RENEWED) as workers:
+    """Fresh processes that share what they compile, each replaced from time to time."""
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as compiled,
+        spawn.Pool(jobs, report.share_compiled, (compiled,), maxtasksperchild=RENEWED) as workers,
+    ):
         yield workers
 
 

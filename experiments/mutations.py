@@ -342,7 +342,18 @@ def returned(parent: Any, field: str, value: Any) -> Iterator[tuple[str, Any, st
             if isinstance(factor, ast.Call) and key is not None:
                 for j, argument in enumerate(factor.args):
                     yield f"{ast.unparse(factor.func)}[{j}] of {ast.unparse(key)}", factor, "args", j, argument, False
-    yield "dx", value, "elts", len(value.elts) - 1, value.elts[-1], False
+    yield from entries("dx", value, len(value.elts) - 1)
+
+
+def entries(label: str, parent: ast.Tuple, index: int) -> Iterator[tuple[str, Any, str, Any, Any, bool]]:
+    """The array in one entry of a tuple, or the arrays where that is a tuple itself."""
+    node = parent.elts[index]
+    if not isinstance(node, ast.Tuple):
+        yield label, parent, "elts", index, node, False
+        return
+    for i, entry in enumerate(node.elts):
+        if not isinstance(entry, ast.Constant):
+            yield from entries(f"{label}[{i}]", node, i)
 
 
 def scope_at(site: Site, top: Any, module: Module, line: int) -> Scope:

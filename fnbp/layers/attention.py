@@ -155,7 +155,7 @@ def check_options(name: str, heads: int, kv: int, rotary: float | None) -> None:
     check_size(name, "heads", heads)
     check_size(name, "kv_heads", kv)
     if heads % kv:
-        raise ValueError(f"{name}: heads must be a multiple of kv_heads, got {heads} for {kv}")
+        raise ValueError(f"{name}: heads must be a multiple of kv_heads, got {heads} heads for {kv}")
     if rotary is not None:
         check_positive(name, "rotary", rotary)
 
@@ -173,7 +173,8 @@ def check_pair(name: str, x: Any, heads: int, rotary: float | None) -> tuple[Any
         raise ValueError(f"{name}: x and memory must be alike, got {describe(x)} and {describe(z)}")
     if x.shape[-1] % heads or (rotary is not None and x.shape[-1] // heads % 2):
         even = ", an even number for each with rotary" if rotary is not None else ""
-        raise ValueError(f"{name}: the features of x must be a multiple of heads{even}; got {x.shape[-1]} for {heads}")
+        came = f"{x.shape[-1]} features for {heads} heads"
+        raise ValueError(f"{name}: the features of x must be a multiple of heads{even}; got {came}")
     return x, z
 
 
