@@ -1,16 +1,17 @@
 """Every model of fnbp.models at a real size: 200 steps by the manual backward and by jax.grad, and what each costs.
 
-The same parameters, batches and keys on both sides, descent with momentum, in float32 and in float64. Some trainings
-are chaotic: the slightest rounding grows. So jax.grad is held against itself too, from weights that are off by one.
+The same parameters, batches and keys on both sides, descent with momentum, in float32 and in float64. Training may be
+chaotic: the slightest rounding grows, the faster the larger the steps. So jax.grad is held against itself too, from
+weights that are off by one rounding; each model has a learning rate by which it learns, and does not go there.
 Then what it costs to compile nets of growing depth: repeat compiles its layer once, serial every one. Data are random:
 nothing to download.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,8 @@ class Settings:
     """Settings of the comparison."""
 
     steps: int = 200
-    learning_rate: float = 0.02
+    learning_rate: float | None = None
+    """For every model; None: each its own."""
     only: str = ""
     """Only models whose name contains this."""
     samples: int = 20
@@ -47,19 +49,37 @@ class Settings:
     """Where figure.png and result.json go."""
 
 
-Model = tuple[fnbp.Layer, Callable[[np.random.Generator], tuple[Any, Any]]]
+class Model(NamedTuple):
+    """A model, what draws its batches, and the learning rate."""
+
+    net: fnbp.Layer
+    draw: Callable[[np.random.Generator], tuple[Any, Any]]
+    learning_rate: float
 
 
-def images(batch: int, classes: int, *size: int) -> Callable:
-    """Noise, each class with a pattern of its own in it; a third of the labels are drawn, so that no loss goes to 0."""
-    patterns = np.random.default_rng(0).standard_normal((classes, *size))
+def images(batch: int, *size: int, noise: float = 0.5, block: int = 4) -> Callable:
+    """Noise over a pattern of blocks, one for each of 10 classes; a third of the labels are drawn, so that no loss goes
+    to 0."""
+    height, width, channels = size
+    coarse = np.random.default_rng(0).standard_normal((10, height // block, width // block, channels))
+    patterns = coarse.repeat(block, 1).repeat(block, 2)
 
     def draw(rng):
-        y = rng.integers(0, classes, batch)
-        x = np.asarray(rng.standard_normal((batch, *size)) + patterns[y] / 2, np.float32)
-        return x, np.where(rng.random(batch) < 1 / 3, rng.integers(0, classes, batch), y)
+        y = rng.integers(0, 10, batch)
+        x = np.asarray((noise * rng.standard_normal((batch, *size)) + patterns[y]) / 3, np.float32)
+        return x, np.where(rng.random(batch) < 1 / 3, rng.integers(0, 10, batch), y)
 
     return draw
+
+
+def shaped(draw: Callable, *shape: int) -> Callable:
+    """The same examples in another shape."""
+
+    def drawn(rng):
+        x, y = draw(rng)
+        return x.reshape(-1, *shape), y
+
+    return drawn
 
 
 def ragged(draw: Callable) -> Callable:
@@ -83,13 +103,15 @@ def text(batch: int, block: int, vocabulary: int) -> Callable:
     return draw
 
 
-MODELS: dict[str, Model] = {
-    "mlp 784-500-300-10": (fnbp.models.mlp(500, 300, 10), images(64, 10, 784)),
-    "lenet": (fnbp.models.lenet(), images(64, 10, 28, 28, 1)),
-    "resnet(14)": (fnbp.models.resnet(14), images(16, 10, 32, 32, 3)),
-    "lstm_classifier(128)": (fnbp.models.lstm_classifier(128, 10), images(64, 10, 28, 28)),
-    "gru_classifier(128), ragged": (fnbp.ragged(fnbp.models.gru_classifier(128, 10)), ragged(images(64, 10, 28, 28))),
-    "gpt, 4 of width 128, dropout": (fnbp.models.gpt(65, 64, 4, 4, 128, rate=0.1), text(12, 64, 65)),
+DIGITS = images(64, 28, 28, 1)
+ROWS = shaped(DIGITS, 28, 28)
+MODELS = {
+    "mlp 784-500-300-10": Model(fnbp.models.mlp(500, 300, 10), shaped(DIGITS, 784), 0.005),
+    "lenet": Model(fnbp.models.lenet(), DIGITS, 0.0003),
+    "resnet(8)": Model(fnbp.models.resnet(8), images(64, 32, 32, 3), 0.001),
+    "lstm_classifier(128)": Model(fnbp.models.lstm_classifier(128, 10), ROWS, 0.02),
+    "gru_classifier(128), ragged": Model(fnbp.ragged(fnbp.models.gru_classifier(128, 10)), ragged(ROWS), 0.02),
+    "gpt, 4 of width 128, dropout": Model(fnbp.models.gpt(65, 64, 4, 4, 128, rate=0.1), text(12, 64, 65), 0.02),
 }
 
 
@@ -112,9 +134,11 @@ def main(settings: Settings) -> int:
     ):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     measured: dict[str, Any] = {}
-    for name, (net, draw) in chosen.items():
+    for name, model in chosen.items():
+        if settings.learning_rate is not None:
+            model = model._replace(learning_rate=settings.learning_rate)
         with console.status(name):
-            one = measured[name] = against(net, draw, settings)
+            one = measured[name] = against(model, settings)
         low, high = one["time_quartiles"]
         table.add_row(
             name,
@@ -145,18 +169,19 @@ def equal(one: dict[str, Any]) -> bool:
     return one["apart"] <= BOUND and one["apart_64"] <= BOUND_64
 
 
-def against(net: fnbp.Layer, draw: Callable, settings: Settings) -> dict[str, Any]:
+def against(model: Model, settings: Settings) -> dict[str, Any]:
     """Both trainings, and the cost of both gradients."""
+    net, draw, _ = model
     key = jax.random.key(0)
     x, y = draw(np.random.default_rng(1))
     params, state = jax.jit(net.init)(key, x)
     by = [gradient(net, LOSS) for gradient in (fnbp.value_and_grad, fnbp.automatic_value_and_grad)]
-    manual, automatic = (trained(gradient, params, state, draw, settings) for gradient in by)
-    itself = trained(by[1], off_by_a_rounding(params), state, draw, settings)
+    manual, automatic = (trained(gradient, params, state, model, settings.steps) for gradient in by)
+    itself = trained(by[1], off_by_a_rounding(params), state, model, settings.steps)
     with jax.enable_x64(True):
         wide = on_floats(lambda a: np.asarray(a, np.float64), (params, state))
-        shorter = replace(settings, steps=min(STEPS_64, settings.steps))
-        exact = [trained(gradient, wide[0], wide[1], draw, shorter, np.float64) for gradient in by]
+        steps = min(STEPS_64, settings.steps)
+        exact = [trained(gradient, wide[0], wide[1], model, steps, np.float64) for gradient in by]
     price = fnbp.cost(net, LOSS, params, state, x, y, fnbp.Context(key, train=True), samples=settings.samples)
     return {
         "parameters": report.count(params),
@@ -188,10 +213,10 @@ def off_by_a_rounding(params: Any) -> Any:
 
 
 def trained(
-    gradient: Callable, params: Any, state: Any, draw: Callable, settings: Settings, dtype: Any = np.float32
+    gradient: Callable, params: Any, state: Any, model: Model, steps: int, dtype: Any = np.float32
 ) -> np.ndarray:
     """The losses of as many steps, the batches drawn anew."""
-    optimizer = optax.sgd(settings.learning_rate, momentum=0.9)
+    optimizer = optax.sgd(model.learning_rate, momentum=0.9)
 
     @jax.jit
     def step(params, state, opt_state, x, y, key):
@@ -200,9 +225,9 @@ def trained(
         return optax.apply_updates(params, updates), state, opt_state, loss
 
     rng, losses, opt_state = np.random.default_rng(1), [], optimizer.init(params)
-    for i in range(settings.steps):
+    for i in range(steps):
         key = jax.random.fold_in(jax.random.key(1), i)
-        batch = on_floats(lambda a: a.astype(dtype), draw(rng))
+        batch = on_floats(lambda a: a.astype(dtype), model.draw(rng))
         params, state, opt_state, loss = step(params, state, opt_state, *batch, key)
         losses.append(float(loss))
     return np.asarray(losses)

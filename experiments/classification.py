@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import matplotlib.pyplot as plt
@@ -33,10 +33,12 @@ class Training:
     """Of the parameters and the order of the batches."""
     side_by_side: bool = False
     """Train by jax.grad too, over the same batches; compare losses, and the cost of a gradient."""
+    data: Literal["mnist", "fashion"] = "mnist"
+    """The digits of MNIST, or the clothes of Fashion-MNIST."""
     data_folder: Path | None = None
-    """Where MNIST lies; else $FNBP_DATA, else the user's cache."""
+    """Where they lie; else $FNBP_DATA, else the user's cache."""
     download: bool = False
-    """Fetch MNIST if it is not there."""
+    """Fetch them if they are not there."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The data of the experiments: scikit-learn's digits, which need no download; MNIST and a text, where they lie."""
+"""The data of the experiments: digits that need no download; MNIST, Fashion-MNIST and a text, where they lie."""
 
 import gzip
 import hashlib
@@ -11,13 +11,39 @@ import numpy as np
 
 from experiments.report import InputError
 
-MNIST_SOURCE = "https://storage.googleapis.com/cvdf-datasets/mnist/"
-MNIST_SHA256 = {  # of the decompressed files
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
+
+class Source(NamedTuple):
+    """A set of images in four IDX files: its name, its folder, where it is to be had, SHA-256 of each file unpacked."""
+
+    name: str
+    folder: str
+    url: str
+    sha256: dict[str, str]
+
+
+MNIST = Source(
+    "MNIST",
+    "mnist",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+)
+FASHION = Source(
+    "Fashion-MNIST",
+    "fashion-mnist",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    {
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+)
+SOURCES = {"mnist": MNIST, "fashion": FASHION}
 TEXT = "tinyshakespeare.txt"
 TEXT_SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -33,8 +59,8 @@ class Data(NamedTuple):
 
 
 def load(name: str, folder: Path | None = None, download: bool = False) -> Data:
-    """The data set of that name: digits or mnist."""
-    return digits() if name == "digits" else mnist(folder, download)
+    """The data set of that name: digits, mnist or fashion."""
+    return digits() if name == "digits" else images(SOURCES[name], folder, download)
 
 
 def digits() -> Data:
@@ -48,16 +74,17 @@ def digits() -> Data:
     return Data(x[kept], y[kept], x[held_out], y[held_out])
 
 
-def mnist(folder: Path | None = None, download: bool = False) -> Data:
+def images(source: Source, folder: Path | None = None, download: bool = False) -> Data:
     """60,000 training and 10,000 test images of 28x28, checked by their SHA-256.
 
-    Looks in folder, else $FNBP_DATA, else the user's cache; in each also under mnist/. Downloads only when asked to.
+    Looks in folder, else $FNBP_DATA, else the user's cache; in each also under the set's own folder, mnist/ or
+    fashion-mnist/. Downloads only when asked to.
     """
     folder = data_folder(folder)
     if download:
-        fetch(folder / "mnist")
-    train_x, train_y, test_x, test_y = (read_idx(folder, name) for name in MNIST_SHA256)
-    flat = [(images.reshape(len(images), -1) / 255).astype(np.float32) for images in (train_x, test_x)]
+        fetch(folder / source.folder, source)
+    train_x, train_y, test_x, test_y = (read_idx(folder, name, source) for name in source.sha256)
+    flat = [(pixels.reshape(len(pixels), -1) / 255).astype(np.float32) for pixels in (train_x, test_x)]
     return Data(flat[0], train_y.astype(np.int32), flat[1], test_y.astype(np.int32))
 
 
@@ -87,22 +114,27 @@ def data_folder(folder: Path | None) -> Path:
     return Path(folder or os.environ.get("FNBP_DATA") or cache)
 
 
-def read_idx(folder: Path, name: str) -> np.ndarray:
+def read_idx(folder: Path, name: str, source: Source) -> np.ndarray:
     """The array of an IDX file, packed or not. InputError where it is absent or not the file that it should be."""
-    places = [folder / sub / (name + end) for sub in ("mnist", "") for end in (".gz", "")]
+    places = [where / (name + end) for where in (folder / source.folder, folder) for end in (".gz", "")]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise InputError(
-            f"MNIST is not there: no {name}.gz in {folder / 'mnist'} or {folder}. Give its folder with --data-folder "
-            f"or $FNBP_DATA, download it with --download, or fetch it yourself from {MNIST_SOURCE}"
+            f"{source.name} is not there: no {name}.gz in {folder / source.folder} or {folder}. Give its folder with "
+            f"--data-folder or $FNBP_DATA, download it with --download, or fetch it yourself from {source.url}"
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
         raise InputError(
-            f"{path} cannot be unpacked ({error}). Delete it, and fetch it anew from {MNIST_SOURCE}"
+            f"{path} cannot be unpacked ({error}). Delete it, and fetch it anew from {source.url}"
         ) from error
-    check_sum(path, raw, MNIST_SHA256[name], MNIST_SOURCE)
+    for other in SOURCES.values():
+        if other is not source and hashlib.sha256(raw).hexdigest() == other.sha256[name]:
+            raise InputError(
+                f"{path} is of {other.name}, not of {source.name}: that belongs in {folder / source.folder}"
+            )
+    check_sum(path, raw, source.sha256[name], source.url)
     dimensions = raw[3]
     shape = np.frombuffer(raw, ">i4", dimensions, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
@@ -118,11 +150,11 @@ def check_sum(path: Path, raw: bytes, due: str, source: str) -> None:
         )
 
 
-def fetch(folder: Path, source: str = MNIST_SOURCE) -> None:
-    """The four files of MNIST into folder, those that are not there yet."""
+def fetch(folder: Path, source: Source) -> None:
+    """The four files of a set into folder, those that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in MNIST_SHA256:
-        fetch_file(f"{source}{name}.gz", folder / f"{name}.gz")
+    for name in source.sha256:
+        fetch_file(f"{source.url}{name}.gz", folder / f"{name}.gz")
 
 
 def fetch_file(source: str, target: Path) -> None:

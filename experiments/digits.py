@@ -33,8 +33,8 @@ FORMULAS = {  # of the document's section 4.1
 class Settings:
     """Settings of the main job."""
 
-    data: Literal["digits", "mnist"] = "digits"
-    """scikit-learn's digits need no download; mnist is the real one."""
+    data: Literal["digits", "mnist", "fashion"] = "digits"
+    """scikit-learn's digits need no download; MNIST and Fashion-MNIST do."""
     hidden: int = 100
     """Width of the hidden layer."""
     activation: str = "sigmoid"
@@ -47,9 +47,9 @@ class Settings:
     seed: int = 0
     """Of the parameters and the order of the batches."""
     data_folder: Path | None = None
-    """Where MNIST lies; else $FNBP_DATA, else the user's cache."""
+    """Where these lie; else $FNBP_DATA, else the user's cache."""
     download: bool = False
-    """Fetch MNIST if it is not there."""
+    """Fetch them if they are not there."""
     out: Path = Path("results/digits")
     """Where figure.png and result.json go."""
 

@@ -1,4 +1,4 @@
-"""A convolutional network on the images of MNIST, trained by its manual backward alone: LeNet-5 or a residual network.
+"""A convolutional network on MNIST or Fashion-MNIST, trained by its manual backward alone: LeNet-5 or a residual net.
 
 Prints the network, the test accuracy after each epoch, and what the training took. --side-by-side trains once more by
 jax.grad over the same batches, and holds losses and costs against each other.
@@ -30,7 +30,7 @@ class Settings(Training):
 
 def main(settings: Settings) -> int:
     """Run the experiment."""
-    loaded = data.mnist(settings.data_folder, settings.download)
+    loaded = data.load(settings.data, settings.data_folder, settings.download)
     limit = settings.limit or len(loaded.train_y)
     if not settings.batch_size <= limit <= len(loaded.train_y):
         raise report.InputError(f"--limit must be from one batch, {settings.batch_size}, to {len(loaded.train_y)}")

@@ -121,7 +121,7 @@ def main(settings: Settings) -> int:
         raise report.InputError("--seeds needs at least one seed")
     if settings.peer:
         require_torch()
-    loaded = data.mnist(settings.data_folder, settings.download)
+    loaded = data.load("mnist", settings.data_folder, settings.download)
     net = network(settings.hidden, settings.init)
     params, state = net.init(jax.random.key(0), loaded.train_x[:1])
     console.print(report.network_table(net, params, state, loaded.train_x[:1]))

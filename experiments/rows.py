@@ -1,4 +1,4 @@
-"""A recurrent network that reads the images of MNIST row by row, trained by its manual backward through time alone.
+"""A recurrent network that reads MNIST or Fashion-MNIST row by row, trained by its manual backward through time alone.
 
 Each image is a sequence of 28 rows of 28 pixels; what the network holds after the last row is scored. --side-by-side
 trains once more by jax.grad over the same batches, and holds losses and costs against each other.
@@ -20,6 +20,7 @@ class Settings(Training):
     """Settings of the training."""
 
     model: Literal["lstm", "gru"] = "lstm"
+    learning_rate: float = 1e-3
     units: int = 128
     layers: int = 1
     """Recurrent layers, one on another."""
@@ -31,7 +32,7 @@ class Settings(Training):
 
 def main(settings: Settings) -> int:
     """Run the experiment."""
-    loaded = data.mnist(settings.data_folder, settings.download)
+    loaded = data.load(settings.data, settings.data_folder, settings.download)
     rows = [x.reshape(-1, 28, 28) for x in (loaded.train_x, loaded.test_x)]
     net = MODELS[settings.model](settings.units, 10, settings.layers, settings.rate)
     return classify(net, data.Data(rows[0], loaded.train_y, rows[1], loaded.test_y), settings, settings.out)

@@ -94,9 +94,17 @@ def run(layer, x, ctx=fnbp.Context()):
 Z = jnp.zeros
 REFUSED = [
     (lambda: fnbp.attention(0), ValueError, r"attention\(0\): heads must be at least 1, got 0"),
-    (lambda: fnbp.attention(6, 4), ValueError, r"attention\(6, 4\): heads must be a multiple of kv_heads, got 6 heads for 4"),
+    (
+        lambda: fnbp.attention(6, 4),
+        ValueError,
+        r"attention\(6, 4\): heads must be a multiple of kv_heads, got 6 heads for 4",
+    ),
     (lambda: fnbp.attention(2, rotary=0), ValueError, r"attention\(2\): rotary must be above 0, got 0"),
-    (lambda: run(fnbp.attention(5), Z((2, 3, 12))), ValueError, r"must be a multiple of heads; got 12 features for 5 heads"),
+    (
+        lambda: run(fnbp.attention(5), Z((2, 3, 12))),
+        ValueError,
+        r"must be a multiple of heads; got 12 features for 5 heads",
+    ),
     (
         lambda: run(fnbp.attention(4, rotary=10.0), Z((2, 3, 12))),
         ValueError,

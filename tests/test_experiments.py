@@ -119,31 +119,36 @@ def test_gradient_cost_prints_its_ratios(tmp_path, monkeypatch, capsys):
     assert "plain JAX" in capsys.readouterr().out
 
 
-@pytest.fixture
-def fake_mnist(tmp_path, monkeypatch):
-    """Four small IDX files whose sums are the ones that are due."""
-    rng = np.random.default_rng(0)
+def fake(source, folder, seed):
+    """The source with the sums of four small IDX files of its names, which now lie in its folder."""
+    rng = np.random.default_rng(seed)
     sums = {}
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    for name in data.MNIST_SHA256:
+    (folder / source.folder).mkdir()
+    for name in source.sha256:
         shape = (3, 28, 28) if "images" in name else (3,)
         header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
         raw = header + rng.integers(0, 10, shape, np.uint8).tobytes()
-        (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
+        (folder / source.folder / f"{name}.gz").write_bytes(gzip.compress(raw))
         sums[name] = hashlib.sha256(raw).hexdigest()
-    monkeypatch.setattr(data, "MNIST_SHA256", sums)
+    return source._replace(sha256=sums)
+
+
+@pytest.fixture
+def fake_mnist(tmp_path, monkeypatch):
+    """A folder with sets of three images, under the names of the large ones."""
+    sources = {name: fake(source, tmp_path, seed) for seed, (name, source) in enumerate(data.SOURCES.items())}
+    monkeypatch.setattr(data, "SOURCES", sources)
     monkeypatch.delenv("FNBP_DATA", raising=False)
     return tmp_path
 
 
 def test_mnist_is_found_by_argument_variable_and_cache(fake_mnist, monkeypatch, tmp_path):
-    loaded = data.mnist(fake_mnist)
+    loaded = data.load("mnist", fake_mnist)
     assert loaded.train_x.shape == (3, 784) and loaded.train_x.dtype == np.float32 and loaded.train_x.max() <= 1
     assert loaded.test_y.dtype == np.int32
-    assert data.mnist(fake_mnist / "mnist").train_x.shape == (3, 784)
+    assert data.load("mnist", fake_mnist / "mnist").train_x.shape == (3, 784)
     monkeypatch.setenv("FNBP_DATA", str(fake_mnist))
-    assert (data.mnist().train_x == loaded.train_x).all()
+    assert (data.load("mnist").train_x == loaded.train_x).all()
     monkeypatch.delenv("FNBP_DATA")
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -151,7 +156,7 @@ def test_mnist_is_found_by_argument_variable_and_cache(fake_mnist, monkeypatch, 
     (cache / "moved").rename(cache / "mnist")
     cache.rename(tmp_path / "fnbp")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert (data.mnist().train_x == loaded.train_x).all()
+    assert (data.load("mnist").train_x == loaded.train_x).all()
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])
@@ -225,22 +230,23 @@ def test_a_missing_or_other_text_is_told(fake_text, tmp_path):
 
 
 def test_architectures_holds_trainings_against_each_other(tmp_path, monkeypatch, capsys):
-    small = {"small": (fnbp.models.mlp(7, 3), architectures.images(5, 3, 11))}
-    monkeypatch.setattr(architectures, "MODELS", small)
-    settings = architectures.Settings(steps=5, samples=2, depth=False, out=tmp_path)
+    draw = architectures.shaped(architectures.images(5, 8, 12, 1), 96)
+    small = architectures.Model(fnbp.models.mlp(7, 10), draw, 0.1)
+    monkeypatch.setattr(architectures, "MODELS", {"small": small})
+    settings = architectures.Settings(steps=20, samples=2, depth=False, out=tmp_path)
     assert architectures.main(settings) == 0
     measured = json.loads((tmp_path / "result.json").read_text())["measured"]["small"]
     assert measured["apart"] <= 1e-5 and measured["apart_64"] <= 1e-13 and 0 < measured["itself"] < 1e-4
-    assert len(measured["losses"]) == 5 and "small" in capsys.readouterr().out
+    assert len(measured["losses"]) == 20 and "small" in capsys.readouterr().out
     with pytest.raises(report.InputError, match="--only large: there are small"):
         architectures.main(architectures.Settings(only="large", out=tmp_path))
 
 
 def test_missing_mnist_says_where_it_looked_and_where_to_get_it(tmp_path):
     with pytest.raises(report.InputError) as caught:
-        data.mnist(tmp_path)
+        data.load("mnist", tmp_path)
     message = str(caught.value)
-    assert str(tmp_path / "mnist") in message and data.MNIST_SOURCE in message
+    assert str(tmp_path / "mnist") in message and data.MNIST.url in message
     assert "train-images-idx3-ubyte.gz" in message and "--download" in message and "FNBP_DATA" in message
 
 
@@ -248,22 +254,29 @@ def test_corrupt_mnist_is_refused(fake_mnist):
     path = fake_mnist / "mnist" / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(b"other"))
     with pytest.raises(report.InputError, match=r"t10k-labels-idx1-ubyte.gz is corrupt: the SHA-256"):
-        data.mnist(fake_mnist)
+        data.load("mnist", fake_mnist)
     path.write_bytes(b"no gzip at all")
     with pytest.raises(report.InputError, match=r"t10k-labels-idx1-ubyte.gz cannot be unpacked"):
-        data.mnist(fake_mnist)
+        data.load("mnist", fake_mnist)
     whole = gzip.compress(b"cut short" * 99)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(report.InputError, match=r"t10k-labels-idx1-ubyte.gz cannot be unpacked"):
-        data.mnist(fake_mnist)
+        data.load("mnist", fake_mnist)
+
+
+def test_fashion_mnist_is_not_mnist(fake_mnist):
+    assert (data.load("fashion", fake_mnist).train_x != data.load("mnist", fake_mnist).train_x).any()
+    with pytest.raises(report.InputError, match=r"is of MNIST, not of Fashion-MNIST: that belongs in .*fashion-mnist"):
+        data.load("fashion", fake_mnist / "mnist")
 
 
 def test_mnist_is_downloaded_when_asked_and_only_then(fake_mnist, tmp_path):
     target = tmp_path / "fetched"
-    data.fetch(target, (fake_mnist / "mnist").as_uri() + "/")
-    assert data.mnist(target).train_x.shape == (3, 784)
+    source = data.SOURCES["mnist"]
+    data.fetch(target, source._replace(url=(fake_mnist / "mnist").as_uri() + "/"))
+    assert data.load("mnist", target).train_x.shape == (3, 784)
     with pytest.raises(report.InputError, match="cannot be fetched"):
-        data.fetch(tmp_path / "nowhere", (fake_mnist / "absent").as_uri() + "/")
+        data.fetch(tmp_path / "nowhere", source._replace(url=(fake_mnist / "absent").as_uri() + "/"))
 
 
 def command(*words, **environment):

@@ -171,6 +171,15 @@ def is_triple(node):
     return isinstance(node, tuple) and len(node) == 3 and all(isinstance(a, jax.Array) for a in node)
 
 
+@pytest.mark.slow
+@each
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_compare_is_clean(case, shape, dtype):
+    params, state, x, _ = draw(case, shape, dtype)
+    report = fnbp.compare(case.layer, x, params=params, state=state, ctx=case.context)
+    assert report.ok, report
+
+
 @each
 def test_vmap_over_an_ensemble_and_scan_over_steps(case, shape):
     members = [draw(case, shape, jnp.float32, seed) for seed in range(3)]
