@@ -11,7 +11,7 @@ from fnbp.checks import check_finite, check_is, describe
 from fnbp.combinators import tied_leaves
 from fnbp.compound import Contracted, is_contracted, is_open, out_of_depth
 from fnbp.factor import MIXED, Factor, Mixed, sq_norms, total, wide
-from fnbp.layer import Context, Layer, leaves, map_layers
+from fnbp.layer import Context, Layer, checked, leaves, map_layers
 from fnbp.losses import Loss, check_losses
 
 Contraction = Callable[[Any], Any] | tuple
@@ -76,6 +76,7 @@ def contracted(contract: Contraction, later: frozenset[str] = frozenset()) -> Ca
             raise TypeError(f"contract must be a function of a factor, or a tuple of such, got {c!r}")
 
     def at(path, layer):
+        layer = checked(path, layer)
         if path in later and contract is not total:
             return layer
 

@@ -107,6 +107,14 @@ def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
     raise ValueError(f"unknown {kind} {name!r}{hint} There are: {', '.join(sorted(table))}")
 
 
+def check_returned(name: str, what: str, returned: Any, due: str) -> Any:
+    """What a function returned. TypeError unless it is a tuple of as many entries as due names: "y, state, res"."""
+    if not isinstance(returned, (tuple, list)) or len(returned) != len(due.split(", ")):
+        came = f"{len(returned)} things" if isinstance(returned, (tuple, list)) else describe(returned)
+        raise TypeError(f"{name}: {what} must return ({due}), got {came}")
+    return returned
+
+
 def describe(x: Any) -> str:
     """A value in few words: dtype and shape of an array, else type and value."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):

@@ -12,7 +12,7 @@ import numpy as np
 from fnbp.checks import check_is, check_key, check_parts, choose, located
 from fnbp.compound import Added
 from fnbp.factor import Factor
-from fnbp.layer import Context, Layer
+from fnbp.layer import Layer, shape_of
 
 
 def serial(*layers: Layer, name: str = "serial") -> Layer:
@@ -33,7 +33,7 @@ def serial(*layers: Layer, name: str = "serial") -> Layer:
         for i, layer in enumerate(layers):
             with located(f"{name}[{i}].{layer.name}"):
                 p, s = layer.init(jax.random.fold_in(key, i), x)
-                x, _, _ = jax.eval_shape(layer.forward, p, s, x, Context())
+                x = shape_of(layer, p, s, x)
             params.append(p)
             states.append(s)
         return tuple(params), tuple(states)
@@ -74,7 +74,7 @@ def skip(layer: Layer) -> Layer:
     def init(key, x):
         with located(f"skip[0].{layer.name}"):
             p, s = layer.init(key, x)
-            y, _, _ = jax.eval_shape(layer.forward, p, s, x, Context())
+            y = shape_of(layer, p, s, x)
         check_same(x, y)
         return (p,), (s,)
 
@@ -127,7 +127,7 @@ def parallel(*layers: Layer, join: str = "sum") -> Layer:
         for i, layer in enumerate(layers):
             with located(f"{name}[{i}].{layer.name}"):
                 p, s = layer.init(jax.random.fold_in(key, i), x)
-                ys.append(jax.eval_shape(layer.forward, p, s, x, Context())[0])
+                ys.append(shape_of(layer, p, s, x))
             params.append(p)
             states.append(s)
         check_joinable(name, join, ys)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_key
+from fnbp.checks import check_key, check_returned
 
 
 class Layer(NamedTuple):
@@ -73,7 +73,7 @@ def stateless(init: Callable, forward: Callable, backward: Callable, name: str) 
         return init(key, x), {}
 
     def forward_lifted(params, state, x, ctx):
-        y, res = forward(params, x)
+        y, res = check_returned(name, "forward", forward(params, x), "y, res")
         return y, state, res
 
     return Layer(init_lifted, forward_lifted, backward, name)
@@ -102,6 +102,23 @@ def map_layers(f: Callable[[str, Layer], Layer], net: Layer) -> Layer:
         return rebuilt(layer, tuple(at(f"{path}[{i}].{part.name}", part) for i, part in enumerate(layer.parts)))
 
     return at(net.name, net)
+
+
+def checked(path: str, layer: Layer) -> Layer:
+    """For map_layers: a layer whose functions raise a TypeError where they do not return as many things as are due."""
+
+    def forward(params, state, x, ctx):
+        return check_returned(path, "forward", layer.forward(params, state, x, ctx), "y, state, res")
+
+    def backward(params, res, dy):
+        return check_returned(path, "backward", layer.backward(params, res, dy), "factors, dx")
+
+    return layer._replace(forward=forward, backward=backward)
+
+
+def shape_of(layer: Layer, params: Any, state: Any, x: Any, ctx: Context = Context()) -> Any:
+    """Shape and dtype of what a layer makes of x, without computing it."""
+    return jax.eval_shape(checked(layer.name, layer).forward, params, state, x, ctx)[0]
 
 
 def rebuilt(layer: Layer, parts: tuple[Layer, ...]) -> Layer:

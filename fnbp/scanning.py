@@ -10,7 +10,7 @@ from jax import lax
 from fnbp.checks import check_is, check_key, check_parts, check_size, located
 from fnbp.compound import Shared, Stacked, is_open
 from fnbp.factor import Lookup, Mixed, Outer, Product, Sum
-from fnbp.layer import Context, Layer
+from fnbp.layer import Context, Layer, shape_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def repeat(layer: Layer, n: int) -> Layer:
         with located(inside):
             p, s = jax.vmap(lambda i: layer.init(jax.random.fold_in(key, i), x))(jnp.arange(n))
             first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (p, s))
-            y, _, _ = jax.eval_shape(layer.forward, *first, x, Context())
+            y = shape_of(layer, first[0], first[1], x)
         check_same(name, layer, x, y)
         return (p,), (s,)
 
@@ -146,7 +146,7 @@ def check_sequence(name: str, x: Any) -> tuple[Any, Any]:
 
 def of_zeros(cell: Layer, params: Any, state: Any, x: jax.Array, ctx: Context) -> Any:
     """The h that the cell takes None for."""
-    (h, _), _, _ = jax.eval_shape(cell.forward, params, state, (None, x[:, 0]), replace(ctx, mask=None))
+    h, _ = shape_of(cell, params, state, (None, x[:, 0]), replace(ctx, mask=None))
     return zeros(h)
 
 

@@ -118,12 +118,30 @@ def fit(
     run = compiled_loop(gradient(net, loss), mean_loss(net, loss), optimizer, batch_size, batches)
     key_order, key_layers = jax.random.split(key)
     order = jax.jit(permutation, static_argnums=2)(key_order, start // batches, examples)
-    opt_state = optimizer.init(params) if opt_state is None else opt_state
+    opt_state = optimizer.init(params) if opt_state is None else check_opt_state(optimizer, params, opt_state)
     carry = copy(Carry(params, state, opt_state, jnp.asarray(start)))
     rule = Rule(start, last, batches, -np.inf if threshold is None else threshold, patience)
     evaluate = evaluation(net, loss, *validation) if validation is not None else None
     watch = Watch(evaluate, on_epoch, callback, progress)
     return drive(run, (carry, order), (x, y, key_order, key_layers), rule, watch)
+
+
+def check_opt_state(optimizer: optax.GradientTransformation, params: Any, opt_state: Any) -> Any:
+    """opt_state; ValueError where it is of another optimizer, or of other params."""
+    due = jax.eval_shape(optimizer.init, params)
+    if jax.tree.structure(opt_state) != jax.tree.structure(due):
+        raise ValueError(f"fit: opt_state is of another optimizer or net: got {kinds(opt_state)}, due {kinds(due)}")
+    for a, b in zip(jax.tree.leaves(opt_state), jax.tree.leaves(due), strict=True):
+        if jnp.shape(a) != b.shape:
+            raise ValueError(f"fit: opt_state is of other params: an entry has shape {jnp.shape(a)}, due {b.shape}")
+    return opt_state
+
+
+def kinds(state: Any) -> str:
+    """The names of the types in a state: (ScaleByAdamState, EmptyState)."""
+    if type(state) is tuple:
+        return f"({', '.join(map(kinds, state))})"
+    return type(state).__name__
 
 
 def check_request(net, loss, params, state, x, y, key, batch_size, validation, patience) -> int:

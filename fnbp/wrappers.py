@@ -11,7 +11,7 @@ import numpy as np
 from fnbp.checks import check_is, check_parts, concrete, describe, located
 from fnbp.compound import Cast, Contracted, is_open
 from fnbp.factor import Factor
-from fnbp.layer import Layer
+from fnbp.layer import Layer, shape_of
 
 
 def remat(layer: Layer) -> Layer:
@@ -77,7 +77,7 @@ def cast(layer: Layer, dtype: Any) -> Layer:
         check_parts(name, "params", params, 1)
         check_parts(name, "state", state, 1)
         with located(here):
-            due, _, _ = jax.eval_shape(layer.forward, params[0], state[0], x, ctx)
+            due = shape_of(layer, params[0], state[0], x, ctx)
             y, s, res = layer.forward(to(low, params[0]), state[0], to(low, x), ctx)
         return to_dtypes_of(due, y), (s,), (res, like(y), like(x))
 

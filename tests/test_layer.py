@@ -206,3 +206,43 @@ def test_an_error_in_a_deep_layer_carries_notes_naming_the_place(where):
         y, _, res = net.forward(params, state, x, fnbp.Context())
         net.backward(params, res, y)
     assert caught.value.__notes__ == ["in serial[1].torn", "in skip[0].serial", "in serial[1].skip"]
+
+
+def doubling(**functions):
+    """2 x as a Layer, but for the functions given."""
+    sound = {
+        "init": lambda key, x: ({}, {}),
+        "forward": lambda params, state, x, ctx: (2 * x, state, ()),
+        "backward": lambda params, res, dy: ({}, 2 * dy),
+    }
+    return fnbp.Layer(**(sound | functions), name="double")
+
+
+def test_a_forward_that_returns_y_alone_is_named():
+    x, y = normal(np.random.default_rng(0), (7, 3), float), jnp.arange(7) % 3
+    short = doubling(forward=lambda params, state, x, ctx: 2 * x)
+    message = r"double: forward must return \(y, state, res\), got float\d+ of shape \(7, 3\)"
+    for run in (
+        lambda: fnbp.serial(fnbp.identity(), short).init(jax.random.key(0), x),
+        lambda: fnbp.value_and_grad(short, fnbp.softmax_cross_entropy())({}, {}, x, y),
+        lambda: fnbp.compare(short, x),
+    ):
+        with pytest.raises(TypeError, match=message):
+            run()
+    pair = fnbp.stateless(lambda key, x: {}, lambda params, x: 2 * x, lambda params, res, dy: ({}, 2 * dy), "pair")
+    with pytest.raises(TypeError, match=r"pair: forward must return \(y, res\), got float"):
+        pair.forward({}, {}, x, fnbp.Context())
+
+
+def test_a_backward_that_returns_too_much_or_too_little_is_named():
+    x, y = normal(np.random.default_rng(0), (7, 3), float), jnp.arange(7) % 3
+    for backward, came in (
+        (lambda params, res, dy: 2 * dy, r"float\d+ of shape \(7, 3\)"),
+        (lambda params, res, dy: ({}, 2 * dy, None), "3 things"),
+    ):
+        net = fnbp.serial(fnbp.tanh(), doubling(backward=backward))
+        message = rf"serial\[1\]\.double: backward must return \(factors, dx\), got {came}"
+        with pytest.raises(TypeError, match=message):
+            fnbp.value_and_grad(net, fnbp.softmax_cross_entropy())(({}, {}), ({}, {}), x, y)
+        fault = fnbp.compare(net, x).first_fault
+        assert fault.kind == "raises" and "backward must return (factors, dx)" in fault.hint

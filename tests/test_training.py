@@ -350,6 +350,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(middle):
     assert second.message.startswith(f"all {28 - middle} steps done")
 
 
+def test_the_state_of_another_optimizer_or_net_is_refused():
+    other = optax.adam(1e-3).init(PARAMS)
+    with pytest.raises(
+        ValueError, match=r"of another optimizer or net: got \(ScaleByAdamState, EmptyState\), due \(Tr"
+    ):
+        fit(optimizer=optax.sgd(0.1, momentum=0.9), opt_state=other, steps=1)
+    wider = optax.adam(1e-3).init(jax.tree.map(lambda a: jnp.concatenate([a, a], -1), PARAMS))
+    with pytest.raises(ValueError, match=r"of other params: an entry has shape \(.*\), due \("):
+        fit(optimizer=optax.adam(1e-3), opt_state=wider, steps=1)
+
+
 def test_a_resumed_run_counts_epochs_and_validations_from_its_start():
     first = plain(10)
     found = fit(params=first.params, state=first.state, opt_state=first.opt_state, start=10, epochs=1, validation=VALID)

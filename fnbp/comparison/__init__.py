@@ -15,7 +15,7 @@ from fnbp.comparison.report import Report, Row
 from fnbp.comparison.transforms import TRANSFORMS
 from fnbp.comparison.unit import Unit, unit_of_function, unit_of_layer, unit_of_loss
 from fnbp.comparison.whole import Whole, first_deltas
-from fnbp.layer import Context, Layer
+from fnbp.layer import Context, Layer, checked, map_layers
 from fnbp.losses import Loss, check_losses
 
 float0 = jax.dtypes.float0
@@ -191,7 +191,8 @@ def compare_net(net, x, params, state, ctx, loss, y, key, options: Options) -> R
     state = drawn[1] if state is None else on_host(state)
     ctx = on_host(ctx)
     check_finite("compare", "params", params)
-    prediction = on_host(compiled_or_plain(lambda *args: net.forward(*args)[0], params, state, x, ctx))
+    forward = map_layers(checked, net).forward
+    prediction = on_host(compiled_or_plain(lambda *args: forward(*args)[0], params, state, x, ctx))
     check_floating("compare", f"what {net.name} returns", prediction)
     check_finite("compare", f"what {net.name} returns", prediction)
     units = []
