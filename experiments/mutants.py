@@ -29,7 +29,7 @@ from experiments.mutations import Mutant
 from experiments.mutations_equivalent import reason_of
 from experiments.report import console
 
-RENEWED = 150  # mutants after which a process is replaced: compiled programs pile up in it
+RENEWED = 40  # mutants after which a process is replaced: compiled programs pile up in it
 LOUD = ("raises", "structure")  # no checker is needed to see these
 
 

@@ -18,6 +18,7 @@ SHAPED = "of what is saved here, the shape behind the first axis alone is read"
 WHOLE = "tokens are whole numbers of at least 0: in an array of integers no such change is to be seen"
 SLIDING = "where windows are slid the size of what they lie over is not read"
 TYPED = "of what is saved here, the dtype alone is read"
+GROUPS = "it is the number of groups, a whole number of at least 1"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
 ELU = "layers/activation.py:elu.backward:*:"
@@ -73,6 +74,28 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/embedding.py:embedding.backward:*: Lookup[1] of 'E': absolute", WHOLE),
     ("layers/embedding.py:embedding.backward:*: Lookup[1] of 'E': small ones flushed", WHOLE),
     ("layers/norm.py:*.backward:*:name: dy -> x in dx.astype(dy.dtype)", ALIKE),
+    ("layers/embedding.py:embedding.forward saves:*: x: saved as rounded", WHOLE),
+    ("layers/embedding.py:embedding.backward:*: Lookup[1] of 'E': with a cancellation", WHOLE),
+    ("factor.py:Lookup.total:*:axis: table.at[self.x].add(* -> table.at[self.x].add(wide(self.d), mode='drop')", WHOLE),
+    ("layers/embedding.py:positions.backward:*:moved: Rows[0] of 'P': reversed", SUMMED),
+    ("layers/embedding.py:positions.backward:*:moved: Rows[0] of 'P': rolled by one", SUMMED),
+    ("layers/embedding.py:positions.backward:*:moved: Rows[0] of 'P': averaged over axis 0", SUMMED),
+    ("layers/convolution.py:*.backward:*: Correlation[3] of 'W': with a cancellation", GROUPS),
+    ("layers/convolution.py:*.backward:*: Correlation[3] of 'W': absolute", GROUPS),
+    ("layers/convolution.py:*.backward:*: Correlation[3] of 'W': small ones flushed", GROUPS),
+    ("layers/activation.py:softmax.forward saves:*: y: y.astype(x.dtype) saved in its place", ROUNDED),
+    ("layers/dropout.py:dropping.forward saves:*: keep: saved in *float*", MASK),
+    ("layers/dropout.py:dropping.forward saves:*: keep: saved with the sign changed", MASK),
+    ("layers/norm.py:layer_norm.backward:*:precision: wide(x) -> x in (wide(x) - mu) * rstd", PROMOTED),
+    ("layers/norm.py:layer_norm.backward:*:precision: wide(dy) -> dy in wide(params['gamma']) * wide(dy)", PROMOTED),
+    ("layers/norm.py:group_norm.backward:*:name: x -> dy in x_hat.reshape(x.shape)", "dy has the shape of x"),
+    ("layers/norm.py:batch_norm.backward:*:name: dy -> x in (rstd * dx_hat).astype(dy.dtype)", ALIKE),
+    ("combinators.py:skip.backward:*:factors: factors: those of the first, throughout", ONE_ENTRY),
+    (
+        "scanning.py:over_time:*:entry: (Outer, Sum, Product, Lookup) -> (Outer, Sum, Lookup, Product)",
+        "any order will do",
+    ),
+    ("wrappers.py:cast.forward saves:*: like(*) -> * in (res, like(y), like(x))", TYPED),
     ("layers/pooling.py:last.forward saves:*: here: saved with the sign changed", MASK),
     ("layers/pooling.py:last.forward saves:*: here: saved in *float*", MASK),
 )

@@ -24,7 +24,7 @@ class Trial(NamedTuple):
     train: bool = False
 
 
-LENGTHS = np.array([3, 7, 1, 0, 5])
+LENGTHS = np.array([3, 5, 1, 0, 7])
 
 
 def of_lengths(layer: fnbp.Layer) -> fnbp.Layer:
@@ -41,6 +41,56 @@ def of_lengths(layer: fnbp.Layer) -> fnbp.Layer:
         return factors, dx
 
     return fnbp.Layer(init, forward, backward, layer.name)
+
+
+def closed(layer: fnbp.Layer) -> fnbp.Layer:
+    """A combinator as a leaf: its factors come out open, and are contracted only then."""
+    return fnbp.Layer(layer.init, layer.forward, layer.backward, layer.name)
+
+
+def with_start(scan: fnbp.Layer, given: bool) -> fnbp.Layer:
+    """A scan of x alone that is given a start, the first position of x, or None; y and the end come out as a sum."""
+
+    def start(x):
+        return (x[:, 0] if given else None), x
+
+    def forward(params, state, x, ctx):
+        (end, y), state, res = scan.forward(params, state, start(x), ctx)
+        return y + end[:, None], state, res
+
+    def backward(params, res, dy):
+        factors, (dstart, dx) = scan.backward(params, res, (dy.sum(1), dy))
+        return factors, dx.at[:, 0].add(dstart) if given else dx
+
+    return fnbp.Layer(lambda key, x: scan.init(key, start(x)), forward, backward, scan.name)
+
+
+def cell_of(layer: fnbp.Layer) -> fnbp.Layer:
+    """A cell of a layer that keeps the shape: h = y = f(x + h)."""
+
+    def init(key, x):
+        return layer.init(key, x[1])
+
+    def forward(params, state, x, ctx):
+        h, x = x
+        y, state, res = layer.forward(params, state, x if h is None else x + h, ctx)
+        return (y, y), state, res
+
+    def backward(params, res, dy):
+        factors, dx = layer.backward(params, res, dy[0] + dy[1])
+        return factors, (dx, dx)
+
+    return fnbp.Layer(init, forward, backward, f"cell of {layer.name}")
+
+
+def finished(layer: fnbp.Layer) -> fnbp.Layer:
+    """A layer whose backward returns gradients in place of factors."""
+
+    def backward(params, res, dy):
+        factors, dx = layer.backward(params, res, dy)
+        return {name: factor.total() for name, factor in factors.items()}, dx
+
+    return layer._replace(backward=backward)
 
 
 WITH_MEMORY = fnbp.parallel(fnbp.identity(), fnbp.conv(7, 2, padding="VALID"), join="tuple")
@@ -61,6 +111,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(7, 3), (3, 11, 5)),
         Trial(lambda f: f(7, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1)), (3, 7, 5, 2)),
         Trial(lambda f: f(10, 3, groups=5, padding="VALID"), (3, 7, 5)),
+        Trial(lambda f: f(1, 1), (3, 11, 5)),
     ),
     "conv_transpose": (
         Trial(lambda f: f(7, 3, stride=2, padding=1), (3, 5, 2)),
@@ -84,7 +135,11 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "dropout": (Trial(lambda f: f(0.3), train=True), Trial(lambda f: f(0.3))),
     "drop_path": (Trial(lambda f: f(0.3), (7, 5, 3), train=True),),
     "embedding": (Trial(lambda f: f(13, 3), (5, 11), "tokens"), Trial(lambda f: f(4_099, 3), (7,), "many tokens")),
-    "positions": (Trial(lambda f: f(17), (7, 5, 3)), Trial(lambda f: f(5), (7, 5, 3))),
+    "positions": (
+        Trial(lambda f: f(17), (7, 5, 3)),
+        Trial(lambda f: f(5), (7, 5, 3)),
+        Trial(lambda f: f(1), (7, 1, 3)),
+    ),
     "sinusoids": (Trial(shape=(7, 5, 3)),),
     "attention": (
         Trial(lambda f: f(3, causal=True), (2, 5, 6)),
@@ -94,16 +149,32 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "rnn_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
     "lstm_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
     "gru_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
-    "scan": (Trial(lambda f: f(fnbp.lstm_cell(3)), (5, 3, 2)), Trial(lambda f: f(fnbp.gru_cell(3), True), (5, 3, 2))),
+    "scan": (
+        Trial(lambda f: f(fnbp.lstm_cell(3)), (5, 3, 2)),
+        Trial(lambda f: f(fnbp.gru_cell(3), True), (5, 3, 2)),
+        Trial(lambda f: of_lengths(fnbp.ragged(f(fnbp.rnn_cell(3)))), (5, 7, 2)),
+        Trial(lambda f: with_start(f(fnbp.rnn_cell(2)), True), (5, 3, 2)),
+        Trial(lambda f: with_start(f(fnbp.rnn_cell(2)), False), (5, 3, 2)),
+        Trial(lambda f: f(cell_of(fnbp.conv(2, 3))), (5, 3, 7, 2)),
+        Trial(lambda f: f(cell_of(fnbp.batch_norm())), (5, 3, 2), train=True),
+        Trial(lambda f: f(cell_of(finished(fnbp.dense(2)))), (5, 3, 2)),
+    ),
     "parallel": (
         Trial(lambda f: f(fnbp.dense(5), fnbp.dense(5)), (7, 3)),
         Trial(lambda f: f(fnbp.dense(5), fnbp.tanh(), join="concat"), (7, 3)),
         Trial(lambda f: f(fnbp.dense(5), fnbp.dense(5), fnbp.dense(5), join="product"), (7, 3)),
     ),
-    "repeat": (Trial(lambda f: f(fnbp.dense(3), 2), (7, 3)),),
+    "repeat": (
+        Trial(lambda f: f(fnbp.dense(3), 2), (7, 3)),
+        Trial(lambda f: closed(f(fnbp.serial(fnbp.dense(3), fnbp.tanh()), 2)), (7, 3)),
+        Trial(lambda f: closed(f(fnbp.batch_norm(), 2)), (7, 3), train=True),
+    ),
     "ragged": (Trial(lambda f: of_lengths(f(fnbp.serial(fnbp.scan(fnbp.rnn_cell(2)), fnbp.last()))), (5, 7, 3)),),
     "remat": (Trial(lambda f: f(fnbp.dense(5)), (7, 3)),),
-    "cast": (Trial(lambda f: f(fnbp.dense(5), "float32"), (7, 3)),),
+    "cast": (
+        Trial(lambda f: f(fnbp.dense(5), "float32"), (7, 3)),
+        Trial(lambda f: closed(f(fnbp.dense(5), "float32")), (7, 3)),
+    ),
     "freeze": (Trial(lambda f: fnbp.serial(fnbp.dense(5), f(fnbp.dense(3))), (7, 3)),),
     "tie": (
         Trial(
@@ -112,6 +183,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
             "tokens",
         ),
         Trial(lambda f: f(fnbp.serial(fnbp.dense(3), fnbp.tanh(), fnbp.dense(3)), (0, "W"), (2, "W")), (7, 3)),
+        Trial(lambda f: closed(f(fnbp.serial(fnbp.dense(3), fnbp.tanh(), fnbp.dense(3)), (0, "W"), (2, "W"))), (7, 3)),
     ),
     "softmax_cross_entropy": (
         Trial(y="labels"),
