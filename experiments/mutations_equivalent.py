@@ -18,6 +18,7 @@ SHAPED = "of what is saved here, the shape behind the first axis alone is read"
 WHOLE = "tokens are whole numbers of at least 0: in an array of integers no such change is to be seen"
 SLIDING = "where windows are slid the size of what they lie over is not read"
 TYPED = "of what is saved here, the dtype alone is read"
+DROPPED = "JAX drops what is added out of range, asked to or not"
 GROUPS = "it is the number of groups, a whole number of at least 1"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
@@ -80,6 +81,8 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/embedding.py:positions.backward:*:moved: Rows[0] of 'P': reversed", SUMMED),
     ("layers/embedding.py:positions.backward:*:moved: Rows[0] of 'P': rolled by one", SUMMED),
     ("layers/embedding.py:positions.backward:*:moved: Rows[0] of 'P': averaged over axis 0", SUMMED),
+    ("factor.py:Lookup.total:*:axis: * -> table.at[self.x].add(wide(self.d), wrap_negative_indices=False)", DROPPED),
+    ("factor.py:Lookup.total:*:axis: False -> True in table.at[self.x].add(*", WHOLE),
     ("layers/convolution.py:*.backward:*: Correlation[3] of 'W': with a cancellation", GROUPS),
     ("layers/convolution.py:*.backward:*: Correlation[3] of 'W': absolute", GROUPS),
     ("layers/convolution.py:*.backward:*: Correlation[3] of 'W': small ones flushed", GROUPS),
@@ -91,10 +94,7 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/norm.py:group_norm.backward:*:name: x -> dy in x_hat.reshape(x.shape)", "dy has the shape of x"),
     ("layers/norm.py:batch_norm.backward:*:name: dy -> x in (rstd * dx_hat).astype(dy.dtype)", ALIKE),
     ("combinators.py:skip.backward:*:factors: factors: those of the first, throughout", ONE_ENTRY),
-    (
-        "scanning.py:over_time:*:entry: (Outer, Sum, Product, Lookup) -> (Outer, Sum, Lookup, Product)",
-        "any order will do",
-    ),
+    ("scanning.py:over_time:*:entry: (Outer, Sum, Product, Lookup) -> (*", "isinstance asks in any order"),
     ("wrappers.py:cast.forward saves:*: like(*) -> * in (res, like(y), like(x))", TYPED),
     ("layers/pooling.py:last.forward saves:*: here: saved with the sign changed", MASK),
     ("layers/pooling.py:last.forward saves:*: here: saved in *float*", MASK),
