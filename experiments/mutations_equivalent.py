@@ -19,6 +19,8 @@ WHOLE = "tokens are whole numbers of at least 0: in an array of integers no such
 SLIDING = "where windows are slid the size of what they lie over is not read"
 TYPED = "of what is saved here, the dtype alone is read"
 DROPPED = "JAX drops what is added out of range, asked to or not"
+VECTOR = "a vector is its own transpose"
+BOUNDED = "x^ is at most the root of the number of features"
 GROUPS = "it is the number of groups, a whole number of at least 1"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
@@ -70,7 +72,7 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("wrappers.py:cast.forward saves:*: like(*): saved of *", TYPED),
     ("wrappers.py:cast.forward saves:*: like(*): saved with the sign changed", TYPED),
     ("wrappers.py:cast.forward saves:*: like(*): saved with a stray 1e-4", TYPED),
-    ("factor.py:*Sum.total:*:moved: result: reshaped through its transpose", "a vector is its own transpose"),
+    ("factor.py:*Sum.total:*:moved: result: reshaped through its transpose", VECTOR),
     ("layers/*:*.backward:*:moved: Sum[0] of *: rolled by one", SUMMED),
     ("layers/*:*.backward:*:moved: Sum[0] of *: reversed", SUMMED),
     ("layers/*:*.backward:*:moved: Sum[0] of *: averaged over axis 0", SUMMED),
@@ -94,10 +96,23 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/dropout.py:dropping.forward saves:*: keep: saved in *float*", MASK),
     ("layers/dropout.py:dropping.forward saves:*: keep: saved with the sign changed", MASK),
     ("layers/norm.py:layer_norm.backward:*:precision: wide(x) -> x in (wide(x) - mu) * rstd", PROMOTED),
+    ("layers/norm.py:*.backward:*:transpose: params['gamma'] -> params['gamma'].T in *", VECTOR),
+    ("layers/norm.py:rms_norm.backward:*:precision: wide(dy) -> dy in wide(params['gamma']) * wide(dy)", PROMOTED),
+    ("layers/norm.py:layer_norm.backward:*:moved: dx: centred along the last axis", CENTRED),
+    ("layers/norm.py:rms_norm.backward:*:stray term: Product[1] of 'gamma': clipped at 1000", BOUNDED),
+    ("layers/norm.py:group_norm.backward:*:precision: wide(dy) -> dy in grouped(wide(params['gamma']) *", PROMOTED),
+    ("layers/norm.py:batch_norm.backward:*:precision: wide(x) -> x in (wide(x) - mu) * rstd", PROMOTED),
+    ("layers/norm.py:*.backward:*:precision: wide(params['gamma']) -> params['gamma']*", PROMOTED),
     ("layers/norm.py:layer_norm.backward:*:precision: wide(dy) -> dy in wide(params['gamma']) * wide(dy)", PROMOTED),
     ("layers/norm.py:group_norm.backward:*:name: x -> dy in x_hat.reshape(x.shape)", "dy has the shape of x"),
     ("layers/norm.py:batch_norm.backward:*:name: dy -> x in (rstd * dx_hat).astype(dy.dtype)", ALIKE),
-    ("combinators.py:skip.backward:*:factors: factors: those of the first, throughout", ONE_ENTRY),
+    ("combinators.py:*.backward:*:factors: factors: those of the first, throughout", ONE_ENTRY),
+    ("scanning.py:scan.forward saves:*: like: saved in another order", "both parts of a carry are of one shape"),
+    (
+        "scanning.py:scan.backward:*:name: counts -> mask in where(* if counts is not None else *",
+        "both are None, or neither",
+    ),
+    ("combinators.py:tie.backward:*:constant: 0 -> -1 in put(params[0], target, *", ONE_ENTRY),
     ("scanning.py:over_time:*:entry: (Outer, Sum, Product, Lookup) -> (*", "isinstance asks in any order"),
     ("wrappers.py:cast.forward saves:*: like(*) -> * in (res, like(y), like(x))", TYPED),
     ("layers/pooling.py:last.forward saves:*: here: saved with the sign changed", MASK),

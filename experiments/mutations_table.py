@@ -60,7 +60,7 @@ def with_start(scan: fnbp.Layer, given: bool) -> fnbp.Layer:
 
     def backward(params, res, dy):
         factors, (dstart, dx) = scan.backward(params, res, (dy.sum(1), dy))
-        return factors, dx.at[:, 0].add(dstart) if given else dx
+        return factors, dx if dstart is None else dx.at[:, 0].add(dstart)
 
     return fnbp.Layer(lambda key, x: scan.init(key, start(x)), forward, backward, scan.name)
 
@@ -152,7 +152,8 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "scan": (
         Trial(lambda f: f(fnbp.lstm_cell(3)), (5, 3, 2)),
         Trial(lambda f: f(fnbp.gru_cell(3), True), (5, 3, 2)),
-        Trial(lambda f: of_lengths(fnbp.ragged(f(fnbp.rnn_cell(3)))), (5, 7, 2)),
+        Trial(lambda f: of_lengths(fnbp.ragged(f(fnbp.lstm_cell(3)))), (5, 7, 2)),
+        Trial(lambda f: of_lengths(fnbp.ragged(with_start(f(fnbp.rnn_cell(2)), True))), (5, 7, 2)),
         Trial(lambda f: with_start(f(fnbp.rnn_cell(2)), True), (5, 3, 2)),
         Trial(lambda f: with_start(f(fnbp.rnn_cell(2)), False), (5, 3, 2)),
         Trial(lambda f: f(cell_of(fnbp.conv(2, 3))), (5, 3, 7, 2)),
