@@ -171,7 +171,10 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: closed(f(fnbp.batch_norm(), 2)), (7, 3), train=True),
     ),
     "ragged": (Trial(lambda f: of_lengths(f(fnbp.serial(fnbp.scan(fnbp.rnn_cell(2)), fnbp.last()))), (5, 7, 3)),),
-    "remat": (Trial(lambda f: f(fnbp.dense(5)), (7, 3)),),
+    "remat": (
+        Trial(lambda f: f(fnbp.dense(5)), (7, 3)),
+        Trial(lambda f: f(fnbp.dropout(0.3)), (7, 3), train=True),
+    ),
     "cast": (
         Trial(lambda f: f(fnbp.dense(5), "float32"), (7, 3)),
         Trial(lambda f: closed(f(fnbp.dense(5), "float32")), (7, 3)),
