@@ -188,6 +188,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         ),
         Trial(lambda f: f(fnbp.serial(fnbp.dense(3), fnbp.tanh(), fnbp.dense(3)), (0, "W"), (2, "W")), (7, 3)),
         Trial(lambda f: closed(f(fnbp.serial(fnbp.dense(3), fnbp.tanh(), fnbp.dense(3)), (0, "W"), (2, "W"))), (7, 3)),
+        Trial(lambda f: closed(f(fnbp.serial(fnbp.dense(1), fnbp.tanh(), fnbp.dense(1)), (0, "W"), (2, "W"))), (7, 1)),
     ),
     "softmax_cross_entropy": (
         Trial(y="labels"),
