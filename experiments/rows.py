@@ -20,7 +20,6 @@ class Settings(Training):
     """Settings of the training."""
 
     model: Literal["lstm", "gru"] = "lstm"
-    learning_rate: float = 1e-3
     units: int = 128
     layers: int = 1
     """Recurrent layers, one on another."""
