@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fnbp
+from experiments.mutations_table import cell_of
 from tests.cases import relative
 
 rng = np.random.default_rng(0)
@@ -130,24 +131,10 @@ def test_a_cell_alone_is_one_turn(x64, cell):
     assert relative(y[:, 0], alone) <= 1e-15
 
 
-def mixing_cell():
-    """A cell with a parameter whose factor has no axis for time: it is summed turn by turn."""
-    conv = fnbp.conv(3, 2, b=None)
-
-    def forward(params, state, hx, ctx):
-        h, x = hx
-        y, state, res = conv.forward(params, state, x if h is None else x + h, ctx)
-        return (y, y), state, res
-
-    def backward(params, res, d):
-        factors, dx = conv.backward(params, res, d[0] + d[1])
-        return factors, (dx, dx)
-
-    return fnbp.Layer(lambda key, hx: conv.init(key, hx[1]), forward, backward, "mixing")
-
-
 def test_factors_of_any_kind_go_through_time(x64):
-    net, x = fnbp.scan(mixing_cell()), jnp.asarray(rng.standard_normal((5, 4, 7, 3)))
+    net, x = fnbp.scan(
+        cell_of(fnbp.conv(3, 2, b=None))
+    )  # its factor has no axis for time, jnp.asarray(rng.standard_normal((5, 4, 7, 3)))
     params, state = drawn(net, x)
     loss, t = fnbp.half_squared_error(), jnp.asarray(rng.standard_normal(x.shape))
     f = lambda params: loss.forward(net.forward(params, state, x, fnbp.Context())[0], t)[0]  # noqa: E731
