@@ -132,9 +132,8 @@ def test_a_cell_alone_is_one_turn(x64, cell):
 
 
 def test_factors_of_any_kind_go_through_time(x64):
-    net, x = fnbp.scan(
-        cell_of(fnbp.conv(3, 2, b=None))
-    )  # its factor has no axis for time, jnp.asarray(rng.standard_normal((5, 4, 7, 3)))
+    cell = cell_of(fnbp.conv(3, 2, b=None))  # its factor has no axis for time: it is summed turn by turn
+    net, x = fnbp.scan(cell), jnp.asarray(rng.standard_normal((5, 4, 7, 3)))
     params, state = drawn(net, x)
     loss, t = fnbp.half_squared_error(), jnp.asarray(rng.standard_normal(x.shape))
     f = lambda params: loss.forward(net.forward(params, state, x, fnbp.Context())[0], t)[0]  # noqa: E731
