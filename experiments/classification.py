@@ -85,7 +85,7 @@ def classify(net: fnbp.Layer, loaded: Data, settings: Training, out: Path) -> in
         "training_seconds": {name: run.fitted.history.seconds for name, run in runs.items()},
         "wall_seconds": time.perf_counter() - began,
     })  # fmt: skip
-    return 1 if measured.get("apart", 0) > BOUND or done.fitted.stopped == "non-finite" else 0
+    return 1 if not measured.get("apart", 0) <= BOUND or done.fitted.stopped == "non-finite" else 0
 
 
 def training(key: jax.Array) -> fnbp.Context:

@@ -33,7 +33,10 @@ def main(settings: Settings) -> int:
     """Run the experiment."""
     loaded = data.load(settings.data, settings.data_folder, settings.download)
     rows = [x.reshape(-1, 28, 28) for x in (loaded.train_x, loaded.test_x)]
-    net = MODELS[settings.model](settings.units, 10, settings.layers, settings.rate)
+    try:
+        net = MODELS[settings.model](settings.units, 10, settings.layers, settings.rate)
+    except ValueError as error:
+        raise report.InputError(str(error)) from error
     return classify(net, data.Data(rows[0], loaded.train_y, rows[1], loaded.test_y), settings, settings.out)
 
 

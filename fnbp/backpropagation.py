@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnbp.checks import check_finite, check_is, describe
+from fnbp.checks import check_finite, check_is, check_key, describe
 from fnbp.combinators import tied_leaves
 from fnbp.compound import Contracted, is_contracted, is_open, out_of_depth
 from fnbp.factor import MIXED, Factor, Mixed, sq_norms, total, wide
@@ -144,6 +144,9 @@ def one_pass(net: Layer, loss: Loss) -> Callable[..., Pass]:
 
     def run(params, state, x, y, ctx=Context()):
         check_batch(x, y)
+        check_is("backprop", "ctx", ctx, Context)
+        if ctx.key is not None:
+            check_key("backprop", ctx.key)
         params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
         prediction, state, res = net.forward(params, state, x, ctx)
         losses, loss_res = loss.forward(prediction, y)

@@ -83,12 +83,16 @@ def transformer_block(
         dh = dy + b_mlp(dy)      dx = dh + b_attention(dh)
 
     Shapes:  x, y (m, T, width).
-    Source:  Xiong et al. 2020, arXiv:2002.04745, section 3.2, the norm before.
+    Source:  Xiong et al. 2020, arXiv:2002.04745, figure 1(b), the norm before.
     Options: kv_heads, causal, rotary: those of attention. mlp: a layer, gelu_mlp(4 width, width) where none is given.
              norm: a constructor, layer_norm or rms_norm. rate: of the dropouts, none at 0. W, b, W_out: initialisers,
              of all weights and biases, and of the last weights of attention and of gelu_mlp where they are others.
     """
     check_size("transformer_block", "width", width)
+    if isinstance(norm, Layer):
+        raise TypeError(
+            f"transformer_block: norm must make a layer each time, layer_norm and not layer_norm(); got {norm.name}"
+        )
     mlp = gelu_mlp(4 * width, width, W, b, W_out) if mlp is None else mlp
     attend = attention(heads, kv_heads, causal, rotary, W, b, W_out or W)
     noise = (dropout(rate),) if rate else ()
@@ -114,9 +118,11 @@ def stacked(*cells: Layer, rate: float = 0.0) -> Layer:
         y = scan(c_n)(... scan(c_2)(scan(c_1)(x)))      dx = b_1(... b_n(dy)), as serial
 
     Shapes:  x (m, T, n_in); y (m, T, n_out of the last).
-    Source:  Graves 2013, arXiv:1303.5778, section 3.1.
+    Source:  Graves, Mohamed & Hinton 2013, arXiv:1303.5778, section 2.
     Options: rate: of dropout between them, none at 0.
-    Raises:  TypeError for a cell that is no Layer.
+    Raises:  ValueError without a cell; TypeError for a cell that is no Layer.
     """
+    if not cells:
+        raise ValueError("stacked: at least one cell is due")
     scans = [layer for cell in cells for layer in (scan(cell), dropout(rate))]
     return serial(*(scans[:-1] if rate else scans[::2]), name="stacked")

@@ -31,7 +31,7 @@ def concrete(x: Any) -> bool:
 def check_key(name: str, key: Any) -> None:
     """TypeError unless key is a JAX random key, of the new or of the uint32 kind."""
     dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0
     legacy = dtype == np.uint32 and key.ndim == 1
     if not (typed or legacy):
         raise TypeError(f"{name}: a random key is due, such as jax.random.key(0); got {describe(key)}")
@@ -45,8 +45,15 @@ def check_size(name: str, what: str, value: Any) -> None:
         raise ValueError(f"{name}: {what} must be at least 1, got {value}")
 
 
+def check_number(name: str, what: str, value: Any) -> None:
+    """TypeError unless value is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name}: {what} must be a number, got {value!r}")
+
+
 def check_positive(name: str, what: str, value: Any) -> None:
-    """ValueError unless value is a number above 0."""
+    """ValueError or TypeError unless value is a number above 0."""
+    check_number(name, what, value)
     if not value > 0:
         raise ValueError(f"{name}: {what} must be above 0, got {value}")
 
@@ -79,16 +86,32 @@ def check_finite(name: str, what: str, x: Any) -> None:
             raise ValueError(f"{name}: {what} has {len(bad)} non-finite values, the first {value} at index {first}")
 
 
+def check_mask(name: str, mask: Any, *shapes: tuple[int, ...]) -> None:
+    """TypeError unless a mask is of truth values, ValueError unless it has one of the shapes."""
+    dtype = getattr(mask, "dtype", None)
+    if dtype != np.bool_:
+        hint = "; of a mask that is added to scores: mask == 0" if dtype is not None else ""
+        raise TypeError(f"{name}: the mask must be of bool, True where a position counts; got {describe(mask)}{hint}")
+    if mask.shape not in shapes:
+        due = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: the mask must have shape {due}, got {mask.shape}")
+
+
 def check_params(name: str, params: Any, x: Any, due: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError unless params is a dict of exactly these names and shapes, which are due for this x."""
-    if not isinstance(params, Mapping) or set(params) != set(due):
-        came = sorted(params) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(f"{name}: params must hold {sorted(due)}, got {came}: are these the params of another net?")
+    """ValueError unless params is a dict of exactly these names and shapes, which are due for this x. TypeError unless
+    x is an array of floating point numbers."""
+    check_floating(name, "x", x)
+    check_held(name, "params", params, due, f"x of shape {x.shape} needs")
+
+
+def check_held(name: str, what: str, held: Any, due: Mapping[str, tuple[int, ...]], why: str = "it must be") -> None:
+    """ValueError unless what is held is a dict of exactly these names and shapes."""
+    if not isinstance(held, Mapping) or set(held) != set(due):
+        came = sorted(held) if isinstance(held, Mapping) else type(held).__name__
+        raise ValueError(f"{name}: {what} must hold {sorted(due)}, got {came}: are these the {what} of another net?")
     for key, shape in due.items():
-        if jnp.shape(params[key]) != shape:
-            raise ValueError(
-                f"{name}: params[{key!r}] has shape {jnp.shape(params[key])}, x of shape {jnp.shape(x)} needs {shape}"
-            )
+        if jnp.shape(held[key]) != shape:
+            raise ValueError(f"{name}: {what}[{key!r}] has shape {jnp.shape(held[key])}, {why} {shape}")
 
 
 def check_parts(name: str, what: str, tree: Any, count: int) -> None:
@@ -116,7 +139,11 @@ def check_returned(name: str, what: str, returned: Any, due: str) -> Any:
 
 
 def describe(x: Any) -> str:
-    """A value in few words: dtype and shape of an array, else type and value."""
+    """A value in few words: dtype and shape of an array, the parts of a tuple, else type and name or value."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{x.dtype} of shape {tuple(x.shape)}"
-    return f"{type(x).__name__} {getattr(x, '__name__', None) or repr(x)}"
+    if isinstance(x, (tuple, list)):
+        return (
+            f"a {type(x).__name__} of {len(x)}: {', '.join(map(describe, x))}" if x else f"an empty {type(x).__name__}"
+        )
+    return f"{type(x).__name__} {getattr(x, '__name__', None) or getattr(x, 'name', None) or repr(x)}"

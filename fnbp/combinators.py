@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_is, check_key, check_parts, choose, located
+from fnbp.checks import check_floating, check_is, check_key, check_parts, choose, located
 from fnbp.compound import Added
 from fnbp.factor import Factor
 from fnbp.layer import Layer, shape_of
@@ -72,6 +72,7 @@ def skip(layer: Layer) -> Layer:
     check_is("skip", "the layer", layer, Layer)
 
     def init(key, x):
+        check_floating("skip", "x", x)
         with located(f"skip[0].{layer.name}"):
             p, s = layer.init(key, x)
             y = shape_of(layer, p, s, x)
@@ -81,6 +82,7 @@ def skip(layer: Layer) -> Layer:
     def forward(params, state, x, ctx):
         check_parts("skip", "params", params, 1)
         check_parts("skip", "state", state, 1)
+        check_floating("skip", "x", x)
         with located(f"skip[0].{layer.name}"):
             y, s, res = layer.forward(params[0], state[0], x, ctx)
         check_same(x, y)
@@ -215,16 +217,21 @@ def tie(net: Layer, source: Keys, target: Keys) -> Layer:
 
     params: a tuple of one entry, the net's without the target; source and target are the keys of params that lead
     there.
-    Source: Press & Wolf 2016, arXiv:1608.05859, section 2, for input and output embedding.
-    Raises: ValueError for keys that lead nowhere, and for a target of another shape; TypeError for a net that is none.
+    Source: Press & Wolf 2016, arXiv:1608.05859, section 3, for input and output embedding.
+    Raises: ValueError for keys that do not lead to two parameters, a target of another shape, and params that hold
+            the target; TypeError for a net that is none, keys that are no names and whole numbers.
     """
     check_is("tie", "the net", net, Layer)
+    check_keys(source, target)
     here = f"tie[0].{net.name}"
 
     def init(key, x):
         with located(here):
             p, s = net.init(key, x)
         forms = [look_up(p, keys) for keys in (source, target)]
+        for keys, form in zip((source, target), forms, strict=True):
+            if not hasattr(form, "shape"):
+                raise ValueError(f"tie: {keys} must lead to one parameter, it leads to a {type(form).__name__}")
         if forms[0].shape != forms[1].shape:
             raise ValueError(f"tie: {source} has shape {forms[0].shape}, {target} {forms[1].shape}; they must be alike")
         return (put(p, target, None),), (s,)
@@ -232,6 +239,10 @@ def tie(net: Layer, source: Keys, target: Keys) -> Layer:
     def forward(params, state, x, ctx):
         check_parts("tie", "params", params, 1)
         check_parts("tie", "state", state, 1)
+        if has(params[0], target):
+            raise ValueError(
+                f"tie: params hold {target}, which is {source} here: are these of the net that is not tied?"
+            )
         with located(here):
             y, s, res = net.forward(put(params[0], target, look_up(params[0], source)), state[0], x, ctx)
         return y, (s,), (res,)
@@ -244,6 +255,24 @@ def tie(net: Layer, source: Keys, target: Keys) -> Layer:
         return (put(put(factors, target, None), source, both),), dx
 
     return Layer(init, forward, backward, "tie", (net,), Tie((source, target)))
+
+
+def check_keys(source: Keys, target: Keys) -> None:
+    """ValueError or TypeError unless these may lead to two parameters."""
+    for keys in (source, target):
+        whole = isinstance(keys, tuple) and all(isinstance(key, (int, str)) for key in keys)
+        if not whole or any(isinstance(key, int) and key < 0 for key in keys):
+            raise TypeError(f"tie: keys must be a tuple of names and whole numbers from 0, (2, 'W'), got {keys!r}")
+    if source == target or not source or not target:
+        raise ValueError(f"tie: source and target must be two parameters, got {source} and {target}")
+
+
+def has(tree: Any, keys: Keys) -> bool:
+    """True where the keys lead somewhere."""
+    try:
+        return look_up(tree, keys) is not None
+    except ValueError:
+        return False
 
 
 def look_up(tree: Any, keys: Keys) -> Any:

@@ -1,7 +1,7 @@
 """Factors made of factors: of a parameter in a loop, in two places, in two dtypes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ class Stacked(Factor):
     @property
     def d(self) -> jax.Array:  # type: ignore[override]
         """The error, the example first: (m, n, ...)."""
-        return jnp.moveaxis(self.factor.d, 0, 1)
+        return jnp.moveaxis(jax.vmap(error)(self.factor), 0, 1)
 
     def total(self) -> jax.Array:
         return jax.vmap(total)(self.factor)
@@ -54,7 +54,7 @@ class Shared(Factor):
     @property
     def d(self) -> jax.Array:  # type: ignore[override]
         """The error, the example first: (m, T, ...)."""
-        return jnp.moveaxis(self.factor.d, 0, 1)
+        return jnp.moveaxis(jax.vmap(error)(self.factor), 0, 1)
 
     def total(self) -> jax.Array:
         return jnp.sum(jax.vmap(total)(self.factor), 0)
@@ -93,12 +93,15 @@ class Added(Factor):
         return self.one.per_example() + self.other.per_example()
 
     def sq_norms(self) -> jax.Array:
+        axes = example_axes(self)
+
         def alone(both: Added) -> jax.Array:
-            rows = jax.tree.map(lambda a: a[None], both).per_example()[0]
+            rows = jax.tree.map(jnp.expand_dims, both, axes).per_example()[0]
             return jnp.sum(wide(rows) ** 2)
 
         elements = int(np.prod(jax.eval_shape(total, self).shape))
-        return jax.lax.map(alone, self, batch_size=min(self.d.shape[0], max(1, CHUNK // elements)))
+        examples = jax.tree.map(lambda a, axis: jnp.moveaxis(a, axis, 0), self, axes)
+        return jax.lax.map(alone, examples, batch_size=min(self.d.shape[0], max(1, CHUNK // elements)))
 
     def scaled(self, c: Any) -> "Added":
         return Added(self.one.scaled(c), self.other.scaled(c))
@@ -128,6 +131,22 @@ class Cast(Factor):
 
     def scaled(self, c: Any) -> "Cast":
         return Cast(self.factor.scaled(c), self.dtype)
+
+
+def error(factor: Factor) -> jax.Array:
+    """d of a factor."""
+    return factor.d
+
+
+def example_axes(factor: Any) -> Any:
+    """For each array of a factor, which axis the example is: behind those of the loops around it."""
+    if isinstance(factor, (Stacked, Shared)):
+        return replace(factor, factor=jax.tree.map(lambda axis: axis + 1, example_axes(factor.factor)))
+    if isinstance(factor, Added):
+        return Added(example_axes(factor.one), example_axes(factor.other))
+    if isinstance(factor, Cast):
+        return replace(factor, factor=example_axes(factor.factor))
+    return jax.tree.map(lambda a: 0, factor)
 
 
 @jax.tree_util.register_dataclass

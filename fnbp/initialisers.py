@@ -61,6 +61,8 @@ def weights(name: str, shapes: Callable, makers: dict[str, Callable]) -> Callabl
 
     def init(key, x):
         check_floating(name, "x", x)
+        if not x.shape or not x.shape[-1]:
+            raise ValueError(f"{name}: x must have a last axis of at least 1, got shape {x.shape}")
         keys = dict(zip(makers, jax.random.split(key, len(makers)), strict=True))
         return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in shapes(x).items()}
 

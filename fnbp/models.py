@@ -69,6 +69,7 @@ def resnet(depth: int = 20, classes: int = 10, width: int = 16) -> Layer:
     Raises: ValueError for a depth that is not 6 n + 2, sizes below 1.
     """
     check_size("resnet", "width", width)
+    check_size("resnet", "depth", depth)
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"resnet: depth must be 6 n + 2 (8, 14, 20, ...), got {depth}")
     n = (depth - 2) // 6
@@ -125,6 +126,7 @@ def gpt(vocabulary: int, length: int, layers: int, heads: int, width: int, rate:
     """
     check_size("gpt", "layers", layers)
     check_size("gpt", "heads", heads)
+    check_size("gpt", "width", width)
     if width % heads:
         raise ValueError(f"gpt: width must be a multiple of heads, got {width} for {heads}")
     start, at_end = initializers.normal(0.02), initializers.normal(0.02 / math.sqrt(2 * layers))

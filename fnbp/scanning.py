@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnbp.checks import check_is, check_key, check_parts, check_size, located
+from fnbp.checks import check_is, check_key, check_mask, check_parts, check_size, concrete, located
 from fnbp.compound import Shared, Stacked, is_open
 from fnbp.factor import Lookup, Mixed, Outer, Product, Sum
 from fnbp.layer import Context, Layer, shape_of
@@ -58,6 +58,7 @@ def repeat(layer: Layer, n: int) -> Layer:
             return y, (s, res)
 
         with located(inside):
+            check_values(layer, params[0], state[0], x, ctx)
             y, (states, saved) = lax.scan(turn, x, (params[0], state[0], keys_of(ctx, n)))
         return y, (states,), (saved,)
 
@@ -87,7 +88,7 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
     Source:  Werbos 1990, Proceedings of the IEEE 78, Backpropagation through time.
     Options: reverse: from the last position to the first; y stands where its x does.
     Raises:  ValueError for a sequence of 0, a mask of another shape, a cell that changes h; TypeError for a cell that
-             is no Layer.
+             is no Layer, a mask not of bool.
     """
     check_is("scan", "the cell", cell, Layer)
     name = f"scan({cell.name}, reverse)" if reverse else f"scan({cell.name})"
@@ -105,6 +106,7 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
 
         def turn(carry, each):
             (h, state), (x, counts, key) = carry, each
+            x = where(counts, x, zeros(x))  # what stands at a position that does not count may be NaN
             (new, y), state, res = cell.forward(params, state, (h, x), replace(ctx, key=key, mask=None))
             check_same(name, cell, h, new)
             return (where(counts, new, h), state), (where(counts, y, zeros(y)), res)
@@ -134,6 +136,13 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
     return Layer(init, forward, backward, name)
 
 
+def check_values(layer: Layer, params: Any, state: Any, x: Any, ctx: Context) -> None:
+    """What the first turn says to its state, outside jit: there the state has values, within a loop it has none."""
+    if jax.tree.leaves(state) and all(map(concrete, jax.tree.leaves(state))):
+        p, s = jax.tree.map(lambda a: a[0], (params, state))
+        jax.eval_shape(lambda x: layer.forward(p, s, x, ctx)[0], x)
+
+
 def check_sequence(name: str, x: Any) -> tuple[Any, Any]:
     """h_0, or None, and x; ValueError unless x is a sequence of at least one position."""
     if isinstance(x, tuple) and len(x) != 2:
@@ -151,10 +160,11 @@ def of_zeros(cell: Layer, params: Any, state: Any, x: jax.Array, ctx: Context) -
 
 
 def mask_of(name: str, ctx: Context, x: jax.Array) -> jax.Array | None:
-    """The mask, time first; ValueError where it does not fit x."""
-    if ctx.mask is not None and ctx.mask.shape != x.shape[:2]:
-        raise ValueError(f"{name}: x of shape {x.shape} needs a mask of shape {x.shape[:2]}, got {ctx.mask.shape}")
-    return None if ctx.mask is None else jnp.moveaxis(ctx.mask, 1, 0)
+    """The mask, time first. As check_mask raises."""
+    if ctx.mask is None:
+        return None
+    check_mask(name, ctx.mask, x.shape[:2])
+    return jnp.moveaxis(ctx.mask, 1, 0)
 
 
 def keys_of(ctx: Context, n: int) -> jax.Array | None:

@@ -236,7 +236,9 @@ class Sliding:
                 )
             return tuple(value)
 
-        ends = (np.ravel(p) for p in each("padding", 0 if isinstance(self.padding, str) else self.padding))
+        ends = [np.ravel(p) for p in each("padding", 0 if isinstance(self.padding, str) else self.padding)]
+        if any(len(p) not in (1, 2) for p in ends):
+            raise ValueError(f"{self.name}: padding of an axis must be p or (low, high), got {self.padding!r}")
         pads = tuple((int(p[0]), int(p[-1])) for p in ends)
         kernel, stride, dilation = (each(what, getattr(self, what)) for what in ("kernel", "stride", "dilation"))
         return Windows((1,) * axes, kernel, stride, dilation, pads)

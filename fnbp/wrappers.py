@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_is, check_parts, concrete, describe, located
-from fnbp.compound import Cast, Contracted, is_open
+from fnbp.checks import check_held, check_is, check_parts, concrete, describe, located
+from fnbp.compound import Cast, Contracted, Stacked, is_contracted, is_open
 from fnbp.factor import Factor
 from fnbp.layer import Layer, shape_of
 
@@ -57,12 +57,16 @@ def cast(layer: Layer, dtype: Any) -> Layer:
 
         y = f(x), params and x cast on the way in, y cast back      dy cast in, dx and factors cast back
 
-    params, state, factors: a tuple of one entry, in the dtypes that the layer has without the cast.
+    params, state, factors: a tuple of one entry. params and state are in the dtypes that the layer has without the
+    cast, and so are gradients; per-example quantities are in the wider of those and dtype.
     Source: Micikevicius et al. 2017, arXiv:1710.03740, section 3.1, for the weights that stay wide.
     Raises: TypeError for a layer that is none, and for a dtype that is not floating point.
     """
     check_is("cast", "the layer", layer, Layer)
-    low = jnp.dtype(dtype)
+    try:
+        low = jnp.dtype("None" if dtype is None else dtype)  # None is float64 to NumPy
+    except TypeError as error:
+        raise TypeError(f"cast: a floating point dtype is due, got {dtype!r}") from error
     if not jnp.issubdtype(low, jnp.floating):
         raise TypeError(f"cast: a floating point dtype is due, got {low}")
     name = f"cast({low})"
@@ -108,6 +112,8 @@ def like(tree: Any) -> Any:
 
 def widened(dtype: Any, node: Any) -> Any:
     """A factor, or what was made of it, in the dtype of the parameters."""
+    if isinstance(node, Stacked) and is_contracted(node):
+        return replace(node, factor=widened(dtype, node.factor))
     if isinstance(node, Factor):
         return Cast(node, dtype)
     if isinstance(node, Contracted):
@@ -158,6 +164,9 @@ def check_lengths(x: Any) -> tuple[Any, Any]:
     if not isinstance(x, tuple) or len(x) != 2:
         raise ValueError(f"ragged: a pair (x, lengths) is due, got {describe(x)}")
     x, lengths = x
+    for what, a in (("x", x), ("lengths", lengths)):
+        if not hasattr(a, "dtype"):
+            raise TypeError(f"ragged: {what} must be an array, got {describe(a)}")
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"ragged: lengths must be integers, got {describe(lengths)}")
     if len(x.shape) < 2 or lengths.shape != x.shape[:1]:
@@ -176,7 +185,7 @@ def freeze(layer: Layer) -> Layer:
 
     params: none, {}; state: {"params": ..., "state": ...} of the layer. Put trained weights there:
     net = freeze(layer); state = {"params": params, "state": state}.
-    Raises: TypeError for a layer that is none.
+    Raises: TypeError for a layer that is none; ValueError for params, or a state without the layer's.
     """
     check_is("freeze", "the layer", layer, Layer)
     name = f"freeze({layer.name})"
@@ -187,6 +196,9 @@ def freeze(layer: Layer) -> Layer:
         return {}, {"params": params, "state": state}
 
     def forward(params, state, x, ctx):
+        check_held(name, "params", params, {})
+        if set(state) != {"params", "state"}:
+            raise ValueError(f"{name}: state must hold 'params' and 'state' of the layer, got {sorted(state)}")
         with located(name):
             y, s, res = layer.forward(state["params"], state["state"], x, ctx)
         return y, state | {"state": s}, (state["params"], res)

@@ -226,6 +226,15 @@ CASES = (
         lambda F, p, x: channels_last(CONV[x.dim() - 3](F), x, p["W"], None, stride=2, padding=1, groups=5),
     ),
     Case(
+        "conv:pairs",
+        fnbp.serial(fnbp.dense(6), fnbp.conv(15, (3, 5), groups=3)),
+        ((2, 7, 11, 5),),
+        lambda p, x: oracles.conv(affine(p[0], x), p[1]["W"], p[1]["b"], groups=3),
+        lambda F, p, x: channels_last(
+            F.conv2d, F.linear(x, p[0]["W"], p[0]["b"]), p[1]["W"], p[1]["b"], padding="same", groups=3
+        ),
+    ),
+    Case(
         "conv:valid",
         fnbp.conv(13, 5, padding="VALID", dilation=2),
         ((2, 11, 17, 1), (2, 17, 3)),
@@ -251,6 +260,17 @@ CASES = (
         ((2, 7, 3, 5),),
         lambda p, x: oracles.conv_transpose(x, p["W"], 0.0, [2 * n + 3 for n in x.shape[1:-1]], 2, "VALID", 2, 5),
         lambda F, p, x: channels_last(F.conv_transpose2d, x, p["W"], None, stride=2, dilation=2, groups=5),
+    ),
+    Case(
+        "conv_transpose:pairs",
+        fnbp.serial(fnbp.dense(6), fnbp.conv_transpose(15, 3, stride=2, padding=1, groups=3, b=None)),
+        ((2, 5, 7, 3),),
+        lambda p, x: oracles.conv_transpose(
+            affine(p[0], x), p[1]["W"], 0.0, [2 * n - 1 for n in x.shape[1:-1]], 2, 1, 1, 3
+        ),
+        lambda F, p, x: channels_last(
+            F.conv_transpose2d, F.linear(x, p[0]["W"], p[0]["b"]), p[1]["W"], None, stride=2, padding=1, groups=3
+        ),
     ),
     Case(
         "max_pool",
@@ -317,6 +337,18 @@ CASES = (
         ((2, 5, 7, 3), (2, 5, 3)),
         lambda p, x: standard(x, tuple(range(1, x.ndim - 1))) * p["gamma"] + p["beta"],
         lambda F, p, x: channels_last(lambda x: F.group_norm(x, 3, p["gamma"], p["beta"]), x),
+    ),
+    Case(
+        "group_norm:pairs",
+        fnbp.serial(fnbp.dense(6), fnbp.group_norm(3)),
+        ((2, 5, 7, 3), (3, 5, 7)),
+        lambda p, x: (
+            standard(affine(p[0], x).reshape(len(x), -1, 3, 2), (1, 3)).reshape(*x.shape[:-1], 6) * p[1]["gamma"]
+            + p[1]["beta"]
+        ),
+        lambda F, p, x: channels_last(
+            lambda x: F.group_norm(x, 3, p[1]["gamma"], p[1]["beta"]), F.linear(x, p[0]["W"], p[0]["b"])
+        ),
     ),
     Case(
         "group_norm:one",
@@ -564,8 +596,8 @@ def relative(a, b) -> float:
         assert one.shape == other.shape
         size = np.linalg.norm(other)
         difference = np.linalg.norm(one - other)
-        worst = max(worst, difference / size if size else difference)
-    return worst
+        worst = np.maximum(worst, difference / size if size else difference)  # NaN stays
+    return float(worst)
 
 
 def sum_of_squares() -> fnbp.Loss:

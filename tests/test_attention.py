@@ -110,7 +110,11 @@ REFUSED = [
         ValueError,
         r"an even number for each with rotary; got",
     ),
-    (lambda: run(fnbp.attention(3), Z((2, 0, 12))), ValueError, r"x must be \(m, T, n\) with T at least 1, got shape"),
+    (
+        lambda: run(fnbp.attention(3), Z((2, 0, 12))),
+        ValueError,
+        r"x must be \(m, T, n\) with T and n at least 1, got shape",
+    ),
     (lambda: run(fnbp.attention(3), Z((2, 12))), ValueError, r"x must be \(m, T, n\) .* got shape \(2, 12\)"),
     (lambda: run(fnbp.attention(3), Z((2, 3, 12), int)), TypeError, r"x must be a floating point array, got int32"),
     (
@@ -127,6 +131,11 @@ REFUSED = [
         lambda: run(fnbp.attention(3), Z((2, 3, 12)), fnbp.Context(mask=Z((2, 5), bool))),
         ValueError,
         r"the mask must have shape \(2, 3\) or \(2, 3, 3\), got \(2, 5\)",
+    ),
+    (
+        lambda: run(fnbp.attention(3), Z((2, 3, 12)), fnbp.Context(mask=Z((2, 3)))),
+        TypeError,
+        r"attention\(3\): the mask must be of bool, .* got float32 of shape \(2, 3\); of a mask that is added",
     ),
 ]
 

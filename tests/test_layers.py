@@ -252,6 +252,15 @@ def test_dense_initialisers_have_their_fans():
         np.testing.assert_allclose(W.var(), variance, rtol=0.02, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("layer", "fan_in"),
+    [(fnbp.conv(7, (3, 5), W="he_normal"), 400), (fnbp.conv_transpose(7, (3, 5), W="he_normal"), 400)],
+)
+def test_convolutions_initialise_by_the_channels_that_an_output_sees(layer, fan_in):
+    W = layer.init(jax.random.key(0), jnp.ones((2, 11, 13, fan_in)))[0]["W"]
+    np.testing.assert_allclose(W.var(), 2 / (15 * fan_in), rtol=0.05)
+
+
 def test_dense_takes_an_initialiser_of_ones_own():
     layer = fnbp.dense(3, W=lambda key, shape, dtype: jnp.full(shape, 2, dtype), b="ones")
     params, _ = layer.init(jax.random.key(0), jnp.ones((5, 7)))
@@ -306,6 +315,27 @@ def test_gelu_of_a_large_float16_has_a_slope():
         x = jnp.full((2, 3), x, jnp.float16)
         dx = layer.backward({}, layer.forward({}, {}, x, fnbp.Context())[2], jnp.ones_like(x))[1]
         assert (dx == slope).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_keeps_its_digits_where_it_is_small(x64, dtype):
+    layer, x = fnbp.gelu(approximate=True), jnp.asarray([-5.0, -4.0, -3.0, -0.5, 2.0])
+    narrow = layer.forward({}, {}, x.astype(dtype), fnbp.Context())[0]
+    np.testing.assert_allclose(np.asarray(narrow, float), jax.nn.gelu(x), rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5)
+
+
+def test_log_softmax_keeps_the_digits_of_its_distribution(x64):
+    layer, x = fnbp.log_softmax(), np.random.default_rng(0).standard_normal((3, 5_003))
+    x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, np.random.default_rng(1).uniform(0.5, 1, x.shape)))
+    dx = [
+        layer.backward({}, layer.forward({}, {}, x.astype(dtype), fnbp.Context())[2], dy.astype(dtype))[1]
+        for dtype in (jnp.bfloat16, jnp.float64)
+    ]
+    assert relative(*dx) < jnp.finfo(jnp.bfloat16).eps
+
+
+def test_relative_tells_what_is_not_a_number():
+    assert not relative({"a": np.array([1.0, np.nan]), "b": 1.0}, {"a": np.array([1.0, 2.0]), "b": 1.0}) <= 1
 
 
 def test_init_takes_numpys_float64_without_a_word():

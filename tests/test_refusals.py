@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 
 import fnbp
 
 TRAINING = fnbp.Context(jax.random.key(0), train=True)
+
+KEY, TWO = jax.random.key(0), fnbp.serial(fnbp.dense(4), fnbp.dense(4))
 
 
 def forward(layer, shape, dtype=jnp.float32, ctx=fnbp.Context(), x=None):
@@ -43,9 +46,123 @@ OPTIONS = [
     (lambda: fnbp.embedding(3, 1.5), TypeError, r"width must be a whole number, got 1.5"),
     (lambda: fnbp.positions(0), ValueError, r"positions\(0\): length must be at least 1, got 0"),
     (lambda: fnbp.sinusoids(0), ValueError, r"sinusoids: base must be above 0, got 0"),
+    (
+        lambda: fnbp.conv(5, 3, padding=((1, 2, 3), (1, 1, 1))).init(KEY, jnp.zeros((2, 7, 7, 3))),
+        ValueError,
+        r"padding of an",
+    ),
+    (lambda: fnbp.dense(3, b=False), ValueError, r"unknown initialiser False"),
+    (lambda: fnbp.conv(3, 5, b=0), ValueError, r"unknown initialiser 0"),
+    (lambda: fnbp.gelu("none"), TypeError, r"gelu: approximate must be a bool, got str 'none'"),
+    (lambda: fnbp.elu("a"), TypeError, r"elu: alpha must be a number, got 'a'"),
+    (lambda: fnbp.layer_norm(True), TypeError, r"layer_norm: eps must be a number, got True"),
+    (lambda: fnbp.dropout("0.5"), TypeError, r"dropout\(0.5\): rate must be a number, got '0.5'"),
+    (lambda: fnbp.batch_norm(momentum="a"), TypeError, r"batch_norm: momentum must be a number, got 'a'"),
+    (lambda: fnbp.attention(2, rotary=True), TypeError, r"attention\(2\): rotary must be a number, got True"),
+    (lambda: fnbp.attention(2, causal="no"), TypeError, r"attention\(2\): causal must be a bool, got str 'no'"),
+    (lambda: fnbp.cast(fnbp.relu(), None), TypeError, r"cast: a floating point dtype is due, got None"),
+    (lambda: fnbp.cast(fnbp.relu(), "bf16"), TypeError, r"cast: a floating point dtype is due, got 'bf16'"),
+    (lambda: fnbp.stacked(), ValueError, r"stacked: at least one cell is due"),
+    (
+        lambda: fnbp.transformer_block(4, 2, norm=fnbp.layer_norm()),
+        TypeError,
+        r"norm must make a layer .* got layer_norm",
+    ),
+    (lambda: fnbp.models.resnet("8"), TypeError, r"resnet: depth must be a whole number, got '8'"),
+    (lambda: fnbp.models.gpt(5, 7, 2, 2, "4"), TypeError, r"gpt: width must be a whole number, got '4'"),
+    (lambda: fnbp.tie(TWO, (0, "W"), (-1, "W")), TypeError, r"names and whole numbers from 0, .* got \(-1, 'W'\)"),
+    (lambda: fnbp.tie(TWO, 0, 1), TypeError, r"tie: keys must be a tuple .* got 0"),
+    (lambda: fnbp.tie(TWO, (0, "W"), (0, "W")), ValueError, r"tie: source and target must be two parameters"),
+    (lambda: fnbp.tie(TWO, (0,), (1,)).init(KEY, jnp.zeros((2, 4))), ValueError, r"\(0,\) must lead to one .* a dict"),
 ]
 
+
+def answered(layer, shape, params=None, state=None, x=None):
+    """A layer asked with other params, state or x than those of its init."""
+    made = layer.init(KEY, jnp.zeros(shape))
+    held = [other if other is not None else own for other, own in zip((params, state), made, strict=True)]
+    return layer.forward(*held, jnp.zeros(shape) if x is None else x, fnbp.Context())
+
+
+INTEGERS = jnp.zeros((2, 4), int)
+BATCH = {"mean": jnp.zeros(1), "var": jnp.zeros(1), "count": 1}
 INPUTS = [
+    *(
+        (
+            lambda layer=layer: answered(layer, (2, 4), x=INTEGERS),
+            TypeError,
+            rf"{name}.*: x must be a floating point array",
+        )
+        for layer in (
+            fnbp.dense(3),
+            fnbp.bias(),
+            fnbp.layer_norm(),
+            fnbp.rms_norm(),
+            fnbp.relu(),
+            fnbp.gelu(),
+            fnbp.softmax(),
+            fnbp.dropout(0.5),
+            fnbp.skip(fnbp.relu()),
+        )
+        for name in (layer.name.partition("(")[0],)
+    ),
+    (
+        lambda: forward(fnbp.softmax(), (), x=(jnp.zeros((2, 3)),)),
+        TypeError,
+        r"got a tuple of 1: float32 of shape \(2, 3\)",
+    ),
+    (
+        lambda: forward(fnbp.skip(fnbp.attention(2)), (), x=(jnp.zeros((2, 3, 4)),) * 2),
+        TypeError,
+        r"skip: x must be a fl",
+    ),
+    (
+        lambda: forward(fnbp.dense(3), (2, 0)),
+        ValueError,
+        r"dense\(3\): x must have a last axis of at least 1, got .*2, 0",
+    ),
+    (
+        lambda: forward(fnbp.dense(3), ()),
+        ValueError,
+        r"dense\(3\): x must have a last axis of at least 1, got shape \(\)",
+    ),
+    (
+        lambda: forward(fnbp.attention(2), (2, 3, 0)),
+        ValueError,
+        r"attention\(2\): x must be \(m, T, n\) with T and n at",
+    ),
+    (lambda: forward(fnbp.scan(fnbp.rnn_cell(3)), (2, 3)), ValueError, r"rnn_cell\(3\): x must be \(m, d\) with d at"),
+    (
+        lambda: fnbp.group_norm(3).init(KEY, jnp.zeros((2, 5, 4))),
+        ValueError,
+        r"group_norm\(3\): x must be \(m, \*s, c\)",
+    ),
+    (lambda: answered(fnbp.batch_norm(), (2, 4), state={}), ValueError, r"batch_norm: state must hold .*'count'"),
+    (
+        lambda: answered(fnbp.batch_norm(), (2, 4), state=BATCH),
+        ValueError,
+        r"state\['mean'\] has shape \(1,\), it must be",
+    ),
+    (
+        lambda: answered(fnbp.freeze(fnbp.dense(4)), (2, 4), state={}),
+        ValueError,
+        r"freeze\(dense\(4\)\): state must hold",
+    ),
+    (
+        lambda: answered(fnbp.freeze(TWO), (2, 4), TWO.init(KEY, jnp.zeros((2, 4)))[0]),
+        ValueError,
+        r"freeze.*params must",
+    ),
+    (
+        lambda: answered(fnbp.tie(TWO, (0, "W"), (1, "W")), (2, 4), (TWO.init(KEY, jnp.zeros((2, 4)))[0],)),
+        ValueError,
+        r"tie: params hold \(1, 'W'\), which is \(0, 'W'\) here",
+    ),
+    (
+        lambda: forward(fnbp.ragged(fnbp.last()), (), x=(jnp.zeros((2, 3, 4)), [1, 2])),
+        TypeError,
+        r"lengths must be an ar",
+    ),
     (
         lambda: forward(fnbp.conv(5, 5, padding="VALID"), (2, 3, 11, 7)),
         ValueError,
@@ -124,7 +241,8 @@ INPUTS = [
 @pytest.mark.parametrize(
     ("call", "error", "message"), OPTIONS + INPUTS, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_it_is_refused(call, error, message):
+def test_it_is_refused(call, error, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user meets, who has no such checks
     with pytest.raises(error, match=message):
         call()
 

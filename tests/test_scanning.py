@@ -1,5 +1,6 @@
 """Loops: sequences of several lengths, a first state that is given, depth."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,7 +203,12 @@ REFUSED = [
     (
         lambda: run(fnbp.scan(CELLS[0]), SEQUENCE, fnbp.Context(mask=jnp.ones((5, 4), bool))),
         ValueError,
-        r"x of shape \(5, 3, 11\) needs a mask of shape \(5, 3\), got \(5, 4\)",
+        r"scan\(rnn_cell\(7\)\): the mask must have shape \(5, 3\), got \(5, 4\)",
+    ),
+    (
+        lambda: run(fnbp.scan(CELLS[0]), SEQUENCE, fnbp.Context(mask=jnp.ones((5, 3)))),
+        TypeError,
+        r"scan\(rnn_cell\(7\)\): the mask must be of bool, True where .* got float32 of shape \(5, 3\); .*mask == 0",
     ),
     (lambda: CELLS[0].init(jax.random.key(0), SEQUENCE), TypeError, r"a cell takes a pair \(h, x\).*fnbp.scan\(rnn"),
     (
@@ -214,6 +220,15 @@ REFUSED = [
     (lambda: run(fnbp.scan(CELLS[2]), (1, 2, SEQUENCE)), ValueError, r"x, or \(h_0, x\), is due; got a tuple of 3"),
     (lambda: fnbp.gru_cell(0), ValueError, r"gru_cell\(0\): n must be at least 1, got 0"),
 ]
+
+
+def test_what_stands_at_a_position_that_does_not_count_is_not_read():
+    net, mask = fnbp.scan(CELLS[1]), jnp.array([[True, True, False]] * 5)
+    ctx, x = fnbp.Context(mask=mask), jax.random.normal(jax.random.key(1), SEQUENCE.shape)
+    params, state = net.init(jax.random.key(0), x)
+    run = jax.jit(fnbp.backprop(net, fnbp.half_squared_error()))
+    ours, due = (run(params, state, x, jnp.zeros((5, 3, 7)), ctx) for x in (x.at[:, 2].set(jnp.nan), x))
+    chex.assert_trees_all_equal(ours, due)
 
 
 def run_ragged(x, lengths):
@@ -238,8 +253,9 @@ REFUSED += [
     (
         lambda: run(fnbp.last(), SEQUENCE, fnbp.Context(mask=jnp.ones((5, 4), bool))),
         ValueError,
-        r"last: x of shape \(5, 3, 11\) needs a mask of shape \(5, 3\), got \(5, 4\)",
+        r"last: the mask must have shape \(5, 3\), got \(5, 4\)",
     ),
+    (lambda: run(fnbp.last(), SEQUENCE, fnbp.Context(mask=[[True]])), TypeError, r"last: the mask .* got list"),
     (lambda: run(fnbp.last(), SEQUENCE[:, :0]), ValueError, r"last: x must be \(m, T, ...\) with T at least 1"),
 ]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_params, choose
+from fnbp.checks import check_is, check_number, check_params, choose
 from fnbp.factor import wide
 from fnbp.layer import Layer, stateless
 
@@ -131,6 +131,7 @@ def elu(alpha: float = 1.0) -> Layer:
     Kink:    for alpha other than 1, dx = alpha dy at x = 0.
     Forward: Clevert et al. 2015, arXiv:1511.07289.
     """
+    check_number("elu", "alpha", alpha)
 
     def forward(x: X) -> tuple[X, tuple]:
         return jnp.where(x > 0, x, alpha * jnp.expm1(jnp.where(x > 0, 0, x))), (x,)
@@ -186,8 +187,8 @@ def gelu(approximate: bool = False) -> Layer:
 
         exact   y = x Phi(x)                     dx = dy (Phi + x phi)
                 Phi = erfc(-x / sqrt 2) / 2      phi = e^(-x^2/2) / sqrt(2 pi)
-        tanh    y = x (1 + t) / 2                dx = dy (1 + t)/2 (1 + x (1 - t) u')
-                t = tanh u                       u = sqrt(2/pi) (x + 0.044715 x^3)
+        tanh    y = x s                          dx = dy s (1 + 2 x (1 - s) u')
+                s = (1 + tanh u) / 2 = sigma(2u) u = sqrt(2/pi) (x + 0.044715 x^3)
 
     Shapes:  x, y (...); saved x.
     Forward: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
@@ -202,15 +203,18 @@ def gelu(approximate: bool = False) -> Layer:
         phi = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
         return dy * (Phi + x * phi)
 
+    check_is("gelu", "approximate", approximate, bool)
+
+    def share(x):  # (1 + tanh u) / 2 cancels below 0
+        return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
     def forward_tanh(x: X) -> tuple[X, tuple]:
-        u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-        return x * (1 + jnp.tanh(u)) / 2, (x,)
+        return (wide(x) * share(wide(x))).astype(x.dtype), (x,)
 
     def backward_tanh(res: tuple, dy: X) -> X:
-        x = wide(res[0])  # x^2 overflows float16 where 1 - t is 0
-        t = jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-        du = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
-        return (wide(dy) * (1 + t) / 2 * (1 + x * (1 - t) * du)).astype(dy.dtype)
+        x = wide(res[0])  # x^2 overflows float16 where 1 - s is 0
+        s, slope = share(x), math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+        return (wide(dy) * s * (1 + 2 * x * (1 - s) * slope)).astype(dy.dtype)
 
     if approximate:
         return parameterless(forward_tanh, backward_tanh, "gelu(approximate)")
@@ -222,16 +226,16 @@ def log_softmax() -> Layer:
 
         y = x - log sum e^x      dx = dy - e^y sum dy
 
-    Shapes:   x, y (..., k); saved y. Sums over k, in at least float32.
+    Shapes:   x, y (..., k); saved y in at least float32, in which the sums over k are.
     """
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
-        y = jax.nn.log_softmax(wide(x), -1).astype(x.dtype)
-        return y, (y,)
+        y = jax.nn.log_softmax(wide(x), -1)
+        return y.astype(x.dtype), (y,)
 
     def backward(res: tuple, dy: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
         (y,) = res
-        dx = wide(dy) - jnp.exp(wide(y)) * jnp.sum(wide(dy), -1, keepdims=True)
+        dx = wide(dy) - jnp.exp(y) * jnp.sum(wide(dy), -1, keepdims=True)
         return dx.astype(dy.dtype)
 
     return parameterless(forward, backward, "log_softmax")

@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_floating, check_key, check_params, check_positive, check_size, describe
+from fnbp.checks import (
+    check_floating,
+    check_is,
+    check_key,
+    check_mask,
+    check_params,
+    check_positive,
+    check_size,
+    describe,
+)
 from fnbp.factor import Outer, Sum, wide
 from fnbp.initialisers import initialiser
 from fnbp.layer import Layer
@@ -28,7 +37,7 @@ def attention(
         p = softmax(q k^T / sqrt d)      o = p v      y = O o + b_O
         do = O^T dy      dv = p^T do      dp = do v^T      ds = p (dp - sum_t dp p)
         dq = ds k / sqrt d      dk = ds^T q / sqrt d      dz = K^T dk + V^T dv      dx = Q^T dq, + dz where z = x
-        dQ = dq x^T    dK = dk z^T    dV = dv z^T    dO = dy o^T
+        dQ = dq x^T    dK = dk z^T    dV = dv z^T    dO = dy o^T      db: the sums of dq, dk, dv, dy
 
     The mask, Context.mask, is True where a position of z counts: (m, S), or (m, T, S) for each query its own. causal:
     none sees what comes after it. A query that sees nothing has p = 0, so o = 0 and no gradient. rotary: q and k
@@ -37,9 +46,9 @@ def attention(
     softmax does not see: there is one, b_K, with rotary alone.
 
     Shapes:   x, y (m, T, n); memory (m, S, l); Q (n, n), K, V (kv_heads d, l), O (n, n), d = n / heads;
-              saved x, z, q, k, v, o and p (m, kv_heads, heads / kv_heads, T, S).
-    Forward:  Vaswani et al. 2017, arXiv:1706.03762, section 3.2; rotary: Su et al. 2021, arXiv:2104.09864, section 3.4;
-              kv_heads: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
+              saved x, z, q, k, v, o, and p (m, kv_heads, heads / kv_heads, T, S) in at least float32.
+    Forward:  Vaswani et al. 2017, arXiv:1706.03762, section 3.2; rotary: Su et al. 2021, arXiv:2104.09864, section
+              3.2.2; kv_heads: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
     Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2.
     Options:  W, b: an initialiser by name (see fnbp.initialiser) or a function; b=None: without. W_out: O's, if other.
     Raises:   ValueError for heads that do not divide n, kv_heads that do not divide heads, an odd d with rotary, a
@@ -47,7 +56,7 @@ def attention(
     """
     kv = heads if kv_heads is None else kv_heads
     name = f"attention({heads})" if kv == heads else f"attention({heads}, {kv})"
-    shapes = shapes_of(name, heads, kv, rotary, "" if b is None else "QVO" if rotary is None else "QKVO")
+    shapes = shapes_of(name, heads, kv, causal, rotary, "" if b is None else "QVO" if rotary is None else "QKVO")
 
     def forward(params: dict, state: dict, x: Any, ctx: Any) -> tuple[jax.Array, dict, tuple]:
         check_params(name, params, x[0] if isinstance(x, tuple) else x, shapes(x))
@@ -74,9 +83,9 @@ def attention(
     return Layer(init_of(name, shapes, W, b, W_out), forward, backward, name)
 
 
-def shapes_of(name: str, heads: int, kv: int, rotary: float | None, biased: str) -> Callable:
+def shapes_of(name: str, heads: int, kv: int, causal: bool, rotary: float | None, biased: str) -> Callable:
     """x, or (x, memory) -> the shape of each parameter. ValueError or TypeError for options that fit no input."""
-    check_options(name, heads, kv, rotary)
+    check_options(name, heads, kv, causal, rotary)
 
     def shapes(x):
         x, z = check_pair(name, x, heads, rotary)
@@ -139,21 +148,21 @@ def affine(params: dict, leaf: str, a: jax.Array) -> jax.Array:
 
 
 def visible(name: str, x: jax.Array, z: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array | None:
-    """What each query sees, (m, 1, 1, T, S); None for all. ValueError for a mask of another shape."""
+    """What each query sees, (m, 1, 1, T, S); None for all. As check_mask raises."""
     (m, T), S = x.shape[:2], z.shape[1]
     seen = jnp.tril(jnp.ones((T, S), bool))[None] if causal else None
     if mask is not None:
-        if mask.shape not in ((m, S), (m, T, S)):
-            raise ValueError(f"{name}: the mask must have shape {(m, S)} or {(m, T, S)}, got {mask.shape}")
+        check_mask(name, mask, (m, S), (m, T, S))
         mask = mask if mask.ndim == 3 else mask[:, None]
         seen = mask if seen is None else seen & mask
     return None if seen is None else seen[:, None, None]
 
 
-def check_options(name: str, heads: int, kv: int, rotary: float | None) -> None:
+def check_options(name: str, heads: int, kv: int, causal: bool, rotary: float | None) -> None:
     """ValueError or TypeError for options that fit no input."""
     check_size(name, "heads", heads)
     check_size(name, "kv_heads", kv)
+    check_is(name, "causal", causal, bool)
     if heads % kv:
         raise ValueError(f"{name}: heads must be a multiple of kv_heads, got {heads} heads for {kv}")
     if rotary is not None:
@@ -167,8 +176,8 @@ def check_pair(name: str, x: Any, heads: int, rotary: float | None) -> tuple[Any
     x, z = x if isinstance(x, tuple) else (x, x)
     for what, a in (("x", x), ("memory", z)):
         check_floating(name, what, a)
-        if len(a.shape) != 3 or not a.shape[1]:
-            raise ValueError(f"{name}: {what} must be (m, T, n) with T at least 1, got shape {tuple(a.shape)}")
+        if len(a.shape) != 3 or not all(a.shape[1:]):
+            raise ValueError(f"{name}: {what} must be (m, T, n) with T and n at least 1, got shape {tuple(a.shape)}")
     if x.shape[0] != z.shape[0] or x.dtype != z.dtype:
         raise ValueError(f"{name}: x and memory must be alike, got {describe(x)} and {describe(z)}")
     if x.shape[-1] % heads or (rotary is not None and x.shape[-1] // heads % 2):
@@ -182,7 +191,11 @@ def init_of(
     name: str, shapes: Callable, W: str | Callable, b: str | Callable | None, W_out: str | Callable | None
 ) -> Callable:
     """(key, x) -> params, state."""
-    init_W, init_b, init_O = initialiser(W), initialiser(b or "zeros"), initialiser(W if W_out is None else W_out)
+    init_W, init_b, init_O = (
+        initialiser(W),
+        initialiser("zeros" if b is None else b),
+        initialiser(W if W_out is None else W_out),
+    )
 
     def init(key, x):
         check_key(name, key)

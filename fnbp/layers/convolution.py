@@ -60,7 +60,7 @@ def conv(
         (x,) = res
         return {"W": Correlation(dy, x, over(x), groups), "b": Sum(dy)}, convolve_back(dy, params["W"], over(x), groups)
 
-    init = weights(name, shapes, {"W": initialiser(W, out_axis=0), "b": initialiser(b or "zeros")})
+    init = weights(name, shapes, {"W": initialiser(W, out_axis=0), "b": initialiser("zeros" if b is None else b)})
     return stateless(init, forward, backward if b is not None else without("b", backward), name)
 
 
@@ -115,7 +115,7 @@ def conv_transpose(
             dy, params["W"], over(x), groups
         )
 
-    init = weights(name, shapes, {"W": initialiser(W, -1, 0), "b": initialiser(b or "zeros")})
+    init = weights(name, shapes, {"W": initialiser(W, 0, -1), "b": initialiser("zeros" if b is None else b)})
     return stateless(init, forward, backward if b is not None else without("b", backward), name)
 
 

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from fnbp.checks import check_floating, check_key, check_params, check_positive, check_size, concrete, describe
+from fnbp.checks import (
+    check_floating,
+    check_held,
+    check_key,
+    check_params,
+    check_positive,
+    check_size,
+    concrete,
+    describe,
+)
 from fnbp.factor import Lookup, Rows
 from fnbp.initialisers import initialiser, weights
 from fnbp.layer import Layer, stateless
@@ -25,7 +34,8 @@ def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = 
 
     Shapes:  x (m, ...) of integers; y (m, ..., width); E (size, width); saved x.
     Forward: Bengio et al. 2003, JMLR 3, section 2.
-    Options: E: an initialiser by name (see fnbp.initialiser) or a function. dtype: of E, float32 where none is given.
+    Options: E: an initialiser by name (see fnbp.initialiser) or a function. dtype: of E, JAX's default float where none
+             is given.
     Raises:  ValueError for sizes below 1, and, outside jit, for a token outside 0..size-1 (under jit its row is NaN);
              TypeError for x that is not of integers.
     """
@@ -40,7 +50,7 @@ def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = 
         return {"E": make(key, (size, width), jnp.result_type(float) if dtype is None else dtype)}
 
     def forward(params: dict, x: Integer[Array, "m *s"]) -> tuple[Float[Array, "m *s d"], tuple]:
-        check_params(name, params, x, {"E": (size, width)})
+        check_held(name, "params", params, {"E": (size, width)})
         check_tokens(name, x, size)
         return params["E"].at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False), (x,)
 

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_floating, check_key, check_params, check_positive, check_size, concrete
+from fnbp.checks import (
+    check_floating,
+    check_held,
+    check_key,
+    check_number,
+    check_params,
+    check_positive,
+    check_size,
+    concrete,
+)
 from fnbp.factor import Mixed, Product, Sum, wide
 from fnbp.initialisers import initialiser, weights
 from fnbp.layer import Layer, stateless
@@ -113,13 +122,16 @@ def group_norm(groups: int, eps: float = 1e-5) -> Layer:
     check_positive(name, "eps", eps)
     mean = averaging((1, 3))
 
-    def grouped(x):
-        if x.ndim < 2 or x.shape[-1] % groups:
+    def shapes(x):
+        if len(x.shape) < 2 or x.shape[-1] % groups:
             raise ValueError(f"{name}: x must be (m, *s, c), c a multiple of groups, got shape {x.shape}")
+        return gain_and_shift(x)
+
+    def grouped(x):
         return wide(x).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
 
     def forward(params: dict, x: Channels) -> tuple[Channels, tuple]:
-        check_params(name, params, x, gain_and_shift(x))
+        check_params(name, params, x, shapes(x))
         mu = mean(grouped(x))
         centred = grouped(x) - mu
         rstd = jax.lax.rsqrt(mean(centred**2) + eps)
@@ -134,7 +146,7 @@ def group_norm(groups: int, eps: float = 1e-5) -> Layer:
         factors = {"gamma": Product(dy, x_hat.reshape(x.shape)), "beta": Sum(dy)}
         return factors, dx.reshape(x.shape).astype(dy.dtype)
 
-    return stateless(weights(name, gain_and_shift, GAIN_AND_SHIFT), forward, backward, name)
+    return stateless(weights(name, shapes, GAIN_AND_SHIFT), forward, backward, name)
 
 
 def over_batch(a: jax.Array) -> jax.Array:
@@ -184,6 +196,7 @@ def batch_norm(momentum: float = 0.1, eps: float = 1e-5) -> Layer:
               point.
     """
     check_positive("batch_norm", "eps", eps)
+    check_number("batch_norm", "momentum", momentum)
     if not 0 < momentum <= 1:
         raise ValueError(f"batch_norm: momentum must be in (0, 1], got {momentum}")
     init_params = weights("batch_norm", gain_and_shift, GAIN_AND_SHIFT)
@@ -196,6 +209,7 @@ def batch_norm(momentum: float = 0.1, eps: float = 1e-5) -> Layer:
 
     def forward(params: dict, state: dict, x: Channels, ctx) -> tuple[Channels, dict, tuple]:
         check_params("batch_norm", params, x, gain_and_shift(x))
+        check_held("batch_norm", "state", state, {"mean": x.shape[-1:], "var": x.shape[-1:], "count": ()})
         mu, var, new_state = of_batch(wide(x), state, momentum) if ctx.train else of_state(state)
         rstd = jax.lax.rsqrt(var + eps)
         y = wide(params["gamma"]) * (wide(x) - mu) * rstd + wide(params["beta"])

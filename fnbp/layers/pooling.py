@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_is, check_key, check_params
+from fnbp.checks import check_is, check_key, check_mask, check_params
 from fnbp.factor import wide
 from fnbp.layer import Layer
 from fnbp.layers.activation import parameterless
@@ -30,7 +30,8 @@ def max_pool(kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VAL
         y[p] = max_k x[p stride + k - low]      k*[p] = the first k that attains it
         dx[i] = sum of dy[p] over all p with p stride + k*[p] - low = i
 
-    At a tie the first position, row by row, takes all of dy, as in PyTorch and under jax.grad. Padding never wins.
+    At a tie the first position, row by row, takes all of dy, as in PyTorch and under jax.grad. Padding is -inf: no
+    finite number loses to it.
 
     Shapes:   x (m, *size, c); y (m, *count, c); saved k*, one small integer for each y.
     Options:  stride: the kernel's size where none is given. kernel, stride, padding: as in fnbp.conv.
@@ -127,7 +128,8 @@ def last() -> Layer:
     Without a mask all positions count. An example none of whose positions counts has y = 0, and no gradient.
 
     Shapes: x (m, T, ...); y (m, ...); mask (m, T); saved which position it was, one truth value for each.
-    Raises: ValueError for a sequence of 0, a mask of another shape; TypeError for a key that is none.
+    Raises: ValueError for a sequence of 0, a mask of another shape; TypeError for a key that is none, a mask that is
+            not of bool.
     """
 
     def init(key, x):
@@ -139,8 +141,7 @@ def last() -> Layer:
         if x.ndim < 2 or not x.shape[1]:
             raise ValueError(f"last: x must be (m, T, ...) with T at least 1, got shape {x.shape}")
         counts = jnp.ones(x.shape[:2], bool) if ctx.mask is None else ctx.mask
-        if counts.shape != x.shape[:2]:
-            raise ValueError(f"last: x of shape {x.shape} needs a mask of shape {x.shape[:2]}, got {counts.shape}")
+        check_mask("last", counts, x.shape[:2])
         after = jnp.cumsum(counts[:, ::-1], 1)[:, ::-1]  # how many count from here on
         here = counts & (after == 1)
         return jnp.sum(jnp.where(along(here, x), x, 0), 1), state, (here,)

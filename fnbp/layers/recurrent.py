@@ -91,7 +91,7 @@ def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     """The gated recurrent unit.
 
         r, z = sigma of the first two thirds of a + e      a = W x + b      e = U h + c
-        k = tanh(a_k + r e_k)                              h' = (1 - z) k + z h      y = h'
+        k = tanh t, t = a_k + r e_k                        h' = (1 - z) k + z h      y = h'
         dk = dh' (1 - z)    dz = dh' (h - k)    dt = dk (1 - k^2)    dr = dt e_k
         da = (dr r (1 - r), dz z (1 - z), dt)              de = (the same, the same, dt r)
         dW = da x^T    db = sum da    dx = W^T da          dU = de h^T    dc = sum de    dh = U^T de + dh' z
@@ -142,6 +142,8 @@ def init_of(name: str, n: int, gates: int, W: str | Callable, U: str | Callable)
     def init(key, hx):
         _, x = check_pair(name, hx)
         check_floating(name, "x", x)
+        if len(x.shape) != 2 or not x.shape[1]:
+            raise ValueError(f"{name}: x must be (m, d) with d at least 1, got shape {x.shape}")
         keys = dict(zip(makers, jax.random.split(key, 4), strict=True))
         return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in due(n, gates, x).items()}
 

@@ -1,0 +1,67 @@
+"""Combinators within combinators: what is made of their factors against what jax.grad makes of each example alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnbp
+from experiments.mutations_table import cell_of, with_start
+from tests.cases import relative, sum_of_squares
+
+W, BLOCKS = (0, 0, "W"), tuple(fnbp.repeat(fnbp.dense(5), n) for n in (2, 2))
+TURNED, DEEP = fnbp.scan(fnbp.rnn_cell(5)), fnbp.scan(cell_of(fnbp.repeat(fnbp.dense(5), 2)))
+NESTS = {
+    "tie of repeats": (fnbp.tie(fnbp.serial(*BLOCKS), W, (1, 0, "W")), (5,)),
+    "tie of scans": (fnbp.tie(fnbp.serial(TURNED, TURNED), (0, "U"), (1, "U")), (7, 5)),
+    "tie of scans of repeats": (
+        fnbp.tie(fnbp.serial(DEEP, DEEP), W, (1, 0, "W")),
+        (3, 5),
+    ),
+    "tie of casts of repeats": (
+        fnbp.tie(fnbp.serial(*(fnbp.cast(block, "float64") for block in BLOCKS)), (0, *W), (1, *W)),
+        (5,),
+    ),
+    "scan of repeat": (DEEP, (7, 5)),
+    "scan of a repeated cell": (with_start(fnbp.scan(fnbp.repeat(fnbp.rnn_cell(5), 2)), True), (7, 5)),
+    "repeat of scan of repeat": (fnbp.repeat(DEEP, 3), (7, 5)),
+    "repeat of repeat": (fnbp.repeat(fnbp.repeat(fnbp.dense(5), 2), 3), (7, 5)),
+    "cast of repeat": (fnbp.cast(fnbp.repeat(fnbp.dense(5), 2), "float64"), (5,)),
+    "repeat of cast of repeat": (fnbp.repeat(fnbp.cast(fnbp.repeat(fnbp.dense(5), 2), "float64"), 3), (5,)),
+    "remat of tie": (fnbp.remat(fnbp.tie(fnbp.serial(*[fnbp.dense(5)] * 2), (0, "W"), (1, "W"))), (5,)),
+    "gpt in another dtype": (fnbp.cast(fnbp.models.gpt(5, 7, 2, 1, 4), "float64"), (7,)),
+}
+
+
+@pytest.mark.parametrize("name", NESTS)
+@pytest.mark.parametrize("m", [1, 3])
+def test_contractions_of_nests_are_those_of_each_example_alone(x64, name, m):
+    net, shape = NESTS[name]
+    rng, loss = np.random.default_rng(0), sum_of_squares()
+    tokens = name.startswith("gpt")
+    x = jnp.asarray(rng.integers(0, 5, (m, *shape)) if tokens else rng.standard_normal((m, *shape)))
+    params, state = net.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape) / 3), params)
+    y = jnp.asarray(rng.standard_normal(net.forward(params, state, x, fnbp.Context())[0].shape))
+
+    def alone(x, y):
+        of = lambda p: loss.forward(net.forward(p, state, x[None], fnbp.Context())[0], y[None])[0].sum()  # noqa: E731
+        return jax.grad(of)(params)
+
+    due = jax.vmap(alone)(x, y)
+    norms = jnp.sqrt(sum(jnp.sum(rows**2, range(1, rows.ndim)) for rows in jax.tree.leaves(due)))
+    got = [fnbp.backprop(net, loss, c)(params, state, x, y).grads for c in (fnbp.per_example, fnbp.keep, fnbp.total)]
+    kept = jax.tree.map(lambda f: f.per_example(), got[1], is_leaf=lambda node: isinstance(node, fnbp.Factor))
+    assert relative(fnbp.per_example_norms(net, loss)(params, state, x, y), norms) <= 1e-11
+    assert relative(got[0], due) <= 1e-11 and relative(kept, due) <= 1e-11
+    assert relative(got[2], jax.tree.map(lambda rows: rows.mean(0), due)) <= 1e-11
+
+
+@pytest.mark.parametrize("wrap", [fnbp.skip, fnbp.remat, lambda layer: layer], ids=["skip", "remat", "bare"])
+def test_a_loop_over_depth_tells_what_its_layers_say_to_their_state(wrap):
+    net, x = fnbp.repeat(wrap(fnbp.batch_norm()), 2), jnp.ones((5, 7))
+    params, state = net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="batch_norm: no training step yet"):
+        net.forward(params, state, x, fnbp.Context())
+    _, state, _ = net.forward(params, state, x, fnbp.Context(train=True))
+    assert jnp.isfinite(net.forward(params, state, x, fnbp.Context())[0]).all()
