@@ -143,7 +143,6 @@ def describe(x: Any) -> str:
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{x.dtype} of shape {tuple(x.shape)}"
     if isinstance(x, (tuple, list)):
-        return (
-            f"a {type(x).__name__} of {len(x)}: {', '.join(map(describe, x))}" if x else f"an empty {type(x).__name__}"
-        )
+        parts = ", ".join(map(describe, x[:3])) + (", ..." if len(x) > 3 else "")
+        return f"a {type(x).__name__} of {len(x)}: {parts}" if x else f"an empty {type(x).__name__}"
     return f"{type(x).__name__} {getattr(x, '__name__', None) or getattr(x, 'name', None) or repr(x)}"

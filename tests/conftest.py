@@ -12,6 +12,8 @@ jaxtyping.install_import_hook("fnbp", "tests.shapes.checked")
 
 def pytest_configure(config):
     """What one worker, or an earlier run, has compiled the others load."""
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

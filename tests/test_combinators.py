@@ -172,7 +172,7 @@ def test_a_layer_without_parameters_refuses_some():
 def test_parts_that_are_no_layers_are_refused_and_a_constructor_that_was_not_called_is_told_so():
     with pytest.raises(TypeError, match=r"serial: part 1 must be a Layer, got function sigmoid; call it: sigmoid\(\)$"):
         fnbp.serial(fnbp.dense(3), fnbp.sigmoid)
-    with pytest.raises(TypeError, match=r"serial: part 0 must be a Layer, got list \[\]$"):
+    with pytest.raises(TypeError, match=r"serial: part 0 must be a Layer, got an empty list$"):
         fnbp.serial([])
     with pytest.raises(TypeError, match=r"skip: the layer must be a Layer, got int 3$"):
         fnbp.skip(3)

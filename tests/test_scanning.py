@@ -255,7 +255,7 @@ REFUSED += [
         ValueError,
         r"last: the mask must have shape \(5, 3\), got \(5, 4\)",
     ),
-    (lambda: run(fnbp.last(), SEQUENCE, fnbp.Context(mask=[[True]])), TypeError, r"last: the mask .* got list"),
+    (lambda: run(fnbp.last(), SEQUENCE, fnbp.Context(mask=[[True]])), TypeError, r"last: the mask .* got a list of 1"),
     (lambda: run(fnbp.last(), SEQUENCE[:, :0]), ValueError, r"last: x must be \(m, T, ...\) with T at least 1"),
 ]
 
