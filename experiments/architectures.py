@@ -108,7 +108,7 @@ ROWS = shaped(DIGITS, 28, 28)
 MODELS = {
     "mlp 784-500-300-10": Model(fnbp.models.mlp(500, 300, 10), shaped(DIGITS, 784), 0.005),
     "lenet": Model(fnbp.models.lenet(), DIGITS, 0.0003),
-    "resnet(8)": Model(fnbp.models.resnet(8), images(64, 32, 32, 3), 0.001),
+    "resnet(14)": Model(fnbp.models.resnet(14), images(64, 32, 32, 3), 0.0001),
     "lstm_classifier(128)": Model(fnbp.models.lstm_classifier(128, 10), ROWS, 0.02),
     "gru_classifier(128), ragged": Model(fnbp.ragged(fnbp.models.gru_classifier(128, 10)), ragged(ROWS), 0.02),
     "gpt, 4 of width 128, dropout": Model(fnbp.models.gpt(65, 64, 4, 4, 128, rate=0.1), text(12, 64, 65), 0.02),

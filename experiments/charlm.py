@@ -42,7 +42,7 @@ class Settings:
     """Letters of context."""
     batch_size: int = 12
     steps: int = 2_000
-    learning_rate: float = 4e-3
+    learning_rate: float = 8e-3
     """Of AdamW: up in 100 steps, then down half a cosine to a tenth. nanoGPT's own is 1e-3."""
     dropout: float = 0.0
     seed: int = 0
