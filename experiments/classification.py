@@ -28,7 +28,9 @@ class Training:
     epochs: int = 5
     batch_size: int = 64
     learning_rate: float = 2e-3
-    """Of Adam, at the top: up in a tenth of the steps, then down half a cosine to 0."""
+    """Of Adam, at the top: up to it, then down half a cosine to 0."""
+    warmup: float = 0.1
+    """The share of the steps in which it goes up."""
     seed: int = 0
     """Of the parameters and the order of the batches."""
     side_by_side: bool = False
@@ -52,6 +54,8 @@ class Run:
 def classify(net: fnbp.Layer, loaded: Data, settings: Training, out: Path) -> int:
     """Train, measure, draw, write down; 1 where the two trainings part, or end in numbers that are not finite."""
     began = time.perf_counter()
+    if not 0 <= settings.warmup < 1:
+        raise report.InputError(f"--warmup must be at least 0 and below 1, got {settings.warmup}")
     loss = fnbp.softmax_cross_entropy()
     key_init, key_fit = jax.random.split(jax.random.key(settings.seed))
     params, state = jax.jit(net.init)(key_init, loaded.train_x[:1])
@@ -97,7 +101,8 @@ def train(net, loss, params, state, loaded: Data, settings: Training, key, gradi
     """Adam, its learning rate going up, then down; the accuracy on the test part after each epoch."""
     measure, accuracies = report.accuracy(net), []
     steps = settings.epochs * (len(loaded.train_y) // settings.batch_size)
-    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, steps // 10, max(steps, 1))
+    up = int(settings.warmup * steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, up, max(steps, 1))
 
     def on_epoch(step, params, state):
         starts = range(0, len(loaded.test_y), CHUNK)

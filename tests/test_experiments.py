@@ -175,11 +175,18 @@ def test_images_trains_and_writes_down_what_it_measured(fake_mnist, tmp_path, ca
 def test_images_refuses_what_it_cannot_train(fake_mnist, tmp_path):
     with pytest.raises(report.InputError, match=r"--limit must be from one batch, 64, to 3"):
         images.main(images.Settings(data_folder=fake_mnist, out=tmp_path))
+    with pytest.raises(report.InputError, match=r"--warmup must be at least 0 and below 1, got 1.5"):
+        images.main(images.Settings(warmup=1.5, batch_size=3, data_folder=fake_mnist, out=tmp_path))
     with pytest.raises(report.InputError, match=r"depth must be 6 n \+ 2"):
         images.main(images.Settings(model="resnet", depth=9, batch_size=3, data_folder=fake_mnist, out=tmp_path))
 
 
 @pytest.mark.slow
+def test_rows_refuses_sizes(fake_mnist, tmp_path):
+    with pytest.raises(report.InputError, match=r"lstm_classifier: layers must be at least 1, got 0"):
+        rows.main(rows.Settings(layers=0, batch_size=3, data_folder=fake_mnist, out=tmp_path))
+
+
 def test_rows_trains_both_kinds(fake_mnist, tmp_path):
     for model in ("lstm", "gru"):
         settings = rows.Settings(
@@ -217,6 +224,14 @@ def test_charlm_learns_in_turns_and_writes(fake_text, tmp_path, monkeypatch, cap
         assert measured["against"]["PyTorch eager"]["apart"] <= 1e-4
         ends = [losses[-1][1] for losses in measured["validation"].values()]
         assert max(ends) - min(ends) <= 1e-4
+
+
+def test_settings_can_be_picked_without_the_last_tenth():
+    text = np.arange(1_003)
+    for held_out, start in (("tenth", 902), ("ninth", 802)):
+        train, held = charlm.split(text, held_out)
+        np.testing.assert_array_equal(np.concatenate([train, held]), text[: start + len(held)])
+        assert (len(train), len(held)) == (start, 101 if held_out == "tenth" else 100)
 
 
 def test_a_missing_or_other_text_is_told(fake_text, tmp_path):
