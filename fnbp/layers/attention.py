@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from fnbp.checks import (
     check_floating,
@@ -20,6 +21,12 @@ from fnbp.checks import (
 from fnbp.factor import Outer, Sum, wide
 from fnbp.initialisers import initialiser
 from fnbp.layer import Layer
+
+Sequence = Float[Array, "m t n"]
+Queries = Float[Array, "m t kv g d"]
+Keys = Float[Array, "m s kv d"]
+Weights = Float[Array, "m kv g t s"]
+Seen = Bool[Array, "#m 1 1 #t s"]
 
 
 def attention(
@@ -58,7 +65,7 @@ def attention(
     name = f"attention({heads})" if kv == heads else f"attention({heads}, {kv})"
     shapes = shapes_of(name, heads, kv, causal, rotary, "" if b is None else "QVO" if rotary is None else "QKVO")
 
-    def forward(params: dict, state: dict, x: Any, ctx: Any) -> tuple[jax.Array, dict, tuple]:
+    def forward(params: dict, state: dict, x: Any, ctx: Any) -> tuple[Sequence, dict, tuple]:
         check_params(name, params, x[0] if isinstance(x, tuple) else x, shapes(x))
         memory = x[1] if isinstance(x, tuple) else None
         x, z = check_pair(name, x, heads, rotary)
@@ -69,7 +76,7 @@ def attention(
         o, p = attend(q, k, v, seen)
         return affine(params, "O", merged(o)), state, (x, memory, q, k, v, p, o)
 
-    def backward(params: dict, res: tuple, dy: jax.Array) -> tuple[dict, Any]:
+    def backward(params: dict, res: tuple, dy: Sequence) -> tuple[dict, Any]:
         x, memory, q, k, v, p, o = res
         z = x if memory is None else memory
         do = (dy @ params["O"]).reshape(q.shape)
@@ -96,11 +103,8 @@ def shapes_of(name: str, heads: int, kv: int, causal: bool, rotary: float | None
     return shapes
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """o and p. Where seen is False p is 0.
-
-    Shapes: q (m, T, kv, g, d), k, v (m, S, kv, d), seen (m, 1, 1, T, S); o as q, p (m, kv, g, T, S).
-    """
+def attend(q: Queries, k: Keys, v: Keys, seen: Seen | None) -> tuple[Queries, Weights]:
+    """o and p. Where seen is False p is 0."""
     s = jnp.einsum("mtkgd,mskd->mkgts", wide(q), wide(k)) / np.sqrt(q.shape[-1])
     s = s if seen is None else jnp.where(seen, s, -jnp.inf)
     most = jnp.max(s, -1, keepdims=True)
@@ -110,10 +114,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None) -> 
     return jnp.einsum("mkgts,mskd->mtkgd", p, wide(v)).astype(v.dtype), p
 
 
-def attend_back(
-    q: jax.Array, k: jax.Array, v: jax.Array, p: jax.Array, do: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk, dv of do. Shapes: as attend's."""
+def attend_back(q: Queries, k: Keys, v: Keys, p: Weights, do: Queries) -> tuple[Queries, Keys, Keys]:
+    """dq, dk, dv of do."""
     do = wide(do)
     dv = jnp.einsum("mkgts,mtkgd->mskd", p, do)
     dp = jnp.einsum("mtkgd,mskd->mkgts", do, wide(v))

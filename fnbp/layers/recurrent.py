@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from fnbp.checks import check_floating, check_params, check_size
 from fnbp.factor import Outer, Sum
 from fnbp.initialisers import initialiser
 from fnbp.layer import Layer, stateless
 
+X = Float[Array, "m d"]
+Y = Float[Array, "m n"]
 sigma = jax.nn.sigmoid
 
 
@@ -28,12 +31,12 @@ def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     """
     name = f"rnn_cell({n})"
 
-    def forward(params: dict, hx: Any) -> tuple[Any, tuple]:
+    def forward(params: dict, hx: Any) -> tuple[tuple[Any, Y], tuple]:
         (h,), x = check_turn(name, params, hx, n, 1)
         y = jnp.tanh(x @ params["W"].T + params["b"] + h @ params["U"].T + params["c"])
         return (y, y), (x, h, y)
 
-    def backward(params: dict, res: tuple, d: Any) -> tuple[dict, Any]:
+    def backward(params: dict, res: tuple, d: tuple[Any, Y]) -> tuple[dict, tuple[Any, X]]:
         x, h, y = res
         dh, dy = d
         da = (dh + dy) * (1 + y) * (1 - y)
@@ -63,7 +66,7 @@ def lstm_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = 
     """
     name = f"lstm_cell({n})"
 
-    def forward(params: dict, hx: Any) -> tuple[Any, tuple]:
+    def forward(params: dict, hx: Any) -> tuple[tuple[Any, Y], tuple]:
         (h, s), x = check_turn(name, params, hx, n, 4)
         a = x @ params["W"].T + params["b"] + h @ params["U"].T + params["c"]
         a_i, a_f, a_g, a_o = jnp.split(a, 4, -1)
@@ -73,7 +76,7 @@ def lstm_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = 
         y = o * tanh_s
         return ((y, s_new), y), (x, h, s, i, f, g, o, tanh_s)
 
-    def backward(params: dict, res: tuple, d: Any) -> tuple[dict, Any]:
+    def backward(params: dict, res: tuple, d: tuple[Any, Y]) -> tuple[dict, tuple[Any, X]]:
         x, h, s, i, f, g, o, tanh_s = res
         (dh, ds), dy = d
         dh = dh + dy
@@ -106,7 +109,7 @@ def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     """
     name = f"gru_cell({n})"
 
-    def forward(params: dict, hx: Any) -> tuple[Any, tuple]:
+    def forward(params: dict, hx: Any) -> tuple[tuple[Any, Y], tuple]:
         (h,), x = check_turn(name, params, hx, n, 3)
         a_r, a_z, a_k = jnp.split(x @ params["W"].T + params["b"], 3, -1)
         e_r, e_z, e_k = jnp.split(h @ params["U"].T + params["c"], 3, -1)
@@ -115,7 +118,7 @@ def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
         y = (1 - z) * k + z * h
         return (y, y), (x, h, r, z, k, e_k)
 
-    def backward(params: dict, res: tuple, d: Any) -> tuple[dict, Any]:
+    def backward(params: dict, res: tuple, d: tuple[Any, Y]) -> tuple[dict, tuple[Any, X]]:
         x, h, r, z, k, e_k = res
         dh, dy = d
         dh = dh + dy
