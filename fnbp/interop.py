@@ -57,7 +57,8 @@ def from_jax(apply: Layer | Callable, init: Callable | None = None, name: str | 
         from_jax(dense(10))                   the same layer, differentiated automatically
         from_jax(apply, init, "mine")         init(key, x) -> params; without it the function has no parameters: {}
 
-    Its gradients come summed over examples, so total is the only contraction that it allows.
+    Its gradients come summed over examples, so total is the only contraction that it allows. Integers have no
+    cotangent: there dx is None.
 
     Raises: TypeError for what is neither a Layer nor a function.
     """
@@ -79,7 +80,8 @@ def from_jax(apply: Layer | Callable, init: Callable | None = None, name: str | 
 
     def backward(params, res, dy):
         (pull,) = res
-        return pull(dy)
+        dparams, dx = pull(dy)
+        return dparams, jax.tree.map(lambda d: None if d.dtype == jax.dtypes.float0 else d, dx)
 
     return Layer(layer.init, forward, backward, name or f"from_jax({layer.name})")
 

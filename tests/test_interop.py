@@ -211,3 +211,13 @@ def test_a_function_has_no_manual_backward_to_hand_on():
     x = weights((7, 3))
     _, _, res = layer.forward({}, {}, x, fnbp.Context())
     assert relative(layer.backward({}, res, 2 * x)[1], 2 * x) == 0
+
+
+def test_from_jax_of_tokens_has_no_dx_as_an_embedding_has_none():
+    tokens = jnp.array([[0, 4, 4], [2, 1, 0]])
+    pair = fnbp.parallel(fnbp.embedding(5, 3), fnbp.from_jax(fnbp.embedding(5, 3)))
+    for net in (pair, fnbp.cast(fnbp.from_jax(fnbp.embedding(5, 3)), "bfloat16")):
+        params, state = net.init(jax.random.key(0), tokens)
+        y, _, res = net.forward(params, state, tokens, fnbp.Context())
+        factors, dx = net.backward(params, res, jnp.ones_like(y))
+        assert dx is None and len(factors) == len(net.parts)
