@@ -181,12 +181,12 @@ def test_images_refuses_what_it_cannot_train(fake_mnist, tmp_path):
         images.main(images.Settings(model="resnet", depth=9, batch_size=3, data_folder=fake_mnist, out=tmp_path))
 
 
-@pytest.mark.slow
 def test_rows_refuses_sizes(fake_mnist, tmp_path):
     with pytest.raises(report.InputError, match=r"lstm_classifier: layers must be at least 1, got 0"):
         rows.main(rows.Settings(layers=0, batch_size=3, data_folder=fake_mnist, out=tmp_path))
 
 
+@pytest.mark.slow
 def test_rows_trains_both_kinds(fake_mnist, tmp_path):
     for model in ("lstm", "gru"):
         settings = rows.Settings(

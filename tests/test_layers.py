@@ -117,7 +117,7 @@ def test_trees_shapes_and_dtypes(x64, case, shape, dtype):
     [
         (jnp.bfloat16, 2.0**-8),
         pytest.param(jnp.float16, 2.0**-11, marks=pytest.mark.slow),
-        (jnp.float32, 2.0**-24),
+        pytest.param(jnp.float32, 2.0**-24, marks=pytest.mark.slow),
     ],
 )
 def test_low_precision_stays_near_float64(x64, case, shape, dtype, eps):
@@ -211,7 +211,7 @@ def test_init_needs_only_the_shape_of_x(case, shape):
 
 
 @each
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_init_draws_in_narrow_dtypes(case, shape, dtype):
     x = draw(case, shape, dtype)[2]
     params, _ = case.layer.init(jax.random.key(0), x)

@@ -33,8 +33,10 @@ NESTS = {
 }
 
 
-@pytest.mark.parametrize("name", NESTS)
-@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("gpt")) for name in NESTS]
+)
+@pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_contractions_of_nests_are_those_of_each_example_alone(x64, name, m):
     net, shape = NESTS[name]
     rng, loss = np.random.default_rng(0), sum_of_squares()

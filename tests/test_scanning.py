@@ -91,7 +91,8 @@ def test_last_is_the_last_that_counts_whatever_stands_behind():
     np.testing.assert_array_equal(fnbp.last().backward({}, res, dy)[1], due)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_compare_takes_a_ragged_net_for_no_fault(dtype):
     x = jnp.asarray(rng.standard_normal((5, 7, 3)), dtype)
     lengths = jnp.array([3, 7, 1, 0, 5])
