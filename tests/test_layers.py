@@ -97,7 +97,9 @@ def test_jit_is_eager_and_traces_once(x64, case, shape):
 
 
 @each
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, jnp.float32, *(pytest.param(a, marks=pytest.mark.slow) for a in (jnp.float16, jnp.float64))]
+)
 def test_trees_shapes_and_dtypes(x64, case, shape, dtype):
     params, state, x, dy = draw(case, shape, dtype)
     y, new_state, _ = jax.eval_shape(case.layer.forward, params, state, x, case.context)
@@ -180,6 +182,7 @@ def test_compare_is_clean(case, shape, dtype):
     assert report.ok, report
 
 
+@pytest.mark.slow
 @each
 def test_vmap_over_an_ensemble_and_scan_over_steps(case, shape):
     members = [draw(case, shape, jnp.float32, seed) for seed in range(3)]
@@ -203,6 +206,7 @@ def test_sharded_over_examples_is_single(case, shape):
     assert case.tokens or sharded[1].sharding.is_equivalent_to(split, x.ndim)
 
 
+@pytest.mark.slow
 @each
 def test_init_needs_only_the_shape_of_x(case, shape):
     x = draw(case, shape, jnp.float32)[2]
@@ -211,7 +215,8 @@ def test_init_needs_only_the_shape_of_x(case, shape):
 
 
 @each
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_init_draws_in_narrow_dtypes(case, shape, dtype):
     x = draw(case, shape, dtype)[2]
     params, _ = case.layer.init(jax.random.key(0), x)
