@@ -195,6 +195,7 @@ def test_vmap_over_an_ensemble_and_scan_over_steps(case, shape):
     assert relative(scanned, alone) <= 1e-6
 
 
+@pytest.mark.slow
 @each
 def test_sharded_over_examples_is_single(case, shape):
     params, state, x, dy = draw(case, (8, *shape[1:]), jnp.float32)
