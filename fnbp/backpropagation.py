@@ -1,20 +1,23 @@
 """The algorithm of the document's section 3.2: forward, loss, backward, and what is made of the factors."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fnbp.checks import check_finite, check_is, check_key, describe
+from fnbp.checks import as_arrays, check_finite, check_is, check_key, describe
 from fnbp.combinators import tied_leaves
 from fnbp.compound import Contracted, is_contracted, is_open, out_of_depth
-from fnbp.factor import MIXED, Factor, Mixed, sq_norms, total, wide
-from fnbp.layer import Context, Layer, checked, leaves, map_layers
-from fnbp.losses import Loss, check_losses
+from fnbp.factor import MIXED, Factor, Mixed, per_example, sq_norms, total, wide
+from fnbp.layer import Context, Layer, checked, drawing, leaves, map_layers, mask_behind, mixing
+from fnbp.losses import Loss, losses_of
+from fnbp.placement import of_param
 
-Contraction = Callable[[Any], Any] | tuple
+Contraction = Any  # a function of a factor, a WithPath, or a tuple of them
 
 
 class Pass(NamedTuple):
@@ -50,42 +53,89 @@ class Trace(NamedTuple):
     deltas: OrderedDict[str, Any]
 
 
-def contract_leaf(contract: Contraction, leaf: Any, path: str) -> Any:
+@dataclass(frozen=True)
+class WithPath:
+    """A contraction that is told where the factor is."""
+
+    contract: Callable[[str, Factor], Any]
+
+
+def with_path(contract: Callable[[str, Factor], Any]) -> WithPath:
+    """A contraction that sees the path: contract(path, factor), path "serial[0].dense(128).W".
+
+    For what differs by layer: a limit for each, a curvature for one. Under backprop as any contraction of your own.
+
+    Raises: TypeError if contract is not a function.
+    """
+    if not callable(contract):
+        raise TypeError(f"with_path: contract must be a function (path, factor) -> any tree, got {contract!r}")
+    return WithPath(contract)
+
+
+def contract_leaf(contract: Contraction, leaf: Any, path: str, key: str = "") -> Any:
     """What contract makes of one factor. The error runs down the net as dJ/dy, so the factors hold the 1/m of J;
     every contraction but total sees each example's own, which is m times that."""
     if isinstance(contract, tuple):
-        made = (contract_leaf(c, leaf, path) for c in contract)
+        made = (contract_leaf(c, leaf, path, key) for c in contract)
         return tuple(Contracted(one, c) if c is total else one for one, c in zip(made, contract, strict=True))
     if not isinstance(leaf, Factor):
         if contract is total:
             return leaf
         name = getattr(contract, "__name__", repr(contract))
-        raise TypeError(f"{path}: its backward returns a finished gradient, so only total is to be had, not {name}")
+        raise TypeError(f"{path}: its backward returns a finished gradient, so only total is defined, not {name}")
     if contract is total:
         return total(leaf)
     if isinstance(leaf, Mixed):
         raise TypeError(f"{path}: {MIXED}")
-    return Contracted(contract(leaf.scaled(leaf.d.shape[0])), contract)
+    own = leaf.scaled(leaf.examples)
+    if isinstance(contract, WithPath):
+        return Contracted(contract.contract(f"{path}.{key}" if key else path, own), contract.contract)
+    return Contracted(contract(own), contract)
+
+
+def check_factors(path: str, factors: Any, params: Any, m: int) -> None:
+    """ValueError unless each factor is of its parameter's shape and of m examples; TypeError if it is not a pytree."""
+    is_factor = lambda node: isinstance(node, Factor)  # noqa: E731
+    found, tree = jax.tree_util.tree_flatten_with_path(factors, is_factor)
+    if tree != jax.tree.structure(params):
+        raise ValueError(f"{path}: backward returns {tree}, params are {jax.tree.structure(params)}")
+    for (where, factor), p in zip(found, jax.tree.leaves(params), strict=True):
+        if not isinstance(factor, Factor) or isinstance(factor, Mixed):
+            continue
+        kind, name = type(factor).__name__, f"params{jax.tree_util.keystr(where)}"
+        if jax.tree_util.all_leaves([factor]):
+            raise TypeError(
+                f"{path}: register {kind} with @jax.tree_util.register_dataclass, so that JAX sees its arrays"
+            )
+        shape = jnp.shape(p)
+        for made, due in ((total, shape), (per_example, (m, *shape)), (sq_norms, (m,))):
+            came = jax.eval_shape(made, factor).shape
+            if came != due:
+                what = "its gradient" if made is total else f"{made.__name__} of its {kind}"
+                hint = "is its backward wrong?" if made is total else f"expected {due}: is the example its first axis?"
+                raise ValueError(f"{path}: {name} has shape {shape}, {what} {came}: {hint}")
 
 
 def contracted(contract: Contraction, later: frozenset[str] = frozenset()) -> Callable[[str, Layer], Layer]:
     """For map_layers: a layer whose backward contracts its factors as soon as they exist; but for those at later, the
     paths of layers whose factors are still to be added to others. Only total can be added when it is done."""
     for c in contract if isinstance(contract, tuple) else (contract,):
-        if not callable(c) and not isinstance(c, tuple):
+        if not callable(c) and not isinstance(c, (tuple, WithPath)):
             raise TypeError(f"contract must be a function of a factor, or a tuple of such, got {c!r}")
 
     def at(path, layer):
         layer = checked(path, layer)
-        if path in later and contract is not total:
-            return layer
 
         def backward(params, res, dy):
             factors, dx = layer.backward(params, res, dy)
-            return jax.tree.map(finish, factors, is_leaf=lambda leaf: isinstance(leaf, Factor)), dx
+            if contract is not total:
+                check_factors(path, factors, params, jax.tree.leaves(dy)[0].shape[0])
+                if path in later:
+                    return factors, dx
+            return jax.tree_util.tree_map_with_path(finish, factors, is_leaf=lambda leaf: isinstance(leaf, Factor)), dx
 
-        def finish(leaf):
-            return contract_leaf(contract, leaf, path)
+        def finish(where, leaf):
+            return contract_leaf(contract, leaf, path, ".".join(str(getattr(k, "key", k)) for k in where))
 
         return layer._replace(backward=backward)
 
@@ -113,14 +163,19 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
         3  delta = dJ/dprediction; then, last layer first:  factors, delta = backward(params, saved, delta)
         4  grads = contract of each factor
 
-    contract is a function of a factor (fnbp.total, keep, sq_norms, per_example, or your own), or a tuple of them; the
-    leaves of grads are then tuples. total is the gradient of J. All others are of each example's own loss, without
-    the 1/m. A pure function: jit it, vmap it, scan over it.
+    contract is a function of a factor (fnbp.total, keep, sq_norms, per_example, with_path(f), or your own), or a tuple
+    of them; the leaves of grads are then tuples. total is the gradient of J. All others are of each example's own loss,
+    without the 1/m. A pure function: jit it, vmap it, scan over it. Positions of the prediction that do not count, by
+    Context.mask or in ragged, are left out of the loss.
+
+    Values that only jit sees cannot raise. There a label, token or length out of range, or batch_norm at inference
+    before any training, makes the loss and the gradient NaN.
 
     Shapes: x (m, ...), y as the loss wants it.
     Source: the document, section 3.2.
-    Raises: ValueError for a batch of 0, targets or params that do not fit, and, outside jit, non-finite data; TypeError
-            where a layer's backward has no factor for that contraction.
+    Raises: ValueError for a batch of 0, targets, params or factors that do not fit, and, outside jit, non-finite data;
+            TypeError if a layer mixes the examples, or its backward has no factor for that contraction, or the loss
+            takes no mask and there is one.
     """
     check_is("backprop", "net", net, Layer)
     run = one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss)
@@ -130,6 +185,8 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
         return jax.tree.map(out_of_depth, done, is_leaf=is_open)
 
     def backprop_of(params, state, x, y, ctx=Context()):
+        if contract is not total and isinstance(ctx, Context) and (path := mixing(net, ctx)):
+            raise TypeError(f"{path}: {MIXED}")
         done = run(params, state, x, y, ctx)
         if contract is total:
             return done._replace(grads=conform(done.grads, params))
@@ -147,10 +204,9 @@ def one_pass(net: Layer, loss: Loss) -> Callable[..., Pass]:
         check_is("backprop", "ctx", ctx, Context)
         if ctx.key is not None:
             check_key("backprop", ctx.key)
-        params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
+        params, x, y = (as_arrays("backprop", what, a) for what, a in (("params", params), ("x", x), ("y", y)))
         prediction, state, res = net.forward(params, state, x, ctx)
-        losses, loss_res = loss.forward(prediction, y)
-        check_losses(loss.name, losses, prediction)
+        losses, loss_res = losses_of(loss, prediction, y, mask_behind(net, x, ctx.mask))
         delta = mean_delta(loss.backward(loss_res), losses.shape[0])
         grads, dx = net.backward(params, res, delta)
         return Pass(jnp.mean(losses), state, prediction, grads, dx)
@@ -171,23 +227,36 @@ def conform(grads: Any, params: Any) -> Any:
         if g.shape != jnp.shape(p):
             path = jax.tree_util.keystr(where)
             raise ValueError(f"params{path} has shape {jnp.shape(p)}, its gradient {g.shape}: is its backward wrong?")
-    return jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
+    return jax.tree.map(of_param, grads, params)
 
 
 def value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
     """J and its gradient: (params, state, x, y, ctx=Context()) -> (value, state), grads.
 
-    The shape of jax.value_and_grad with has_aux=True, so that it drops into any training step.
+    The shape of jax.value_and_grad with has_aux=True, so that it drops into any training step. A step that trains
+    passes Context(key, train=True), with another key each time: a UserWarning says so if the net draws and ctx does not
+    train.
 
     Raises: as backprop.
     """
     run = backprop(net, loss)
 
     def value_and_grad_of(params, state, x, y, ctx=Context()):
+        check_training(net, ctx)
         out = run(params, state, x, y, ctx)
         return (out.value, out.state), out.grads
 
     return value_and_grad_of
+
+
+def check_training(net: Layer, ctx: Context) -> None:
+    """A UserWarning if the net draws in training and this context does not train."""
+    if isinstance(ctx, Context) and not ctx.train and (path := drawing(net)):
+        warnings.warn(
+            f"value_and_grad: {path} draws only in training, and this context is one of inference; a training step "
+            "passes fnbp.Context(key, train=True)",
+            stacklevel=3,
+        )
 
 
 def per_example_norms(net: Layer, loss: Loss) -> Callable[..., jax.Array]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
+from fnbp.chain import serial
 from fnbp.checks import check_size
-from fnbp.combinators import parallel, serial, skip
+from fnbp.combinators import parallel, skip
 from fnbp.layer import Layer
 from fnbp.layers.activation import gelu, identity, relu, silu
 from fnbp.layers.attention import attention

@@ -86,17 +86,6 @@ def check_finite(name: str, what: str, x: Any) -> None:
             raise ValueError(f"{name}: {what} has {len(bad)} non-finite values, the first {value} at index {first}")
 
 
-def check_mask(name: str, mask: Any, *shapes: tuple[int, ...]) -> None:
-    """TypeError unless a mask is of truth values, ValueError unless it has one of the shapes."""
-    dtype = getattr(mask, "dtype", None)
-    if dtype != np.bool_:
-        hint = "; of a mask that is added to scores: mask == 0" if dtype is not None else ""
-        raise TypeError(f"{name}: the mask must be of bool, True where a position counts; got {describe(mask)}{hint}")
-    if mask.shape not in shapes:
-        due = " or ".join(map(str, shapes))
-        raise ValueError(f"{name}: the mask must have shape {due}, got {mask.shape}")
-
-
 def check_params(name: str, params: Any, x: Any, due: Mapping[str, tuple[int, ...]]) -> None:
     """ValueError unless params is a dict of exactly these names and shapes, which are due for this x. TypeError unless
     x is an array of floating point numbers."""
@@ -146,3 +135,20 @@ def describe(x: Any) -> str:
         parts = ", ".join(map(describe, x[:3])) + (", ..." if len(x) > 3 else "")
         return f"a {type(x).__name__} of {len(x)}: {parts}" if x else f"an empty {type(x).__name__}"
     return f"{type(x).__name__} {getattr(x, '__name__', None) or getattr(x, 'name', None) or repr(x)}"
+
+
+def as_arrays(name: str, what: str, tree: Any) -> Any:
+    """A tree as JAX arrays. ValueError for an integer that the dtype does not hold: labels and tokens would change."""
+    return jax.tree.map(lambda a: as_array(name, what, a), tree)
+
+
+def as_array(name: str, what: str, a: Any) -> jax.Array:
+    """One array of that tree."""
+    array = jnp.asarray(a)
+    if isinstance(a, np.ndarray) and np.issubdtype(a.dtype, np.integer) and array.dtype != a.dtype:
+        bounds = jnp.iinfo(array.dtype)
+        for first in np.argwhere((a < bounds.min) | (a > bounds.max))[:1].tolist():
+            raise ValueError(
+                f"{name}: {what} holds {a[tuple(first)]} at index {first}, which {array.dtype} does not hold"
+            )
+    return array

@@ -12,52 +12,9 @@ import numpy as np
 from fnbp.checks import check_floating, check_is, check_key, check_parts, choose, located
 from fnbp.compound import Added
 from fnbp.factor import Factor
-from fnbp.layer import Layer, shape_of
-
-
-def serial(*layers: Layer, name: str = "serial") -> Layer:
-    """Layers one after the other.
-
-        y = f_n(... f_2(f_1(x)))      dx = b_1(b_2(... b_n(dy))), the chain rule, last layer first
-
-    params, state, factors: a tuple, one entry a layer. name: what reports and errors call it.
-    Source: the document, section 3.2, steps 1 and 3.
-    Raises: ValueError where params or state are not of these layers; TypeError for a key, or a layer, that is none.
-    """
-    for i, layer in enumerate(layers):
-        check_is(name, f"part {i}", layer, Layer)
-
-    def init(key, x):
-        check_key(name, key)
-        params, states = [], []
-        for i, layer in enumerate(layers):
-            with located(f"{name}[{i}].{layer.name}"):
-                p, s = layer.init(jax.random.fold_in(key, i), x)
-                x = shape_of(layer, p, s, x)
-            params.append(p)
-            states.append(s)
-        return tuple(params), tuple(states)
-
-    def forward(params, state, x, ctx):
-        check_parts(name, "params", params, len(layers))
-        check_parts(name, "state", state, len(layers))
-        states, saved = [], []
-        for i, (layer, p, s, c) in enumerate(zip(layers, params, state, ctx.split(len(layers)), strict=True)):
-            with located(f"{name}[{i}].{layer.name}"):
-                x, s, res = layer.forward(p, s, x, c)
-            states.append(s)
-            saved.append(res)
-        return x, tuple(states), tuple(saved)
-
-    def backward(params, res, dy):
-        factors = []
-        for i in reversed(range(len(layers))):
-            with located(f"{name}[{i}].{layers[i].name}"):
-                f, dy = layers[i].backward(params[i], res[i], dy)
-            factors.append(f)
-        return tuple(reversed(factors)), dy
-
-    return Layer(init, forward, backward, name, layers, lambda parts: serial(*parts, name=name))
+from fnbp.layer import Layer, Traits, counting, mask_behind, mask_of, shape_of, traits_of
+from fnbp.masks import Rule
+from fnbp.sums import like
 
 
 def skip(layer: Layer) -> Layer:
@@ -100,7 +57,9 @@ def skip(layer: Layer) -> Layer:
                 "a sum with its input needs the same"
             )
 
-    return Layer(init, forward, backward, "skip", (layer,), lambda parts: skip(*parts))
+    traits = traits_of(layer, mask_of(layer))
+    functions = counting("skip", traits.mask, forward, backward)
+    return Layer(init, *functions, "skip", (layer,), lambda parts: skip(*parts), traits)
 
 
 def parallel(*layers: Layer, join: str = "sum") -> Layer:
@@ -158,7 +117,18 @@ def parallel(*layers: Layer, join: str = "sum") -> Layer:
         factors, dxs = zip(*found, strict=True)
         return factors, jax.tree.map(lambda *d: sum(d[1:], d[0]), *dxs)
 
-    return Layer(init, forward, backward, name, layers, lambda parts: parallel(*parts, join=join))
+    traits = Traits(side_by_side(layers), alone=all(layer.traits.alone for layer in layers))
+    return Layer(init, forward, backward, name, layers, lambda parts: parallel(*parts, join=join), traits)
+
+
+def side_by_side(layers: tuple[Layer, ...]) -> Rule:
+    """The rule of parallel: the mask behind the first layer that leaves one."""
+
+    def rule(name, x, mask):
+        behind = [mask_behind(layer, x, mask) for layer in layers]
+        return next((mask for mask in behind if mask is not None), None)
+
+    return rule
 
 
 class Join(NamedTuple):
@@ -170,7 +140,7 @@ class Join(NamedTuple):
 
 def cut(res: tuple, dy: jax.Array) -> list[jax.Array]:
     """dy in pieces as wide as what was joined."""
-    return jnp.split(dy, np.cumsum([like.shape[-1] for like in res])[:-1].tolist(), -1)
+    return jnp.split(dy, np.cumsum([each.shape[-1] for each in res])[:-1].tolist(), -1)
 
 
 def times_others(res: tuple, dy: jax.Array) -> list[jax.Array]:
@@ -181,7 +151,7 @@ def times_others(res: tuple, dy: jax.Array) -> list[jax.Array]:
 JOINS = {
     "sum": Join(lambda ys: (sum(ys[1:], ys[0]), (None,) * len(ys)), lambda res, dy: [dy] * len(res)),
     "product": Join(lambda ys: (math.prod(ys[1:], start=ys[0]), tuple(ys)), times_others),
-    "concat": Join(lambda ys: (jnp.concatenate(ys, -1), tuple(y[:0] for y in ys)), cut),
+    "concat": Join(lambda ys: (jnp.concatenate(ys, -1), like(tuple(ys))), cut),
     "tuple": Join(lambda ys: (tuple(ys), ()), lambda res, dy: list(dy)),
 }
 
@@ -254,7 +224,8 @@ def tie(net: Layer, source: Keys, target: Keys) -> Layer:
         both = Added(first, second) if isinstance(first, Factor) else first + second
         return (put(put(factors, target, None), source, both),), dx
 
-    return Layer(init, forward, backward, "tie", (net,), Tie((source, target)))
+    traits = traits_of(net, mask_of(net))
+    return Layer(init, forward, backward, "tie", (net,), Tie((source, target)), traits)
 
 
 def check_keys(source: Keys, target: Keys) -> None:

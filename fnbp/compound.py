@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.factor import CHUNK, Factor, keep, per_example, sq_norms, total, wide
+from fnbp.factor import CHUNK, Factor, keep, per_example, sq_norms, total
+from fnbp.placement import each_example
+from fnbp.sums import wide
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +29,10 @@ class Stacked(Factor):
     def d(self) -> jax.Array:  # type: ignore[override]
         """The error, the example first: (m, n, ...)."""
         return jnp.moveaxis(jax.vmap(error)(self.factor), 0, 1)
+
+    @property
+    def examples(self) -> int:
+        return first_turn(self.factor).examples
 
     def total(self) -> jax.Array:
         return jax.vmap(total)(self.factor)
@@ -55,6 +61,10 @@ class Shared(Factor):
     def d(self) -> jax.Array:  # type: ignore[override]
         """The error, the example first: (m, T, ...)."""
         return jnp.moveaxis(jax.vmap(error)(self.factor), 0, 1)
+
+    @property
+    def examples(self) -> int:
+        return first_turn(self.factor).examples
 
     def total(self) -> jax.Array:
         return jnp.sum(jax.vmap(total)(self.factor), 0)
@@ -86,13 +96,21 @@ class Added(Factor):
         """The error in the first place."""
         return self.one.d
 
+    @property
+    def examples(self) -> int:
+        return self.one.examples
+
     def total(self) -> jax.Array:
         return self.one.total() + self.other.total()
 
     def per_example(self) -> jax.Array:
         return self.one.per_example() + self.other.per_example()
 
+    @each_example
     def sq_norms(self) -> jax.Array:
+        if not sliced(self):
+            rows = wide(self.per_example())
+            return jnp.sum(rows**2, range(1, rows.ndim))
         axes = example_axes(self)
 
         def alone(both: Added) -> jax.Array:
@@ -101,7 +119,7 @@ class Added(Factor):
 
         elements = int(np.prod(jax.eval_shape(total, self).shape))
         examples = jax.tree.map(lambda a, axis: jnp.moveaxis(a, axis, 0), self, axes)
-        return jax.lax.map(alone, examples, batch_size=min(self.d.shape[0], max(1, CHUNK // elements)))
+        return jax.lax.map(alone, examples, batch_size=min(self.examples, max(1, CHUNK // elements)))
 
     def scaled(self, c: Any) -> "Added":
         return Added(self.one.scaled(c), self.other.scaled(c))
@@ -120,6 +138,10 @@ class Cast(Factor):
         """The error, in its own dtype."""
         return self.factor.d
 
+    @property
+    def examples(self) -> int:
+        return self.factor.examples
+
     def total(self) -> jax.Array:
         return self.factor.total().astype(self.dtype)
 
@@ -133,9 +155,21 @@ class Cast(Factor):
         return Cast(self.factor.scaled(c), self.dtype)
 
 
+def sliced(factor: Any) -> bool:
+    """True if all arrays of a factor have an axis of examples."""
+    if isinstance(factor, Added):
+        return sliced(factor.one) and sliced(factor.other)
+    return sliced(factor.factor) if isinstance(factor, (Stacked, Shared, Cast)) else factor.sliced
+
+
 def error(factor: Factor) -> jax.Array:
     """d of a factor."""
     return factor.d
+
+
+def first_turn(factor: Any) -> Any:
+    """The factor of the first turn of a loop."""
+    return jax.tree.map(lambda a: a[0], factor)
 
 
 def example_axes(factor: Any) -> Any:

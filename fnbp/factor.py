@@ -3,30 +3,47 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from fnbp.placement import each_example, einsum, over_examples
+from fnbp.sums import wide
 from fnbp.windows import Windows, kernel_gradient
 
 CHUNK = 1 << 22  # elements of per-example matrices formed at once, where sq_norms has to form them
 
-MIXED = "it mixes the examples of a batch, so none has a gradient of its own: only total is to be had"
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """x in at least float32: the dtype in which sums are taken."""
-    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+MIXED = "it mixes the examples of a batch, so none has a gradient of its own: only total is defined"
 
 
 class Factor(ABC):
     """What a backward returns for one parameter: an unfinished sum over examples, linear in the error d.
 
     Axis 0 is the example. Axes between it and the last are positions that share the parameter (time, pixels).
+
+    Which one, for the gradient of a parameter p and the cotangent dy of what it is part of:
+
+        y = x p^T, a matrix                Outer(dy, x)         y = conv(x, p)               Correlation(dy, x, ...)
+        y = x + p, a number a feature      Sum(dy)              y = p[x], rows of a table    Lookup(dy, x, rows)
+        y = p x, a number a feature        Product(dy, x)       y[t] = x[t] + p[t]           Rows(dy, length)
+        anything else: a scalar, a table, a tensor of any rank  PerExample(g), g (m, *shape of p)
+
+    A factor of your own is a frozen dataclass, registered by jax.tree_util.register_dataclass, with the four methods
+    below and a field d, the error, whose first axis is the example; or with a property examples in place of d.
     """
 
     d: jax.Array
+    sliced: ClassVar[bool] = True  # whether all its arrays have the example as first axis
+
+    @property
+    def examples(self) -> int:
+        """m, how many examples there are. TypeError if the factor has no d to tell."""
+        d = getattr(self, "d", None)
+        if d is None:
+            kind = type(self).__name__
+            raise TypeError(f"{kind}: a Factor needs a field d, the error, (m, ...), or a property examples")
+        return d.shape[0]
 
     @abstractmethod
     def total(self) -> jax.Array:
@@ -63,11 +80,12 @@ class Outer(Factor):
     x: jax.Array
 
     def total(self) -> jax.Array:
-        return jnp.einsum("...o,...i->oi", self.d, self.x)
+        return einsum("...o,...i->oi", self.d, self.x)
 
     def per_example(self) -> jax.Array:
-        return jnp.einsum("m...o,m...i->moi", self.d, self.x)
+        return einsum("m...o,m...i->moi", self.d, self.x)
 
+    @each_example
     def sq_norms(self) -> jax.Array:
         m, n_out, n_in = self.d.shape[0], self.d.shape[-1], self.x.shape[-1]
         d, x = (wide(a).reshape(m, -1, a.shape[-1]) for a in (self.d, self.x))
@@ -126,13 +144,13 @@ class Product(Factor):
     x: jax.Array
 
     def total(self) -> jax.Array:
-        return jnp.einsum("...n,...n->n", wide(self.d), wide(self.x)).astype(self.d.dtype)
+        return einsum("...n,...n->n", wide(self.d), wide(self.x)).astype(self.d.dtype)
 
     def per_example(self) -> jax.Array:
-        return jnp.einsum("m...n,m...n->mn", wide(self.d), wide(self.x)).astype(self.d.dtype)
+        return einsum("m...n,m...n->mn", wide(self.d), wide(self.x)).astype(self.d.dtype)
 
     def sq_norms(self) -> jax.Array:
-        return jnp.sum(jnp.einsum("m...n,m...n->mn", wide(self.d), wide(self.x)) ** 2, -1)
+        return jnp.sum(einsum("m...n,m...n->mn", wide(self.d), wide(self.x)) ** 2, -1)
 
     def scaled(self, c: Any) -> "Product":
         return Product(along_examples(c, self.d), self.x)
@@ -185,13 +203,16 @@ class Lookup(Factor):
     x: jax.Array
     size: int = field(metadata={"static": True})
 
+    @over_examples
     def total(self) -> jax.Array:
         table = jnp.zeros((self.size, self.d.shape[-1]), wide(self.d).dtype)
         return table.at[self.x].add(wide(self.d), mode="drop", wrap_negative_indices=False).astype(self.d.dtype)
 
+    @each_example
     def per_example(self) -> jax.Array:
         return jax.vmap(lambda d, x: Lookup(d, x, self.size).total())(self.d, self.x)
 
+    @each_example
     def sq_norms(self) -> jax.Array:
         m, n = self.d.shape[0], self.d.shape[-1]
         d, x = wide(self.d).reshape(m, -1, n), self.x.reshape(m, -1)
@@ -229,12 +250,15 @@ class Correlation(Factor):
         """One number a window, and what the windows lie over."""
         return (self.x, self.d) if self.spread else (self.d, self.x)
 
+    @over_examples
     def total(self) -> jax.Array:
         return kernel_gradient(*self.pair, self.at, self.groups)
 
+    @each_example
     def per_example(self) -> jax.Array:
         return jax.vmap(lambda d, x: kernel_gradient(d[None], x[None], self.at, self.groups))(*self.pair)
 
+    @each_example
     def sq_norms(self) -> jax.Array:
         each, under = (wide(a) for a in self.pair)
         m, g = each.shape[0], self.groups
@@ -245,6 +269,33 @@ class Correlation(Factor):
 
     def scaled(self, c: Any) -> "Correlation":
         return replace(self, d=along_examples(c, self.d))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PerExample(Factor):
+    """dp = sum_i d_i, the gradient of each example formed already: for scalars, tables, tensors of any rank.
+
+        total        sum of d over examples    (the shape of the parameter)
+        per_example  d                         (m, the shape of the parameter)
+        sq_norms     |d_i|^2                   (m,)
+
+    Shapes: d (m, the shape of the parameter): m times the memory of the gradient.
+    """
+
+    d: jax.Array
+
+    def total(self) -> jax.Array:
+        return jnp.sum(self.d, 0)
+
+    def per_example(self) -> jax.Array:
+        return self.d
+
+    def sq_norms(self) -> jax.Array:
+        return jnp.sum(wide(self.d) ** 2, range(1, self.d.ndim))
+
+    def scaled(self, c: Any) -> "PerExample":
+        return PerExample(along_examples(c, self.d))
 
 
 @jax.tree_util.register_dataclass

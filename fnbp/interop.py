@@ -1,16 +1,34 @@
 """Between fnbp and the rest of JAX: a manual backward inside any model, an automatic one inside any net."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fnbp.backpropagation import check_batch, conform, contracted
-from fnbp.checks import check_is, check_key
-from fnbp.factor import total
-from fnbp.layer import Context, Layer, map_layers
-from fnbp.losses import Loss, check_losses
+from fnbp.checks import as_arrays, check_is, check_key, choose, describe
+from fnbp.factor import CHUNK, Factor, Mixed, along_examples, total
+from fnbp.layer import (
+    MIXES,
+    Context,
+    Layer,
+    Traits,
+    counting,
+    drawing,
+    map_layers,
+    mask_behind,
+    mask_of,
+    mixing,
+    traits_of,
+)
+from fnbp.losses import Loss, losses_of
+from fnbp.masks import RULES, Rule, refused
+from fnbp.placement import each_example, of_param, varying
+from fnbp.reduction import check_reduce, share, shares, summed_up
+from fnbp.sums import wide
 
 
 def empty_state(layer: Layer, params: Any, x: Any) -> Any:
@@ -21,52 +39,136 @@ def empty_state(layer: Layer, params: Any, x: Any) -> Any:
     return state
 
 
-def to_jax(layer: Layer, state: Any = None, ctx: Context = Context()) -> Callable[[Any, Any], Any]:
+def to_jax(layer: Layer, state: Any = None, ctx: Context = Context(), with_state: bool = False) -> Callable[..., Any]:
     """A function apply(params, x) -> y for any JAX, Flax or Equinox model, with the manual backward as its VJP.
 
         jax.vjp(apply, params, x)[1](dy) = total of backward's factors, dx
 
-    jax.grad, vjp, jit, vmap and hessian go through it; jvp cannot, as for any jax.custom_vjp.
-    state and ctx are fixed; the new state is dropped. Params come from layer.init(key, x)[0].
+    jax.grad, vjp, jit, vmap, hessian and shard_map go through it; jvp cannot, as for any jax.custom_vjp. Params come
+    from layer.init(key, x)[0]. Without with_state, state and ctx are fixed and the new state is dropped.
 
-    Raises: ValueError for a layer with state where none is given; TypeError for what is no Layer.
+    Options: with_state: the function is apply(params, state, x, ctx=ctx) -> (y, new state), for batch_norm, dropout and
+             whatever changes from step to step. State and context have no cotangent.
+    Raises:  ValueError for a layer with state if none is given, or for a fixed state beside with_state; TypeError if
+             the argument is not a Layer.
     """
     check_is("to_jax", "layer", layer, Layer)
+    check_is("to_jax", "with_state", with_state, bool)
+    if with_state and state is not None:
+        raise ValueError("to_jax: with with_state=True the state is an argument of the function; give no fixed one")
     net = map_layers(contracted(total), layer)
 
     @jax.custom_vjp
-    def apply(params, x):
-        return forward(params, x)[0]
+    def apply(params, state, x, ctx):
+        return forward(params, state, x, ctx)[0]
 
-    def forward(params, x):
-        y, _, res = net.forward(params, empty_state(layer, params, x) if state is None else state, x, ctx)
-        return y, (params, res)
+    def forward(params, state, x, ctx):
+        y, state, res = net.forward(params, state, x, ctx)
+        return (y, state), (params, x, res)
 
-    def backward(saved, dy):
-        params, res = saved
+    def backward(saved, d):
+        (params, x, res), (dy, _) = saved, d
         grads, dx = net.backward(params, res, dy)
-        return conform(grads, params), dx
+        dx = jax.tree.map(lambda d, x: None if d is None else of_param(d, x), dx, x, is_leaf=lambda d: d is None)
+        return conform(grads, params), None, dx, None
 
     apply.defvjp(forward, backward)
-    return apply
+    if with_state:
+        return lambda params, state, x, ctx=ctx: apply(params, state, x, ctx)
+    return lambda params, x: apply(params, empty_state(layer, params, x) if state is None else state, x, ctx)[0]
 
 
-def from_jax(apply: Layer | Callable, init: Callable | None = None, name: str | None = None) -> Layer:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Automatic(Factor):
+    """The gradient of one parameter of a function that JAX differentiates.
+
+        total        jax.vjp of the function at dy           per_example  the same, for each example alone
+        sq_norms     |per_example|^2, a few at once
+
+    Shapes: d, the tree dy, (m, ...); inputs params, state, x, ctx; layer, and which of its parameters, are static.
+    """
+
+    d: Any
+    inputs: tuple
+    gradient: Any
+    layer: Layer = field(metadata={"static": True})
+    which: int = field(metadata={"static": True})
+    sliced: ClassVar[bool] = False
+
+    @property
+    def examples(self) -> int:
+        return jax.tree.leaves(self.d)[0].shape[0]
+
+    def total(self) -> jax.Array:
+        return self.pull(*self.inputs, self.d) if self.gradient is None else self.gradient
+
+    @each_example
+    def per_example(self) -> jax.Array:
+        return jax.vmap(self.alone())(*self.slices())
+
+    @each_example
+    def sq_norms(self) -> jax.Array:
+        alone = self.alone()
+        elements = int(np.prod(jax.tree.leaves(self.inputs[0])[self.which].shape))
+        chunk = min(self.examples, max(1, CHUNK // elements))
+        return jax.lax.map(lambda one: jnp.sum(wide(alone(*one)) ** 2), self.slices(), batch_size=chunk)
+
+    def scaled(self, c: Any) -> "Automatic":
+        return replace(self, d=jax.tree.map(lambda d: along_examples(c, d), self.d), gradient=None)
+
+    def pull(self, params: Any, state: Any, x: Any, ctx: Context, dy: Any) -> jax.Array:
+        """The parameter's gradient of <dy, y>."""
+        # within shard_map jax.vjp adds up over devices for parameters that are the same on all
+        params = jax.tree.map(lambda p: varying(p, jax.tree.leaves(dy)[0]), params)
+        _, pull = jax.vjp(lambda params: self.layer.forward(params, state, x, ctx)[0], params)
+        return jax.tree.leaves(pull(dy)[0])[self.which]
+
+    def alone(self) -> Callable[[Any, Any, Any], jax.Array]:
+        """(x, mask, dy) of one example -> its gradient."""
+        params, state, _, ctx = self.inputs
+        if ctx.train and ctx.key is not None and (path := drawing(self.layer)):
+            raise TypeError(
+                f"{self.layer.name}: {path} draws for a batch as a whole; what jax.vjp finds for one example alone is "
+                "another draw, so only total is defined under from_jax in training"
+            )
+
+        def of_one(x, mask, dy):
+            x, mask, dy = jax.tree.map(lambda a: a[None], (x, mask, dy))
+            return self.pull(params, state, x, replace(ctx, mask=mask), dy)
+
+        return of_one
+
+    def slices(self) -> tuple[Any, Any, Any]:
+        """What has the example as first axis: x, mask, dy."""
+        _, _, x, ctx = self.inputs
+        return x, ctx.mask, self.d
+
+
+def from_jax(
+    apply: Layer | Callable,
+    init: Callable | None = None,
+    name: str | None = None,
+    mask: str | Rule | None = None,
+    mixes: Literal["never", "training", "always"] = "never",
+) -> Layer:
     """A Layer whose backward is jax.vjp: of any Layer, or of a function apply(params, x) -> y.
 
         from_jax(dense(10))                   the same layer, differentiated automatically
         from_jax(apply, init, "mine")         init(key, x) -> params; without it the function has no parameters: {}
 
-    Its gradients come summed over examples, so total is the only contraction that it allows. Integers have no
+    Its factors keep what jax.vjp needs, so per-example quantities are of each example alone. Integers have no
     cotangent: there dx is None.
 
-    Raises: TypeError for what is neither a Layer nor a function.
+    Options: mask, of a function: as in stateless; without it a mask is refused. mixes, of a function: when an example's
+             y depends on other examples; say so, since nothing else can tell. A Layer brings both along.
+    Raises:  TypeError for what is neither a Layer nor a function; ValueError for an unknown mixes.
     """
     if isinstance(apply, Layer):
         layer = apply
     elif callable(apply):
         label = name or getattr(apply, "__name__", "from_jax")
-        layer = lifted(apply, init or (lambda key, x: {}), label)
+        layer = lifted(apply, init or (lambda key, x: {}), label, mask or refused, mixes)
     else:
         raise TypeError(f"from_jax: a Layer or a function apply(params, x) is due, got {apply!r}")
 
@@ -76,18 +178,66 @@ def from_jax(apply: Layer | Callable, init: Callable | None = None, name: str | 
             return y, new_state
 
         y, pull, new_state = jax.vjp(differentiated, params, x, has_aux=True)
-        return y, new_state, (pull,)
+        return y, new_state, (pull, state, x, ctx)
 
     def backward(params, res, dy):
-        (pull,) = res
+        pull, state, x, ctx = res
         dparams, dx = pull(dy)
-        return dparams, jax.tree.map(lambda d: None if d.dtype == jax.dtypes.float0 else d, dx)
+        gradients, tree = jax.tree.flatten(dparams)
+        factors = [Automatic(dy, (params, state, x, ctx), g, layer, i) for i, g in enumerate(gradients)]
+        if mixing(layer, ctx):
+            factors = [Mixed(g) for g in gradients]
+        dx = jax.tree.map(lambda d: None if d.dtype == jax.dtypes.float0 else d, dx)
+        return jax.tree.unflatten(tree, factors), dx
 
-    return Layer(layer.init, forward, backward, name or f"from_jax({layer.name})")
+    traits = replace(traits_of(layer, mask_of(layer)), carries=layer.traits.carries)
+    return Layer(layer.init, forward, backward, name or f"from_jax({layer.name})", traits=traits)
 
 
-def lifted(apply: Callable, init: Callable, name: str) -> Layer:
+def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, reduce: str = "examples") -> Loss:
+    """A Loss whose backward is jax.vjp: of a function f(prediction, target) -> losses (m,), such as one of optax.
+
+        l = f(p, t)      dp = jax.vjp of f at 1
+
+    If f returns losses of positions or outputs, (m, ...), an example's loss is the mean over those that count.
+
+    Shapes:  p the prediction, t the target, l (m,); saved what jax.vjp needs.
+    Source:  that of f: loss_from_jax(optax.sigmoid_focal_loss).
+    Options: reduce: as in fnbp.softmax_cross_entropy.
+    Raises:  TypeError if f is not a function, or is a Loss already; ValueError, with the first batch, if it does not
+             return at least one loss an example, as a function that takes the mean over the batch itself.
+    """
+    if not callable(f) or isinstance(f, (Layer, Loss)):
+        raise TypeError(f"loss_from_jax: a function (prediction, target) -> losses (m,) is expected, got {describe(f)}")
+    label = name or getattr(f, "__name__", "loss_from_jax")
+    check_reduce(label, reduce)
+
+    def forward(prediction, target, mask=None):
+        losses, pull = jax.vjp(lambda p: f(p, target), prediction)
+        m = jax.tree.leaves(prediction)[0].shape[0]
+        if losses.shape[:1] != (m,):
+            raise ValueError(
+                f"{label}: expected one loss an example, ({m}, ...), got shape {losses.shape}: the mean over the "
+                "batch is taken later"
+            )
+        if mask is not None and losses.shape[: mask.ndim] != mask.shape:
+            raise TypeError(
+                f"{label}: it returns losses of shape {losses.shape}, which a mask of {mask.shape} does not fit"
+            )
+        at = shares(reduce, losses, mask)
+        return summed_up(at, losses), (pull, at, jnp.ones_like(losses))
+
+    def backward(res):
+        pull, at, ones = res
+        return pull(share(at, ones))[0]
+
+    return Loss(forward, backward, label, takes_mask=True)
+
+
+def lifted(apply: Callable, init: Callable, name: str, mask: str | Rule, mixes: Any) -> Layer:
     """A Layer around a function apply(params, x) -> y, without a backward of its own."""
+    rule = mask if callable(mask) else choose(f"rule for a mask of {name}", mask, RULES)
+    choose(f"mixes of {name}", mixes, dict.fromkeys(MIXES, 0))
 
     def init_lifted(key, x):
         check_key(name, key)
@@ -99,7 +249,8 @@ def lifted(apply: Callable, init: Callable, name: str) -> Layer:
     def backward(params, res, dy):
         raise TypeError(f"{name}: it has no manual backward")
 
-    return Layer(init_lifted, forward, backward, name)
+    functions = counting(name, rule, forward, backward)
+    return Layer(init_lifted, *functions, name, traits=Traits(rule, mixes))
 
 
 def automatic_value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
@@ -112,13 +263,13 @@ def automatic_value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
 
     def J(params, state, x, y, ctx):
         prediction, state, _ = net.forward(params, state, x, ctx)
-        losses, _ = loss.forward(prediction, y)
-        check_losses(loss.name, losses, prediction)
+        losses, _ = losses_of(loss, prediction, y, mask_behind(net, x, ctx.mask))
         return jnp.mean(losses), state
 
     def value_and_grad_of(params, state, x, y, ctx=Context()):
         check_batch(x, y)
-        params, x, y = jax.tree.map(jnp.asarray, (params, x, y))
+        name = "automatic_value_and_grad"
+        params, x, y = (as_arrays(name, what, a) for what, a in (("params", params), ("x", x), ("y", y)))
         return jax.value_and_grad(J, has_aux=True)(params, state, x, y, ctx)
 
     return value_and_grad_of

@@ -3,13 +3,35 @@
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_key, check_returned
+from fnbp.checks import check_key, check_params, check_returned, choose
+from fnbp.masks import RULES, Rule, kept, refused
+
+MIXES = ("never", "training", "always")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a layer says of itself before it runs, so that a net can be asked.
+
+    mask    what becomes of Context.mask: a rule (name, x, mask) -> the mask of y, see fnbp.masks
+    mixes   when an example's y depends on other examples of the batch: "never", "training" or "always"; an example
+            then has no gradient of its own, also below this layer
+    draws   True if it draws from Context.key in training
+    alone   True if x is one array: a pair can only be a carry for a scan behind this layer
+    carries True if it takes a pair (h_0, x) too, and returns (h_T, y) then
+    """
+
+    mask: Rule = refused
+    mixes: Literal["never", "training", "always"] = "never"
+    draws: bool = False
+    alone: bool = False
+    carries: bool = False
 
 
 class Layer(NamedTuple):
@@ -21,6 +43,7 @@ class Layer(NamedTuple):
         name     "dense(128)": reports name the layer by it
         parts    the child layers of a combinator, () for a leaf
         rebuild  parts -> the same combinator over other parts, None for a leaf
+        traits   what it does with a mask, whether it mixes examples, whether it draws: see Traits
 
     Replace the functions of a leaf (layer._replace), or the parts of a combinator: map_layers rebuilds a combinator
     from its parts, and refuses one whose own functions were replaced. With rebuild=None it is taken as a leaf.
@@ -34,6 +57,7 @@ class Layer(NamedTuple):
     name: str
     parts: tuple["Layer", ...] = ()
     rebuild: Callable[..., "Layer"] | None = None
+    traits: Traits = Traits()
 
 
 @jax.tree_util.register_dataclass
@@ -57,15 +81,62 @@ class Context:
         return tuple(replace(self, key=jax.random.fold_in(self.key, i)) for i in range(n))
 
 
-def stateless(init: Callable, forward: Callable, backward: Callable, name: str) -> Layer:
+class Masked(NamedTuple):
+    """What a layer saved, and the masks of its x and of its y."""
+
+    res: Any
+    before: Any
+    after: Any
+
+
+def counting(name: str, rule: Rule, forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """forward and backward of a Layer for which nothing is there where Context.mask is False.
+
+        y = [counts] f([counts] x)      dx = [counts] b([counts] dy)
+
+    Without a mask they are as they were; so is backward if a mask is refused.
+    """
+
+    def forward_counting(params, state, x, ctx):
+        after = rule(name, x, ctx.mask)
+        if ctx.mask is None and after is None:
+            return forward(params, state, x, ctx)
+        y, state, res = check_returned(name, "forward", forward(params, state, kept(ctx.mask, x), ctx), "y, state, res")
+        return kept(after, y), state, Masked(res, ctx.mask, after)
+
+    def backward_counting(params, res, dy):
+        if not isinstance(res, Masked):
+            return backward(params, res, dy)
+        returned = backward(params, res.res, kept(res.after, dy))
+        factors, dx = check_returned(name, "backward", returned, "factors, dx")
+        return factors, kept(res.before, dx)
+
+    return forward_counting, backward if rule is refused else backward_counting
+
+
+def stateless(
+    init: Callable, forward: Callable, backward: Callable, name: str, mask: str | Rule = refused, alone: bool = False
+) -> Layer:
     """A Layer of functions that mention neither state nor context.
 
         init     (key, x)          -> params
         forward  (params, x)       -> y, res
         backward (params, res, dy) -> factors, dx
 
-    Raises: TypeError from init where key is no random key.
+    Options: mask: what the layer makes of Context.mask. "elementwise" or "position" if it treats each number, or each
+             position of x (m, *positions, features), by itself: it then reads 0 where the mask is False. Without it a
+             mask is refused. alone: x is one array, never a pair.
+    Raises:  ValueError for an unknown mask rule; TypeError from init if key is not a random key, from forward for a
+             mask that is refused.
     """
+    rule = mask if callable(mask) else choose(f"rule for a mask of {name}", mask, RULES)
+    return mask_aware(init, lambda params, x, mask: forward(params, x), backward, name, rule, alone)
+
+
+def mask_aware(
+    init: Callable, forward: Callable, backward: Callable, name: str, rule: Rule, alone: bool = True
+) -> Layer:
+    """As stateless, of a layer that takes the mask into account: forward (params, x, mask) -> y, res."""
 
     def init_lifted(key, x):
         check_key(name, key)
@@ -73,10 +144,52 @@ def stateless(init: Callable, forward: Callable, backward: Callable, name: str) 
         return init(key, x), {}
 
     def forward_lifted(params, state, x, ctx):
-        y, res = check_returned(name, "forward", forward(params, x), "y, res")
+        y, res = check_returned(name, "forward", forward(params, x, ctx.mask), "y, res")
         return y, state, res
 
-    return Layer(init_lifted, forward_lifted, backward, name)
+    lifted = counting(name, rule, forward_lifted, backward)
+    return Layer(init_lifted, *lifted, name, traits=Traits(rule, alone=alone))
+
+
+def parameterless(forward: Callable, backward: Callable, name: str, mask: str | Rule = refused) -> Layer:
+    """A Layer without parameters: forward x -> y, res and backward (res, dy) -> dx."""
+
+    def forward_lifted(params, x):
+        check_params(name, params, x, {})
+        return forward(x)
+
+    def backward_lifted(params, res, dy):
+        return {}, backward(res, dy)
+
+    return stateless(lambda key, x: {}, forward_lifted, backward_lifted, name, mask, alone=True)
+
+
+def traits_of(layer: Layer, mask: Rule, carries: bool = False) -> Traits:
+    """The traits of a layer made of one other, with a rule of its own for the mask."""
+    inside = [leaf.traits for _, leaf in leaves(layer)]
+    mixes = max((traits.mixes for traits in inside), key=MIXES.index, default="never")
+    return Traits(mask, mixes, any(traits.draws for traits in inside), layer.traits.alone and not carries, carries)
+
+
+def mask_of(layer: Layer) -> Rule:
+    """The rule of a layer, for one that is made of it and hands x and mask on as they are."""
+    return lambda name, x, mask: mask_behind(layer, x, mask)
+
+
+def mask_behind(layer: Layer, x: Any, mask: Any) -> Any:
+    """The mask of layer's y, given x and its mask; None if all its positions count. Raises where it is refused."""
+    return layer.traits.mask(layer.name, x, mask)
+
+
+def mixing(net: Layer, ctx: Context) -> str | None:
+    """The path of the first leaf by which an example's y depends on other examples, or None."""
+    when = ("training", "always") if ctx.train else ("always",)
+    return next((path for path, leaf in leaves(net) if leaf.traits.mixes in when), None)
+
+
+def drawing(net: Layer) -> str | None:
+    """The path of the first leaf that draws in training, or None."""
+    return next((path for path, leaf in leaves(net) if leaf.traits.draws), None)
 
 
 def without(leaf: str, backward: Callable) -> Callable:

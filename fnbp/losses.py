@@ -8,8 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_floating, concrete, describe
-from fnbp.factor import wide
+from fnbp.checks import check_floating, check_is, concrete, describe
+from fnbp.masks import check_truth, of_queries
+from fnbp.placement import by_example
+from fnbp.reduction import (
+    check_ignored,
+    check_reduce,
+    check_smoothing,
+    check_weights,
+    counted,
+    share,
+    shares,
+    summed_up,
+)
+from fnbp.sums import complement, like, softmax_parts, wide
 
 SUM_TOLERANCE = 1e-3  # how far the sum of soft labels may be from 1
 
@@ -17,87 +29,148 @@ SUM_TOLERANCE = 1e-3  # how far the sum of soft labels may be from 1
 class Loss(NamedTuple):
     """A loss of each example, and its backward.
 
-        forward  (prediction, target) -> losses (m,), res
-        backward (res)                -> dprediction of the sum of losses
-        name     for reports
-        check    (prediction, target) -> None: raises where they do not fit; prediction may be a mere shape
+        forward     (prediction, target) -> losses (m,), res
+        backward    (res)                -> dprediction of the sum of losses
+        name        for reports
+        check       (prediction, target) -> None: raises if they do not fit; prediction may be a mere shape
+        takes_mask  True if forward and check take a third argument: the mask of the prediction's positions, or None
 
     fnbp.backprop takes the mean over the m examples. Where a prediction has positions (time, outputs), an example's
-    loss is the mean over its own.
+    loss is the mean over its own that count.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     name: str = "loss"
     check: Callable[..., None] = lambda prediction, target: None
+    takes_mask: bool = False
 
 
-def check_losses(name: str, losses: Any, prediction: Any) -> None:
-    """ValueError unless a loss's forward returned one number an example."""
+def losses_of(loss: Loss, prediction: Any, target: Any, mask: Any = None) -> tuple[jax.Array, Any]:
+    """loss.forward, told which positions of the prediction count.
+
+    Raises: TypeError if some may not count and the loss takes no mask; ValueError unless it returns one loss for each
+            example.
+    """
+    losses, res = loss.forward(prediction, target, *mask_for(loss, prediction, mask))
     due = jax.tree.leaves(prediction)[0].shape[:1]
     if jnp.shape(losses) != due:
-        raise ValueError(f"{name}: forward must return one loss an example, shape {due}, got {jnp.shape(losses)}")
+        raise ValueError(f"{loss.name}: forward must return one loss an example, shape {due}, got {jnp.shape(losses)}")
+    return losses, res
 
 
-def each_example(losses: jax.Array) -> jax.Array:
-    """The mean over all axes but the first."""
-    return jnp.mean(losses, range(1, losses.ndim))
+def check_target(loss: Loss, prediction: Any, target: Any, mask: Any = None) -> None:
+    """What loss.check raises, told which positions of the prediction count."""
+    loss.check(prediction, target, *mask_for(loss, prediction, mask))
 
 
-def softmax_cross_entropy() -> Loss:
+def mask_for(loss: Loss, prediction: Any, mask: Any) -> tuple[Any, ...]:
+    """The third argument of a loss's forward and check: none if all positions count."""
+    single = hasattr(prediction, "ndim")
+    if mask is None or (single and of_queries(prediction, mask)):
+        return ()
+    check_truth(loss.name, mask)
+    if not loss.takes_mask:
+        raise TypeError(
+            f"{loss.name}: some positions of the prediction do not count (Context.mask, or ragged), and this loss "
+            "takes no mask; one that does takes it as third argument of forward and check: Loss(..., takes_mask=True)"
+        )
+    if not single or mask.ndim >= prediction.ndim or mask.shape != prediction.shape[: mask.ndim]:
+        came = prediction.shape if single else describe(prediction)
+        raise ValueError(f"{loss.name}: the mask of shape {mask.shape} does not fit the prediction of shape {came}")
+    return (mask,)
+
+
+# --- of classes ---
+
+
+def softmax_cross_entropy(
+    ignore_index: int | None = None,
+    weights: Any = None,
+    label_smoothing: float = 0.0,
+    reduce: str = "examples",
+) -> Loss:
     """Cross-entropy of softmax(a) against labels, on whatever the net returns.
 
-        l = -sum_j y_j log y_hat_j      y_hat = softmax(a)      da = y_hat - y
+        l = -sum_j v_j log y_hat_j      y_hat = softmax(a)      da = y_hat sum v - v
+        v = w q      q = (1 - s) y + s / k      y a distribution, one-hot for a label; w weights, s label_smoothing
+
+    Without options v = y, so da = y_hat - y. Over positions, both are means over those that count.
 
     Shapes:   a (m, ..., k); y (m, ...) of integer labels below k, or (m, ..., k) of distributions (one-hot, soft);
               l (m,); saved y_hat (m, ..., k) and y.
-    Source:   the document, sections 4.1 and 4.2, with the 1/m of J taken in fnbp.backprop.
-    Raises:   TypeError for labels that are not integers; ValueError for another shape, and, outside jit, for a label
-              outside 0..k-1 or soft labels that are no distribution. Under jit such a label makes the loss NaN.
+    Options:  ignore_index: a label whose position does not count. weights: w, one for each class, (k,); PyTorch divides
+              by their sum, this by the number of positions. reduce: "examples", an example's loss is the mean over its
+              positions; or "tokens", over those of the batch: an example then weighs as its positions.
+    Source:   the document, sections 4.1 and 4.2, with the 1/m of J taken in fnbp.backprop; label_smoothing: Szegedy et
+              al. 2015, arXiv:1512.00567, section 7.
+    Raises:   TypeError for labels that are not integers; ValueError for options out of range, another shape, and,
+              outside jit, for a label outside 0..k-1 or soft labels that are no distribution. Under jit such a label
+              makes the loss and the gradient NaN.
     """
+    name = "softmax_cross_entropy"
+    check_ignored(name, ignore_index)
+    check_smoothing(name, label_smoothing)
+    check_reduce(name, reduce)
+    w = check_weights(name, "weights", weights)
 
-    def check(a, y):
+    def check(a, y, mask=None):
         check_floating(name, "prediction", a)
-        if a.ndim < 2:
-            raise ValueError(f"{name}: prediction must be (m, ..., k), got shape {a.shape}")
-        if y.shape not in (a.shape[:-1], a.shape):
-            raise ValueError(
-                f"{name}: target has shape {y.shape}; prediction of shape {a.shape} needs "
-                f"integer labels {a.shape[:-1]} or distributions {a.shape}"
-            )
+        check_classes(name, a, y, w)
         if is_labels(a, y):
-            check_labels(name, y, a.shape[-1])
+            check_labels(name, y, a.shape[-1], counted(mask, y, ignore_index))
         else:
-            check_distributions(name, y)
+            check_distributions(name, y, mask)
 
-    def forward(a: Float[Array, "m *s k"], y) -> tuple[Float[Array, " m"], tuple]:
-        check(a, y)
-        log_y_hat, y_hat = jax.nn.log_softmax(wide(a), -1), jax.nn.softmax(wide(a), -1)
-        if is_labels(a, y):
-            # a negative label is out of range too, not counted from the end: no number stands at k
-            y = jnp.where(y < 0, a.shape[-1], y.astype(int))
-            at_label = jnp.take_along_axis(log_y_hat, y[..., None], -1, mode="fill", fill_value=jnp.nan)
-            losses = -at_label[..., 0]
-        else:
-            losses = -jnp.sum(jnp.where(y > 0, y * log_y_hat, 0), -1)  # 0 log 0 = 0
-        return each_example(losses), (y_hat, y, a[:0])  # a[:0] carries a's dtype alone
+    def forward(a: Float[Array, "m *s k"], y, mask=None) -> tuple[Float[Array, " m"], tuple]:
+        check(a, y, mask)
+        log_y_hat, y_hat = softmax_parts(wide(a))
+        v = weighed(y_hat, y, w, label_smoothing)
+        losses = -by_example(at_label, log_y_hat, y) if v is None else cross_entropy(v, log_y_hat)
+        losses = jnp.where(is_good(a, y), losses, jnp.nan)
+        at = shares(reduce, losses, counted(mask, y, ignore_index) if is_labels(a, y) else mask)
+        return summed_up(at, losses), (y_hat, y, at, like(a))
 
     def backward(res: tuple) -> Float[Array, "m *s k"]:
-        y_hat, y, like = res
-        if is_labels(y_hat, y):
-            da = minus_one_hot(y_hat, y)
+        y_hat, y, at, like_a = res
+        v = weighed(y_hat, y, w, label_smoothing)
+        if v is None:
+            da = jnp.where(hot(y, y_hat.shape[-1]), -complement(y_hat), y_hat)
         else:
-            da = y_hat * jnp.sum(y, -1, keepdims=True) - y  # the sum is 1, exactly so only on paper
-        return (da / positions(da[..., 0])).astype(like.dtype)
+            # y_hat sum v - v, whose difference has no digits where both are near 1
+            da = y_hat * (jnp.sum(v, -1, keepdims=True) - v) - v * complement(y_hat)
+        da = jnp.where(is_good(y_hat, y)[..., None], da, jnp.nan)
+        return share(at, da).astype(like_a.dtype)
 
-    name = "softmax_cross_entropy"
-    return Loss(forward, backward, name, check)
+    return Loss(forward, backward, name, check, takes_mask=True)
 
 
-def minus_one_hot(y_hat: jax.Array, y: jax.Array) -> jax.Array:
-    """y_hat - one_hot(y), touching one number a position; a label of k or more touches none."""
-    rows = y_hat.reshape(-1, y_hat.shape[-1])
-    return jax.vmap(lambda row, label: row.at[label].add(-1))(rows, y.ravel()).reshape(y_hat.shape)
+def weighed(y_hat: jax.Array, y: jax.Array, w: np.ndarray | None, s: float) -> jax.Array | None:
+    """v = w q, q = (1 - s) y + s / k; None for plain labels."""
+    k = y_hat.shape[-1]
+    if is_labels(y_hat, y):
+        if w is None and not s:
+            return None
+        y = hot(y, k)
+    q = y.astype(y_hat.dtype)
+    q = (1 - s) * q + s / k if s else q
+    return q if w is None else jnp.asarray(w, q.dtype) * q
+
+
+def cross_entropy(v: jax.Array, log_y_hat: jax.Array) -> jax.Array:
+    """-sum_j v_j log y_hat_j, with 0 log 0 = 0."""
+    return -jnp.sum(jnp.where(v > 0, v * log_y_hat, 0), -1)
+
+
+def hot(y: jax.Array, k: int) -> jax.Array:
+    """True at the label: (..., k). A label outside 0..k-1 has none."""
+    return y.astype(int)[..., None] == jnp.arange(k)
+
+
+def at_label(a: jax.Array, y: jax.Array) -> jax.Array:
+    """a[..., y]; NaN for a label outside 0..k-1, a negative one among them."""
+    y = jnp.where(y < 0, a.shape[-1], y.astype(int))
+    return jnp.take_along_axis(a, y[..., None], -1, mode="fill", fill_value=jnp.nan)[..., 0]
 
 
 def is_labels(a: Any, y: Any) -> bool:
@@ -105,116 +178,201 @@ def is_labels(a: Any, y: Any) -> bool:
     return y.ndim == a.ndim - 1
 
 
-def check_labels(name: str, y: Any, k: int) -> None:
-    """TypeError unless y is of integers; ValueError for one outside 0..k-1."""
+def is_good(a: jax.Array, y: jax.Array) -> jax.Array:
+    """For each position, whether y is a label, or a distribution."""
+    if is_labels(a, y):
+        return (y >= 0) & (y.astype(int) >= 0) & (y.astype(int) < a.shape[-1])
+    return (jnp.abs(jnp.sum(wide_of(y), -1) - 1) <= tolerance(y)) & jnp.all(y >= 0, -1)
+
+
+def wide_of(y: jax.Array) -> jax.Array:
+    """y as floating point numbers of at least float32."""
+    return wide(y) if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(jnp.float32)
+
+
+def tolerance(y: Any) -> float:
+    """How far the sum of a distribution may be from 1."""
+    return max(SUM_TOLERANCE, float(jnp.finfo(y.dtype).eps) if jnp.issubdtype(y.dtype, jnp.floating) else 0)
+
+
+def check_classes(name: str, a: Any, y: Any, w: np.ndarray | None) -> None:
+    """ValueError unless a, y and the weights of the classes fit each other."""
+    if a.ndim < 2:
+        raise ValueError(f"{name}: prediction must be (m, ..., k), got shape {a.shape}")
+    if not hasattr(y, "dtype") or y.shape not in (a.shape[:-1], a.shape):
+        came = f"shape {y.shape}" if hasattr(y, "shape") else describe(y)
+        raise ValueError(
+            f"{name}: target has {came}; prediction of shape {a.shape} needs "
+            f"integer labels {a.shape[:-1]} or distributions {a.shape}"
+        )
+    if w is not None and w.shape != a.shape[-1:]:
+        raise ValueError(
+            f"{name}: weights of shape {w.shape} are for other classes; a of shape {a.shape} has {a.shape[-1]}"
+        )
+
+
+def check_labels(name: str, y: Any, k: int, counts: Any) -> None:
+    """TypeError unless y is of integers; ValueError for one outside 0..k-1 at a position that counts."""
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise TypeError(f"{name}: labels must be integers, got {describe(y)}")
-    if concrete(y):
+    if concrete(y) and (counts is None or concrete(counts)):
         y = np.asarray(y)
-        for first in np.argwhere((y < 0) | (y >= k))[:1].tolist():
+        bad = ((y < 0) | (y >= k)) & (True if counts is None else np.asarray(counts))
+        for first in np.argwhere(bad)[:1].tolist():
             raise ValueError(f"{name}: label {y[tuple(first)]} at index {first} is outside 0..{k - 1}")
 
 
-def check_distributions(name: str, y: Any) -> None:
-    """ValueError for soft labels that are negative or do not sum to 1."""
-    if concrete(y):
-        eps = jnp.finfo(y.dtype).eps if jnp.issubdtype(y.dtype, jnp.floating) else 0
+def check_distributions(name: str, y: Any, counts: Any) -> None:
+    """ValueError for soft labels that are negative or do not sum to 1, at a position that counts."""
+    if concrete(y) and (counts is None or concrete(counts)):
+        allowed = tolerance(y)
         y = np.asarray(y, float)
-        good = (abs(y.sum(-1) - 1) <= max(SUM_TOLERANCE, eps)) & (y >= 0).all(-1)
-        for first in np.argwhere(~good)[:1].tolist():
+        bad = ~((abs(y.sum(-1) - 1) <= allowed) & (y >= 0).all(-1))
+        bad = bad if counts is None else bad & np.broadcast_to(np.asarray(counts), bad.shape)
+        for first in np.argwhere(bad)[:1].tolist():
             row = y[tuple(first)]
             raise ValueError(
                 f"{name}: soft labels at index {first} are no distribution: sum {row.sum():.6g}, least {row.min():.6g}"
             )
 
 
-def check_unit_interval(name: str, what: str, x: Any, hint: str = "") -> None:
-    """ValueError for a number outside [0, 1], NaN among them."""
-    if concrete(x):
-        x = np.asarray(x)
-        for first in np.argwhere(~((x >= 0) & (x <= 1)))[:1].tolist():
-            raise ValueError(f"{name}: {what} {x[tuple(first)]} at index {first} is outside [0, 1]{hint}")
+# --- of numbers ---
 
 
-def positions(losses: jax.Array) -> int:
-    """How many positions an example has."""
-    return int(np.prod(losses.shape[1:]))
+def elementwise(
+    name: str, loss: Callable, dloss: Callable, reduce: str, check_values: Callable, ignore_index: int | None = None
+) -> Loss:
+    """A Loss of pairs of numbers; reduce: "examples", "tokens", or "sum" over an example's outputs."""
 
-
-def elementwise(name: str, loss: Callable, dloss: Callable, mean: bool, check_values: Callable) -> Loss:
-    """A Loss of pairs of numbers, averaged or summed over an example's outputs."""
-
-    def check(p, t):
+    def check(p, t, mask=None):
         check_floating(name, "prediction", p)
         if p.ndim < 1 or jnp.shape(t) != p.shape:
             raise ValueError(f"{name}: target has shape {jnp.shape(t)}, prediction {p.shape}; they must be the same")
-        check_values(p, t)
+        check_values(p, t, counted(mask, t, ignore_index))
 
-    def forward(p: Float[Array, "m *n"], t) -> tuple[Float[Array, " m"], tuple]:
-        check(p, t)
+    def forward(p: Float[Array, "m *n"], t, mask=None) -> tuple[Float[Array, " m"], tuple]:
+        check(p, t, mask)
         losses = loss(wide(p), t)
-        return each_example(losses) if mean else jnp.sum(losses, range(1, losses.ndim)), (p, t)
+        at = shares(reduce, losses, counted(mask, t, ignore_index))
+        return summed_up(at, losses), (p, t, at)
 
     def backward(res: tuple) -> Float[Array, "m *n"]:
-        p, t = res
-        dp = dloss(wide(p), t)
-        return (dp / positions(dp) if mean else dp).astype(p.dtype)
+        p, t, at = res
+        return share(at, dloss(wide(p), t)).astype(p.dtype)
 
-    return Loss(forward, backward, name, check)
+    return Loss(forward, backward, name, check, takes_mask=True)
 
 
-def binary_cross_entropy(from_logits: bool = False) -> Loss:
+def check_unit_interval(name: str, what: str, x: Any, counts: Any, hint: str = "") -> None:
+    """ValueError for a number outside [0, 1], NaN among them, at a position that counts."""
+    if concrete(x) and (counts is None or concrete(counts)):
+        x = np.asarray(x)
+        bad = ~((x >= 0) & (x <= 1))
+        if counts is not None:
+            counts = np.asarray(counts)
+            bad = bad & counts.reshape(*counts.shape, *[1] * (bad.ndim - counts.ndim))
+        for first in np.argwhere(bad)[:1].tolist():
+            raise ValueError(f"{name}: {what} {x[tuple(first)]} at index {first} is outside [0, 1]{hint}")
+
+
+def in_unit_interval(a: jax.Array) -> jax.Array:
+    """Where a is in [0, 1]."""
+    return (a >= 0) & (a <= 1)
+
+
+def binary_cross_entropy(
+    from_logits: bool = False,
+    pos_weight: Any = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    reduce: str = "examples",
+) -> Loss:
     """Cross-entropy of a yes or no, on the sigmoid's output or on what goes into it.
 
-        on y_hat    l = -[y log y_hat + (1 - y) log(1 - y_hat)]    dy_hat = (y_hat - y) / (y_hat (1 - y_hat))
-        on logits   l = log(1 + e^z) - z y                         dz = sigma(z) - y
+        on y_hat    l = -[w y log y_hat + (1 - y) log(1 - y_hat)]        dy_hat = (1 - y) / (1 - y_hat) - w y / y_hat
+        on logits   l = w y log(1 + e^-z) + (1 - y) log(1 + e^z)         dz = (1 - y) sigma(z) - w y sigma(-z)
 
-    On y_hat, the logarithms are taken no nearer to 0 and 1 than the dtype's eps: beyond, the loss is flat and its
-    derivative 0. Where a sigmoid may saturate, give the logits instead: they are exact everywhere.
+    w is pos_weight, 1 without it. On y_hat, the logarithms are taken no nearer to 0 and 1 than the dtype's eps: beyond,
+    the loss is flat and its derivative 0. Where a sigmoid may saturate, give the logits instead: they are exact
+    everywhere.
 
-    Shapes: y_hat or z, and y in [0, 1] (m, ...); l (m,), the mean over an example's outputs; saved both.
-    Source: the document, section 4.3.
-    Raises: ValueError for a target of another shape, and, outside jit, for a target or y_hat outside [0, 1].
+    Shapes:  y_hat or z, and y in [0, 1] (m, ...); l (m,), the mean over an example's outputs; saved both.
+    Options: pos_weight: a number, or one for each output, (n,). label_smoothing: s, y becomes (1 - s) y + s / 2.
+             ignore_index: a label whose output does not count. reduce: as in softmax_cross_entropy.
+    Source:  the document, section 4.3.
+    Raises:  ValueError for options out of range, a target of another shape, and, outside jit, for a target or y_hat
+             outside [0, 1]. Under jit such a number makes the loss and the gradient NaN.
     """
+    name = "binary_cross_entropy"
+    check_is(name, "from_logits", from_logits, bool)
+    check_smoothing(name, label_smoothing)
+    check_ignored(name, ignore_index)
+    check_reduce(name, reduce)
+    given = check_weights(name, "pos_weight", pos_weight)
 
-    def check(p, t):
-        check_unit_interval(name, "target", t)
+    def check(p, t, counts):
+        check_unit_interval(name, "target", t, counts)
         if not from_logits:
-            check_unit_interval(name, "prediction", p, "; for logits: binary_cross_entropy(from_logits=True)")
+            hint = "; for logits: binary_cross_entropy(from_logits=True)"
+            check_unit_interval(name, "prediction", p, counts, hint)
+        if given is not None and given.ndim and given.shape != p.shape[-1:]:
+            raise ValueError(f"{name}: pos_weight of shape {given.shape} does not fit a prediction of shape {p.shape}")
+
+    def yes_and_no(p, t):
+        """w y and 1 - y, smoothed; NaN for a target or y_hat outside [0, 1]."""
+        y = (1 - label_smoothing) * t + label_smoothing / 2 if label_smoothing else t
+        good = in_unit_interval(t) if from_logits else in_unit_interval(t) & in_unit_interval(p)
+        y = jnp.where(good, y, jnp.nan).astype(p.dtype)
+        return y if given is None else jnp.asarray(given, p.dtype) * y, 1 - y
+
+    formulas = of_logits(yes_and_no) if from_logits else of_probabilities(yes_and_no)
+    return elementwise(name, *formulas, reduce, check, ignore_index)
+
+
+def of_probabilities(yes_and_no: Callable) -> tuple[Callable, Callable]:
+    """Loss and slope on y_hat; flat beyond eps and 1 - eps."""
 
     def inside(y_hat):
         eps = jnp.finfo(y_hat.dtype).eps
         return jnp.clip(y_hat, eps, 1 - eps)
 
-    def loss(y_hat, y):
-        return -(y * jnp.log(inside(y_hat)) + (1 - y) * jnp.log1p(-inside(y_hat)))
+    def loss(y_hat, t):
+        yes, no = yes_and_no(y_hat, t)
+        return -(yes * jnp.log(inside(y_hat)) + no * jnp.log1p(-inside(y_hat)))
 
-    def dloss(y_hat, y):
-        p = inside(y_hat)
-        return jnp.where(p == y_hat, (p - y) / (p * (1 - p)), 0)
+    def dloss(y_hat, t):
+        (yes, no), p = yes_and_no(y_hat, t), inside(y_hat)
+        return jnp.where(p == y_hat, no / (1 - p) - yes / p, 0 * (yes + no))
 
-    def loss_of_logits(z, y):
-        return jax.nn.softplus(z) - z * y
-
-    def dloss_of_logits(z, y):
-        return jax.nn.sigmoid(z) - y
-
-    name = "binary_cross_entropy"
-    if from_logits:
-        return elementwise(name, loss_of_logits, dloss_of_logits, True, check)
-    return elementwise(name, loss, dloss, True, check)
+    return loss, dloss
 
 
-def mean_squared_error() -> Loss:
+def of_logits(yes_and_no: Callable) -> tuple[Callable, Callable]:
+    """Loss and slope on z."""
+
+    def loss(z, t):
+        yes, no = yes_and_no(z, t)
+        return yes * jax.nn.softplus(-z) + no * jax.nn.softplus(z)
+
+    def dloss(z, t):
+        yes, no = yes_and_no(z, t)
+        return no * jax.nn.sigmoid(z) - yes * jax.nn.sigmoid(-z)
+
+    return loss, dloss
+
+
+def mean_squared_error(reduce: str = "examples") -> Loss:
     """The squared distance, as a mean over outputs.
 
         l = mean_j (p_j - t_j)^2      dp = 2 (p - t) / n
 
-    Shapes: p, t (m, ...), n numbers an example; l (m,); saved both.
-    Source: the document, section 2, names it.
-    Raises: ValueError for a target of another shape; TypeError for a prediction that is not floating point.
+    Shapes:  p, t (m, ...), n numbers an example; l (m,); saved both.
+    Options: reduce: as in softmax_cross_entropy; they differ only where some positions do not count.
+    Source:  the document, section 2, names it.
+    Raises:  ValueError for a target of another shape; TypeError for a prediction that is not floating point.
     """
-    return elementwise("mean_squared_error", lambda p, t: (p - t) ** 2, lambda p, t: 2 * (p - t), True, accept)
+    check_reduce("mean_squared_error", reduce)
+    return elementwise("mean_squared_error", lambda p, t: (p - t) ** 2, lambda p, t: 2 * (p - t), reduce, accept)
 
 
 def half_squared_error() -> Loss:
@@ -226,8 +384,8 @@ def half_squared_error() -> Loss:
     Source: Nielsen, Neural Networks and Deep Learning, chapter 1, the quadratic cost.
     Raises: ValueError for a target of another shape; TypeError for a prediction that is not floating point.
     """
-    return elementwise("half_squared_error", lambda p, t: (p - t) ** 2 / 2, lambda p, t: p - t, False, accept)
+    return elementwise("half_squared_error", lambda p, t: (p - t) ** 2 / 2, lambda p, t: p - t, "sum", accept)
 
 
-def accept(p: Any, t: Any) -> None:
+def accept(p: Any, t: Any, counts: Any) -> None:
     """Any values will do."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from jax.nn import initializers
 
 from fnbp.blocks import residual, stacked, transformer_block
+from fnbp.chain import serial
 from fnbp.checks import check_size
-from fnbp.combinators import serial, tie
+from fnbp.combinators import tie
 from fnbp.layer import Layer
 from fnbp.layers.activation import activation as activation_of
 from fnbp.layers.activation import relu

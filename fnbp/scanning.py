@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnbp.checks import check_is, check_key, check_mask, check_parts, check_size, concrete, located
+from fnbp.checks import check_is, check_key, check_parts, check_size, concrete, located
 from fnbp.compound import Shared, Stacked, is_open
 from fnbp.factor import Lookup, Mixed, Outer, Product, Sum
-from fnbp.layer import Context, Layer, shape_of
+from fnbp.layer import Context, Layer, mask_of, shape_of, traits_of
+from fnbp.masks import check_mask
+from fnbp.placement import varying, zeros_beside
+from fnbp.sums import like
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def repeat(layer: Layer, n: int) -> Layer:
             dx, factors = lax.scan(turn, dy, (params[0], res[0]), reverse=True)
         return (jax.tree.map(stacked, factors, is_leaf=is_open),), dx
 
-    return Layer(init, forward, backward, name, (layer,), Repeat(n))
+    return Layer(init, forward, backward, name, (layer,), Repeat(n), traits=traits_of(layer, mask_of(layer)))
 
 
 def scan(cell: Layer, reverse: bool = False) -> Layer:
@@ -102,38 +105,45 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
 
     def forward(params, state, x, ctx):
         given, (h, x) = isinstance(x, tuple), check_sequence(name, x)
-        mask, keys = mask_of(name, ctx, x), keys_of(ctx, x.shape[1])
+        mask, keys = mask_in_time(name, ctx, x), keys_of(ctx, x.shape[1])
 
         def turn(carry, each):
             (h, state), (x, counts, key) = carry, each
-            x = where(counts, x, zeros(x))  # what stands at a position that does not count may be NaN
+            x = where(counts, x, 0)  # what stands at a position that does not count may be NaN
             (new, y), state, res = cell.forward(params, state, (h, x), replace(ctx, key=key, mask=None))
             check_same(name, cell, h, new)
-            return (where(counts, new, h), state), (where(counts, y, zeros(y)), res)
+            return (where(counts, new, h), state), (where(counts, y, 0), res)
 
         with located(name):
-            h_0 = h if h is not None else of_zeros(cell, params, state, x, ctx)
+            h_0 = of_zeros(cell, params, state, x, ctx) if h is None else jax.tree.map(lambda a: varying(a, x), h)
             (h_T, state), (y, saved) = lax.scan(turn, (h_0, state), (time_first(x), mask, keys), reverse=reverse)
-        y, like = example_first(y), jax.tree.map(lambda a: a[:0], h_T)
-        return (h_T, y) if given else y, state, (saved, mask, like, None if h is None else ())
+        y, from_zeros = example_first(y), None if h is None else ()
+        return (h_T, y) if given else y, state, (saved, mask, like(h_T), from_zeros)
 
     def backward(params, res, dy):
-        saved, mask, like, from_zeros = res
-        given, (dh_T, dy) = isinstance(dy, tuple), dy if isinstance(dy, tuple) else (zeros(like, dy.shape[:1]), dy)
+        saved, mask, like_h, from_zeros = res
+        given, (dh_T, dy) = isinstance(dy, tuple), dy if isinstance(dy, tuple) else (zeros_of(like_h, dy), dy)
 
         def turn(dh, each):
             res, counts, dy = each
-            d_new, dy = where(counts, dh, zeros(dh)), where(counts, dy, zeros(dy))
-            factors, (dh_in, dx) = cell.backward(params, res, (d_new, dy))
-            around = where(counts, zeros(dh), dh) if counts is not None else zeros(dh)
-            return jax.tree.map(jnp.add, dh_in, around), (factors, dx)
+            factors, (dh_in, dx) = cell.backward(params, res, (where(counts, dh, 0), where(counts, dy, 0)))
+            around = dh_in if counts is None else where(counts, dh_in, dh)  # h went around the cell
+            return around, (factors, dx)
 
         with located(name):
             dh_0, (factors, dx) = lax.scan(turn, dh_T, (saved, mask, time_first(dy)), reverse=not reverse)
         factors, dx = jax.tree.map(over_time, factors, is_leaf=is_open), example_first(dx)
         return factors, (None if from_zeros is None else dh_0, dx) if given else dx
 
-    return Layer(init, forward, backward, name)
+    return Layer(init, forward, backward, name, traits=traits_of(cell, positions_stay, carries=True))
+
+
+def positions_stay(name: str, x: Any, mask: Any) -> Any:
+    """The rule of scan: y stands at the positions of x, or of the x in (h_0, x)."""
+    x = x[1] if isinstance(x, tuple) else x
+    if mask is not None and x is not None:
+        check_mask(name, mask, x.shape[:2])
+    return mask
 
 
 def check_values(layer: Layer, params: Any, state: Any, x: Any, ctx: Context) -> None:
@@ -156,10 +166,10 @@ def check_sequence(name: str, x: Any) -> tuple[Any, Any]:
 def of_zeros(cell: Layer, params: Any, state: Any, x: jax.Array, ctx: Context) -> Any:
     """The h that the cell takes None for."""
     h, _ = shape_of(cell, params, state, (None, x[:, 0]), replace(ctx, mask=None))
-    return zeros(h)
+    return zeros_of(h, x)
 
 
-def mask_of(name: str, ctx: Context, x: jax.Array) -> jax.Array | None:
+def mask_in_time(name: str, ctx: Context, x: jax.Array) -> jax.Array | None:
     """The mask, time first. As check_mask raises."""
     if ctx.mask is None:
         return None
@@ -172,10 +182,10 @@ def keys_of(ctx: Context, n: int) -> jax.Array | None:
     return None if ctx.key is None else jax.vmap(lambda i: jax.random.fold_in(ctx.key, i))(jnp.arange(n))
 
 
-def zeros(tree: Any, batch: tuple[int, ...] | None = None) -> Any:
-    """Zeros of the same shapes, or with another first axis."""
-    shape = lambda a: a.shape if batch is None else batch + a.shape[1:]  # noqa: E731
-    return jax.tree.map(lambda a: jnp.zeros(shape(a), a.dtype), tree)
+def zeros_of(tree: Any, beside: jax.Array) -> Any:
+    """Zeros of these shapes and dtypes, with the examples of another array."""
+    m = beside.shape[:1]
+    return jax.tree.map(lambda a: zeros_beside(beside, m + a.shape[1:], a.dtype), tree)
 
 
 def time_first(tree: Any) -> Any:
@@ -189,9 +199,10 @@ def example_first(tree: Any) -> Any:
 
 
 def where(counts: jax.Array | None, yes: Any, no: Any) -> Any:
-    """yes for the examples that count, no for the others; yes where there is no mask."""
+    """yes for the examples that count, no, a tree or 0, for the others; yes if there is no mask."""
     if counts is None:
         return yes
+    no = jax.tree.map(lambda a: jnp.zeros((), a.dtype), yes) if isinstance(no, int) else no
     return jax.tree.map(lambda a, b: jnp.where(counts.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
 
 

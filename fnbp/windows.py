@@ -76,14 +76,20 @@ class Windows:
         first, *others = map(placed, self.offsets, views)
         return sum(others, first)
 
-    def inside(self) -> np.ndarray:
-        """How many positions of each window lie within the input, (*count)."""
+    def real(self) -> np.ndarray:
+        """For each offset of each window, whether it lies within the input: (offsets, *count)."""
         along = [
-            sum((0 <= p * s + o - low) & (p * s + o - low < n) for o in range(0, e, d)) * np.ones(c, int)
+            np.asarray([(0 <= p * s + o - low) & (p * s + o - low < n) for o in range(0, e, d)])
             for n, c, s, e, d, (low, _) in self.each("size", "count", "stride", "extent", "dilation", "padding")
             for p in [np.arange(c)]
         ]
-        return np.asarray(prod(np.meshgrid(*along, indexing="ij")))
+        offsets = product(*(range(len(rows)) for rows in along))
+        grids = ([rows[k] for rows, k in zip(along, at, strict=True)] for at in offsets)
+        return np.asarray([prod(np.meshgrid(*grid, indexing="ij")) for grid in grids]).astype(bool)
+
+    def inside(self) -> np.ndarray:
+        """How many positions of each window lie within the input, (*count)."""
+        return self.real().sum(0)
 
 
 # --- convolution, written for the axes (m, *spatial, channels) and W (n_out, *kernel, n_in / groups) ---

@@ -1,5 +1,6 @@
 """One layer in another setting: recomputed, in another dtype, untrained."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 from fnbp.checks import check_held, check_is, check_parts, concrete, describe, located
 from fnbp.compound import Cast, Contracted, Stacked, is_contracted, is_open
 from fnbp.factor import Factor
-from fnbp.layer import Layer, shape_of
+from fnbp.layer import Layer, map_layers, mask_behind, mask_of, shape_of, traits_of
+from fnbp.masks import check_mask, kept
+from fnbp.sums import like
 
 
 def remat(layer: Layer) -> Layer:
@@ -49,7 +52,8 @@ def remat(layer: Layer) -> Layer:
             factors, dx = layer.backward(params[0], res, dy)
         return (factors,), dx
 
-    return Layer(init, forward, backward, "remat", (layer,), lambda parts: remat(*parts))
+    traits = traits_of(layer, mask_of(layer))
+    return Layer(init, forward, backward, "remat", (layer,), lambda parts: remat(*parts), traits)
 
 
 def cast(layer: Layer, dtype: Any) -> Layer:
@@ -92,7 +96,8 @@ def cast(layer: Layer, dtype: Any) -> Layer:
         widest = jnp.result_type(low, *jax.tree.leaves(params[0]))
         return (jax.tree.map(partial(widened, widest), factors, is_leaf=is_open),), to_dtypes_of(like_x, dx)
 
-    return Layer(init, forward, backward, name, (layer,), lambda parts: cast(parts[0], low))
+    traits = traits_of(layer, mask_of(layer))
+    return Layer(init, forward, backward, name, (layer,), lambda parts: cast(parts[0], low), traits)
 
 
 def to(dtype: Any, tree: Any) -> Any:
@@ -103,11 +108,6 @@ def to(dtype: Any, tree: Any) -> Any:
 def to_dtypes_of(like: Any, tree: Any) -> Any:
     """Each leaf in the dtype of the leaf of like that stands in its place; None stays None."""
     return jax.tree.map(lambda a, b: None if b is None else b.astype(a.dtype), like, tree, is_leaf=lambda a: a is None)
-
-
-def like(tree: Any) -> Any:
-    """Nothing but the dtypes and the shapes behind the first axis."""
-    return jax.tree.map(lambda a: a[:0], tree)
 
 
 def widened(dtype: Any, node: Any) -> Any:
@@ -146,17 +146,53 @@ def ragged(layer: Layer) -> Layer:
         check_parts("ragged", "params", params, 1)
         check_parts("ragged", "state", state, 1)
         x, lengths = check_lengths(x)
-        mask = jnp.arange(x.shape[1]) < lengths[:, None]
+        mask = counted(x, lengths, ctx.mask)
         with located(here):
-            y, s, res = layer.forward(params[0], state[0], x, replace(ctx, mask=mask))
-        return y, (s,), (res,)
+            after = mask_behind(layer, x, mask)
+            y, s, res = layer.forward(params[0], state[0], kept(mask, x), replace(ctx, mask=mask))
+        wrong = (lengths < 0) | (lengths > x.shape[1])  # seen by jit only: outside of it they were refused
+        return spoilt(wrong, kept(after, y)), (s,), (res, mask, after, wrong)
 
     def backward(params, res, dy):
+        res, mask, after, wrong = res
         with located(here):
-            factors, dx = layer.backward(params[0], res[0], dy)
-        return (factors,), (dx, None)
+            factors, dx = layer.backward(params[0], res, spoilt(wrong, kept(after, dy)))
+        return (factors,), (kept(mask, dx), None)
 
-    return Layer(init, forward, backward, "ragged", (layer,), lambda parts: ragged(*parts))
+    def rule(name, x, mask):
+        if x is None:
+            raise TypeError(
+                f"{name}: it makes a mask of lengths, so it stands first in a net whose output has positions"
+            )
+        x, lengths = check_lengths(x)
+        return mask_behind(layer, x, counted(x, lengths, mask))
+
+    traits = replace(traits_of(layer, rule), alone=False)
+    return Layer(init, forward, backward, "ragged", (layer,), lambda parts: ragged(*parts), traits)
+
+
+def counted(x: Any, lengths: Any, mask: Any) -> Any:
+    """The mask of positions below each length, and where another mask is given below both."""
+    at = np.arange(x.shape[1])
+    if concrete(lengths):  # so that a check of values within sees them
+        with jax.ensure_compile_time_eval():
+            own = at < lengths[:, None]
+    else:
+        own = at < lengths[:, None]
+    if mask is None:
+        return own
+    check_mask("ragged", mask, own.shape)
+    return own & mask
+
+
+def spoilt(wrong: Any, tree: Any) -> Any:
+    """NaN for the examples that are wrong."""
+
+    def one(a: Any) -> Any:
+        at = wrong.reshape(-1, *[1] * (a.ndim - 1))
+        return jnp.where(at, jnp.asarray(jnp.nan, a.dtype), a) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(one, tree)
 
 
 def check_lengths(x: Any) -> tuple[Any, Any]:
@@ -183,12 +219,15 @@ def freeze(layer: Layer) -> Layer:
 
         y = f(x)      dx = b(dy)
 
+    It stands still: batch_norm inside uses its running statistics, in training too, and they do not move.
+
     params: none, {}; state: {"params": ..., "state": ...} of the layer. Put trained weights there:
     net = freeze(layer); state = {"params": params, "state": state}.
     Raises: TypeError for a layer that is none; ValueError for params, or a state without the layer's.
     """
     check_is("freeze", "the layer", layer, Layer)
     name = f"freeze({layer.name})"
+    still = map_layers(standing, layer)
 
     def init(key, x):
         with located(name):
@@ -197,16 +236,27 @@ def freeze(layer: Layer) -> Layer:
 
     def forward(params, state, x, ctx):
         check_held(name, "params", params, {})
-        if set(state) != {"params", "state"}:
-            raise ValueError(f"{name}: state must hold 'params' and 'state' of the layer, got {sorted(state)}")
+        if not isinstance(state, Mapping) or set(state) != {"params", "state"}:
+            raise ValueError(f"{name}: state must hold 'params' and 'state' of the layer, got {describe(state)}")
         with located(name):
-            y, s, res = layer.forward(state["params"], state["state"], x, ctx)
-        return y, state | {"state": s}, (state["params"], res)
+            y, s, res = still.forward(state["params"], state["state"], x, ctx)
+        return y, {**state, "state": s}, (state["params"], res)
 
     def backward(params, res, dy):
         frozen, res = res
         with located(name):
-            _, dx = layer.backward(frozen, res, dy)
+            _, dx = still.backward(frozen, res, dy)
         return {}, dx
 
-    return Layer(init, forward, backward, name)
+    return Layer(init, forward, backward, name, traits=traits_of(still, mask_of(still)))
+
+
+def standing(path: str, layer: Layer) -> Layer:
+    """For map_layers: a layer that mixes examples in training only, as it is at inference."""
+    if layer.traits.mixes != "training":
+        return layer
+
+    def forward(params, state, x, ctx):
+        return layer.forward(params, state, x, replace(ctx, train=False))
+
+    return layer._replace(forward=forward, traits=replace(layer.traits, mixes="never"))

@@ -604,7 +604,7 @@ def sum_of_squares() -> fnbp.Loss:
     """A loss whose delta is random enough: 1/2 sum_j c_j (p_j - j)^2 with c growing."""
 
     def weights(p):
-        return jnp.linspace(0.5, 1.5, p[0].size, dtype=p.dtype).reshape(p.shape[1:])
+        return jnp.linspace(0.5, 1.5, int(np.prod(p.shape[1:])), dtype=p.dtype).reshape(p.shape[1:])
 
     def forward(p, t):
         return jnp.sum(weights(p) * (p - t) ** 2 / 2, range(1, p.ndim)), (p, t)

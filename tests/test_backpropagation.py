@@ -262,17 +262,23 @@ def test_keep_returns_the_factors_of_each_examples_own_loss(x64):
 
 
 def test_a_finished_gradient_allows_total_alone_and_the_error_names_the_path():
-    net = fnbp.serial(fnbp.dense(HIDDEN), fnbp.skip(fnbp.from_jax(fnbp.dense(HIDDEN))))
+    layer = fnbp.dense(HIDDEN)
+
+    def fused(params, res, dy):
+        factors, dx = layer.backward(params, res, dy)
+        return {name: factor.total() for name, factor in factors.items()}, dx
+
+    net = fnbp.serial(fnbp.dense(HIDDEN), fnbp.skip(layer._replace(backward=fused)))
     params, state, x = drawn(net)
     args = params, state, x, targets((M, HIDDEN))
-    path = r"serial\[1\].skip\[0\].from_jax\(dense\(5\)\)"
-    words = f"{path}: its backward returns a finished gradient, so only total is to be had"
+    path = r"serial\[1\].skip\[0\].dense\(5\)"
+    words = f"{path}: its backward returns a finished gradient, so only total is defined"
     for contract, name in ((fnbp.sq_norms, "sq_norms"), ((fnbp.total, fnbp.keep), "keep"), (lambda f: f, "<lambda>")):
         with pytest.raises(TypeError, match=f"{words}, not {name}"):
             fnbp.backprop(net, MSE, contract)(*args)
     with pytest.raises(TypeError, match=words) as caught:
         fnbp.per_example_norms(net, MSE)(*args)
-    assert caught.value.__notes__ == ["in skip[0].from_jax(dense(5))", "in serial[1].skip"]
+    assert caught.value.__notes__ == ["in skip[0].dense(5)", "in serial[1].skip"]
     assert fnbp.backprop(net, MSE, (fnbp.total,))(*args).grads[1][0]["W"][0].shape == (HIDDEN, HIDDEN)
 
 

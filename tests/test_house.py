@@ -19,12 +19,12 @@ RUNNABLE = [path.stem for path in EXPERIMENTS if "__main__" in path.read_text()]
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
 DIFFERENTIATORS = {"comparison", "measurement", "interop"}  # modules, and a package
 FLOORS = (  # imports run down these, one way
-    {"checks", "rendering"},
-    {"layer", "windows", "initialisers"},
-    {"factor"},
+    {"checks", "rendering", "placement", "sums"},
+    {"masks", "windows", "initialisers", "reduction"},
+    {"layer", "factor"},
     {"compound"},
     {"dense", "activation", "convolution", "pooling", "norm", "dropout", "embedding", "recurrent", "attention"},
-    {"combinators", "losses", "scanning", "wrappers"},
+    {"chain", "combinators", "losses", "scanning", "wrappers"},
     {"blocks"},
     {"models"},
     {"backpropagation"},

@@ -1,6 +1,7 @@
 """Is the backward right? Every layer's manual backward beside jax.vjp of its forward, judged by its own noise."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from fnbp.comparison.report import Report, Row
 from fnbp.comparison.transforms import TRANSFORMS
 from fnbp.comparison.unit import Unit, unit_of_function, unit_of_layer, unit_of_loss
 from fnbp.comparison.whole import Whole, first_deltas
-from fnbp.layer import Context, Layer, checked, map_layers
-from fnbp.losses import Loss, check_losses
+from fnbp.layer import Context, Layer, checked, map_layers, mask_behind
+from fnbp.losses import Loss, check_target, losses_of
 
 float0 = jax.dtypes.float0
 DRAWS = ("given", "another", "nearby", "another", "another", "nearby")
@@ -195,12 +196,13 @@ def compare_net(net, x, params, state, ctx, loss, y, key, options: Options) -> R
     prediction = on_host(compiled_or_plain(lambda *args: forward(*args)[0], params, state, x, ctx))
     check_floating("compare", f"what {net.name} returns", prediction)
     check_finite("compare", f"what {net.name} returns", prediction)
-    units = []
+    units, mask = [], None
     if loss is not None:
-        loss.check(*on_device((prediction, y)))
-        check_losses(loss.name, jax.eval_shape(loss.forward, prediction, y)[0], prediction)
-        units.append(unit_of_loss(loss, prediction, y))
-    deltas = first_deltas(prediction, loss, options.rng)
+        mask = on_host(mask_behind(net, x, ctx.mask))
+        check_target(loss, *on_device((prediction, y, mask)))
+        jax.eval_shape(partial(losses_of, loss), prediction, y, mask)
+        units.append(unit_of_loss(loss, prediction, y, mask))
+    deltas = first_deltas(prediction, loss, mask, options.rng)
     whole = Whole(net, params, state, x, ctx, y, prediction, deltas)
     units = [
         unit_of_layer(path, layer, (s.params, s.x), (s.state, s.ctx), s.dy) for path, layer, s in whole.nodes

@@ -183,9 +183,10 @@ def huge(unit: Unit, rng: Rng):
 
 def small(unit: Unit, rng: Rng):
     """x of root mean square 1e-3, or a prediction so near to its target: for what a backward takes for 0."""
-    (p, *others), y = unit.args, unit.fixed
-    if unit.names == ("prediction",) and is_floating(y) and is_floating(p) and y.shape == p.shape:
-        return (np.asarray(y + 1e-3 * (np.asarray(p, np.float64) - y), p.dtype), *others), y
+    if unit.names == ("prediction",):
+        (p, *others), (y, _) = unit.args, unit.fixed
+        if is_floating(y) and is_floating(p) and y.shape == p.shape:
+            return (np.asarray(y + 1e-3 * (np.asarray(p, np.float64) - y), p.dtype), *others), unit.fixed
     return sized(unit, 1e-3), unit.fixed
 
 

@@ -12,7 +12,7 @@ from fnbp.backpropagation import contracted
 from fnbp.comparison.arrays import is_floating
 from fnbp.factor import total
 from fnbp.layer import Context, Layer, map_layers, rebuilt
-from fnbp.losses import Loss
+from fnbp.losses import Loss, losses_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def automatic(layer: Layer) -> Layer:
         _, pull = jax.vjp(lambda params, x: layer.forward(params, state, x, ctx)[0], params, x)
         return pull(dy)
 
-    return Layer(layer.init, forward, backward, layer.name)
+    return Layer(layer.init, forward, backward, layer.name, traits=layer.traits)
 
 
 def unit_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any = None) -> Unit:
@@ -100,20 +100,20 @@ def unit_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any = 
     return Unit(path, forward, forward, manual, args, fixed, dy, ("", "x"), take, layer, conforms=("",))
 
 
-def unit_of_loss(loss: Loss, prediction: Any, y: Any) -> Unit:
+def unit_of_loss(loss: Loss, prediction: Any, y: Any, mask: Any) -> Unit:
     """A loss by itself: the sum of the examples' losses."""
 
     def forward(args, fixed):
-        return jnp.sum(loss.forward(args[0], fixed)[0])
+        return jnp.sum(losses_of(loss, args[0], *fixed)[0])
 
     def manual(args, fixed, dy):
-        _, res = loss.forward(args[0], fixed)
+        _, res = losses_of(loss, args[0], *fixed)
         return (jax.tree.map(lambda d: (dy * d).astype(d.dtype), loss.backward(res)),)
 
     def take(args, fixed, f):
         return jax.tree.map(f, args), jax.tree.map(f, fixed)
 
-    return Unit(loss.name, forward, forward, manual, (prediction,), y, None, ("prediction",), take)
+    return Unit(loss.name, forward, forward, manual, (prediction,), (y, mask), None, ("prediction",), take)
 
 
 def unit_of_function(f: Callable, args: tuple, reference: Callable | None, vjp: Callable | None) -> Unit:

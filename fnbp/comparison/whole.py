@@ -24,7 +24,7 @@ from fnbp.comparison.report import Row
 from fnbp.comparison.verdicts import Z, noise
 from fnbp.factor import total
 from fnbp.layer import Context, Layer, map_layers, rebuilt
-from fnbp.losses import Loss
+from fnbp.losses import Loss, losses_of
 
 SHAKE = 2.0**-40  # relative; the gradients of a float64 net move by about as much
 
@@ -93,7 +93,7 @@ def tapped(layer: Layer) -> Layer:
         met = Met(untapped(params), state, x, ctx, y, new_state if layer.parts else ())
         return plus(y, params.out), met, res
 
-    return Layer(layer.init, forward, layer.backward, layer.name)
+    return Layer(layer.init, forward, layer.backward, layer.name, traits=layer.traits)
 
 
 def untapped(params: Any) -> Any:
@@ -154,12 +154,12 @@ def nodes(net: Layer, seen: Seen, one_turn: bool = False) -> Iterator[tuple[str,
     return walk(net.name, net, seen)
 
 
-def first_deltas(prediction: Any, loss: Loss | None, rng: np.random.Generator) -> Callable[[Any, Any], Any]:
+def first_deltas(prediction: Any, loss: Loss | None, mask: Any, rng: np.random.Generator) -> Callable[[Any, Any], Any]:
     """(prediction, y) -> the delta that the automatic backward starts from: of J, or a draw."""
     if loss is None:
         drawn = rng.standard_normal(prediction.shape)
         return lambda p, y: jnp.asarray(drawn, p.dtype)  # in float64 with digits of its own
-    return lambda p, y: jax.grad(lambda p: jnp.mean(loss.forward(p, y)[0]))(p)
+    return lambda p, y: jax.grad(lambda p: jnp.mean(losses_of(loss, p, y, mask)[0]))(p)
 
 
 class Whole:
@@ -220,7 +220,7 @@ class Whole:
                 grads, parts = (below, ()) if not layer.parts else (None, below)
                 return Seen(None, None, None, None, None, grads, dx, parts), dx
 
-            return Layer(layer.init, inner.forward, backward, layer.name)
+            return Layer(layer.init, inner.forward, backward, layer.name, traits=layer.traits)
 
         opened = open_up(map_layers(contracted(total), self.net))
         return opened.backward(params, opened.forward(params, state, x, ctx)[2], delta)[0]

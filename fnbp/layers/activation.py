@@ -1,28 +1,17 @@
 """Activations: element by element, and the two that normalise along the last axis."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_is, check_number, check_params, choose
-from fnbp.factor import wide
-from fnbp.layer import Layer, stateless
+from fnbp.checks import check_is, check_number, choose
+from fnbp.layer import Layer, parameterless
+from fnbp.sums import wide
 
 X = Float[Array, "*s"]
-
-
-def parameterless(forward: Callable, backward: Callable, name: str) -> Layer:
-    """A Layer without parameters: forward x -> y, res and backward (res, dy) -> dx."""
-
-    def forward_lifted(params, x):
-        check_params(name, params, x, {})
-        return forward(x)
-
-    return stateless(lambda key, x: {}, forward_lifted, lambda params, res, dy: ({}, backward(res, dy)), name)
 
 
 def identity() -> Layer:
@@ -39,7 +28,7 @@ def identity() -> Layer:
     def backward(res: tuple, dy: X) -> X:
         return dy
 
-    return parameterless(forward, backward, "identity")
+    return parameterless(forward, backward, "identity", "elementwise")
 
 
 def sigmoid() -> Layer:
@@ -60,7 +49,7 @@ def sigmoid() -> Layer:
         (y,) = res
         return dy * y * (1 - y)
 
-    return parameterless(forward, backward, "sigmoid")
+    return parameterless(forward, backward, "sigmoid", "elementwise")
 
 
 def tanh() -> Layer:
@@ -79,7 +68,7 @@ def tanh() -> Layer:
         (y,) = res
         return dy * (1 + y) * (1 - y)  # 1 - y^2, without its cancellation near |y| = 1
 
-    return parameterless(forward, backward, "tanh")
+    return parameterless(forward, backward, "tanh", "elementwise")
 
 
 def relu() -> Layer:
@@ -99,7 +88,7 @@ def relu() -> Layer:
         (positive,) = res
         return jnp.where(positive, dy, 0)
 
-    return parameterless(forward, backward, "relu")
+    return parameterless(forward, backward, "relu", "elementwise")
 
 
 def leaky_relu(slope: float = 0.01) -> Layer:
@@ -119,7 +108,7 @@ def leaky_relu(slope: float = 0.01) -> Layer:
         (positive,) = res
         return jnp.where(positive, dy, slope * dy)
 
-    return parameterless(forward, backward, f"leaky_relu({slope:g})")
+    return parameterless(forward, backward, f"leaky_relu({slope:g})", "elementwise")
 
 
 def elu(alpha: float = 1.0) -> Layer:
@@ -141,7 +130,7 @@ def elu(alpha: float = 1.0) -> Layer:
         # from x, not as y + alpha, which cancels for x far below 0
         return jnp.where(x > 0, dy, dy * (alpha * jnp.exp(jnp.where(x > 0, 0, x))))
 
-    return parameterless(forward, backward, f"elu({alpha:g})")
+    return parameterless(forward, backward, f"elu({alpha:g})", "elementwise")
 
 
 def softplus() -> Layer:
@@ -159,7 +148,7 @@ def softplus() -> Layer:
         (x,) = res
         return dy * jax.nn.sigmoid(x)
 
-    return parameterless(forward, backward, "softplus")
+    return parameterless(forward, backward, "softplus", "elementwise")
 
 
 def silu() -> Layer:
@@ -172,14 +161,14 @@ def silu() -> Layer:
     """
 
     def forward(x: X) -> tuple[X, tuple]:
-        return x * jax.nn.sigmoid(x), (x,)
+        return (wide(x) * jax.nn.sigmoid(wide(x))).astype(x.dtype), (x,)
 
     def backward(res: tuple, dy: X) -> X:
-        (x,) = res
+        x = wide(res[0])
         s = jax.nn.sigmoid(x)
-        return dy * s * (1 + x * (1 - s))
+        return (wide(dy) * s * (1 + x * (1 - s))).astype(dy.dtype)
 
-    return parameterless(forward, backward, "silu")
+    return parameterless(forward, backward, "silu", "elementwise")
 
 
 def gelu(approximate: bool = False) -> Layer:
@@ -195,13 +184,13 @@ def gelu(approximate: bool = False) -> Layer:
     """
 
     def forward(x: X) -> tuple[X, tuple]:
-        return x * jax.scipy.special.erfc(-x * math.sqrt(0.5)) / 2, (x,)
+        return (wide(x) * jax.scipy.special.erfc(-wide(x) * math.sqrt(0.5)) / 2).astype(x.dtype), (x,)
 
     def backward(res: tuple, dy: X) -> X:
-        (x,) = res
+        x = wide(res[0])
         Phi = jax.scipy.special.erfc(-x * math.sqrt(0.5)) / 2
         phi = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-        return dy * (Phi + x * phi)
+        return (wide(dy) * (Phi + x * phi)).astype(dy.dtype)
 
     check_is("gelu", "approximate", approximate, bool)
 
@@ -217,8 +206,8 @@ def gelu(approximate: bool = False) -> Layer:
         return (wide(dy) * s * (1 + 2 * x * (1 - s) * slope)).astype(dy.dtype)
 
     if approximate:
-        return parameterless(forward_tanh, backward_tanh, "gelu(approximate)")
-    return parameterless(forward, backward, "gelu")
+        return parameterless(forward_tanh, backward_tanh, "gelu(approximate)", "elementwise")
+    return parameterless(forward, backward, "gelu", "elementwise")
 
 
 def log_softmax() -> Layer:
@@ -238,7 +227,7 @@ def log_softmax() -> Layer:
         dx = wide(dy) - jnp.exp(y) * jnp.sum(wide(dy), -1, keepdims=True)
         return dx.astype(dy.dtype)
 
-    return parameterless(forward, backward, "log_softmax")
+    return parameterless(forward, backward, "log_softmax", "position")
 
 
 def softmax() -> Layer:
@@ -261,7 +250,7 @@ def softmax() -> Layer:
         dy_wide = wide(dy)
         return (y * (dy_wide - jnp.sum(dy_wide * y, -1, keepdims=True))).astype(dy.dtype)
 
-    return parameterless(forward, backward, "softmax")
+    return parameterless(forward, backward, "softmax", "position")
 
 
 ACTIVATIONS = {

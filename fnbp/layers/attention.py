@@ -12,15 +12,17 @@ from fnbp.checks import (
     check_floating,
     check_is,
     check_key,
-    check_mask,
     check_params,
     check_positive,
     check_size,
     describe,
 )
-from fnbp.factor import Outer, Sum, wide
+from fnbp.factor import Outer, Sum
 from fnbp.initialisers import initialiser
-from fnbp.layer import Layer
+from fnbp.layer import Layer, Traits, counting
+from fnbp.masks import check_mask, kept
+from fnbp.placement import reshaped
+from fnbp.sums import wide
 
 Sequence = Float[Array, "m t n"]
 Queries = Float[Array, "m t kv g d"]
@@ -67,27 +69,44 @@ def attention(
 
     def forward(params: dict, state: dict, x: Any, ctx: Any) -> tuple[Sequence, dict, tuple]:
         check_params(name, params, x[0] if isinstance(x, tuple) else x, shapes(x))
-        memory = x[1] if isinstance(x, tuple) else None
+        apart = () if isinstance(x, tuple) else None  # told by the structure of res, which no transformation touches
         x, z = check_pair(name, x, heads, rotary)
-        seen = visible(name, x, z, ctx.mask, causal)
+        seen = visible(x, z, ctx.mask, causal)
+        z = of_use(z, ctx.mask)
         q, k, v = affine(params, "Q", x), affine(params, "K", z), affine(params, "V", z)
-        q = turned(q.reshape(*q.shape[:2], kv, heads // kv, -1), rotary)
-        k, v = turned(k.reshape(*k.shape[:2], kv, -1), rotary), v.reshape(*v.shape[:2], kv, -1)
+        q = turned(reshaped(q, *q.shape[:2], kv, heads // kv, -1), rotary)
+        k, v = turned(reshaped(k, *k.shape[:2], kv, -1), rotary), reshaped(v, *v.shape[:2], kv, -1)
         o, p = attend(q, k, v, seen)
-        return affine(params, "O", merged(o)), state, (x, memory, q, k, v, p, o)
+        return affine(params, "O", merged(o)), state, (x, z, q, k, v, p, o, apart)
 
     def backward(params: dict, res: tuple, dy: Sequence) -> tuple[dict, Any]:
-        x, memory, q, k, v, p, o = res
-        z = x if memory is None else memory
-        do = (dy @ params["O"]).reshape(q.shape)
+        x, z, q, k, v, p, o, apart = res
+        do = reshaped(dy @ params["O"], *q.shape)
         dq, dk, dv = attend_back(q, k, v, p, do)
         dq, dk, dv = map(merged, (turned(dq, rotary, back=True), turned(dk, rotary, back=True), dv))
         factors = {"Q": Outer(dq, x), "K": Outer(dk, z), "V": Outer(dv, z), "O": Outer(dy, merged(o))}
         factors |= {leaf: Sum(factors[leaf[-1]].d) for leaf in params if leaf.startswith("b_")}
         dx, dz = dq @ params["Q"], dk @ params["K"] + dv @ params["V"]
-        return factors, dx + dz if memory is None else (dx, dz)
+        return factors, dx + dz if apart is None else (dx, dz)
 
-    return Layer(init_of(name, shapes, W, b, W_out), forward, backward, name)
+    functions = counting(name, of_memory, forward, backward)
+    return Layer(init_of(name, shapes, W, b, W_out), *functions, name, traits=Traits(of_memory))
+
+
+def of_memory(name: str, x: Any, mask: Any) -> Any:
+    """The rule of attention: of a pair (x, memory) the mask speaks of memory, and all positions of y count."""
+    pair = x if isinstance(x, tuple) else (x, x)
+    if mask is not None and all(len(getattr(a, "shape", ())) > 1 for a in pair):
+        check_mask(name, mask, pair[-1].shape[:2], (*pair[0].shape[:2], pair[-1].shape[1]))
+    return None if isinstance(x, tuple) else mask
+
+
+def of_use(z: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """z, and 0 at positions that no query sees: there 0 times NaN would be NaN."""
+    if mask is None:
+        return z
+    seen = mask.any(1) if mask.ndim == 3 else mask
+    return kept(seen, z)
 
 
 def shapes_of(name: str, heads: int, kv: int, causal: bool, rotary: float | None, biased: str) -> Callable:
@@ -127,7 +146,7 @@ def attend_back(q: Queries, k: Keys, v: Keys, p: Weights, do: Queries) -> tuple[
 
 def merged(a: jax.Array) -> jax.Array:
     """All heads side by side: (m, T, ...) as (m, T, n)."""
-    return a.reshape(*a.shape[:2], -1)
+    return reshaped(a, *a.shape[:2], -1)
 
 
 def turned(a: jax.Array, base: float | None, back: bool = False) -> jax.Array:
@@ -140,7 +159,8 @@ def turned(a: jax.Array, base: float | None, back: bool = False) -> jax.Array:
     cos, sin = (jnp.asarray(f(angle), wide(a).dtype) for f in (np.cos, np.sin))
     sin = -sin if back else sin
     even, odd = wide(a)[..., ::2], wide(a)[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(a.shape).astype(a.dtype)
+    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return reshaped(pairs, *a.shape).astype(a.dtype)
 
 
 def affine(params: dict, leaf: str, a: jax.Array) -> jax.Array:
@@ -149,12 +169,10 @@ def affine(params: dict, leaf: str, a: jax.Array) -> jax.Array:
     return y + params[f"b_{leaf}"] if f"b_{leaf}" in params else y
 
 
-def visible(name: str, x: jax.Array, z: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array | None:
-    """What each query sees, (m, 1, 1, T, S); None for all. As check_mask raises."""
-    (m, T), S = x.shape[:2], z.shape[1]
-    seen = jnp.tril(jnp.ones((T, S), bool))[None] if causal else None
+def visible(x: jax.Array, z: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array | None:
+    """What each query sees, (m, 1, 1, T, S); None for all."""
+    seen = jnp.tril(jnp.ones((x.shape[1], z.shape[1]), bool))[None] if causal else None
     if mask is not None:
-        check_mask(name, mask, (m, S), (m, T, S))
         mask = mask if mask.ndim == 3 else mask[:, None]
         seen = mask if seen is None else seen & mask
     return None if seen is None else seen[:, None, None]

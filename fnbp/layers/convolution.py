@@ -8,6 +8,7 @@ from fnbp.checks import check_params, check_size
 from fnbp.factor import Correlation, Sum
 from fnbp.initialisers import initialiser, weights
 from fnbp.layer import Layer, stateless, without
+from fnbp.masks import by_position
 from fnbp.windows import Padding, Sizes, Sliding, convolve, convolve_back
 
 
@@ -60,8 +61,17 @@ def conv(
         (x,) = res
         return {"W": Correlation(dy, x, over(x), groups), "b": Sum(dy)}, convolve_back(dy, params["W"], over(x), groups)
 
+    def rule(name, x, mask):
+        if mask is not None and x is not None and (over(x).count != over(x).size or set(over(x).stride) != {1}):
+            raise TypeError(
+                f"{name}: under a mask (Context.mask, or ragged) every position needs a window: stride 1 and "
+                f"as many windows as positions, as with padding='SAME'; got stride {stride}, padding {padding!r}"
+            )
+        return by_position(name, x, mask)
+
     init = weights(name, shapes, {"W": initialiser(W, out_axis=0), "b": initialiser("zeros" if b is None else b)})
-    return stateless(init, forward, backward if b is not None else without("b", backward), name)
+    backward = backward if b is not None else without("b", backward)
+    return stateless(init, forward, backward, name, mask=rule, alone=True)
 
 
 def conv_transpose(
@@ -111,12 +121,12 @@ def conv_transpose(
 
     def backward(params: dict, res: tuple, dy: Float[Array, "m *t n_out"]) -> tuple[dict, Float[Array, "m *s n_in"]]:
         (x,) = res
-        return {"W": Correlation(dy, x, over(x), groups, spread=True), "b": Sum(dy)}, convolve(
-            dy, params["W"], over(x), groups
-        )
+        factors = {"W": Correlation(dy, x, over(x), groups, spread=True), "b": Sum(dy)}
+        return factors, convolve(dy, params["W"], over(x), groups)
 
     init = weights(name, shapes, {"W": initialiser(W, 0, -1), "b": initialiser("zeros" if b is None else b)})
-    return stateless(init, forward, backward if b is not None else without("b", backward), name)
+    backward = backward if b is not None else without("b", backward)
+    return stateless(init, forward, backward, name, alone=True)
 
 
 def bias(b: str | Callable = "zeros") -> Layer:
@@ -139,7 +149,8 @@ def bias(b: str | Callable = "zeros") -> Layer:
     def backward(params: dict, res: tuple, dy: Float[Array, "*m n"]) -> tuple[dict, Float[Array, "*m n"]]:
         return {"b": Sum(dy)}, dy
 
-    return stateless(weights("bias", shapes, {"b": initialiser(b)}), forward, backward, "bias")
+    init = weights("bias", shapes, {"b": initialiser(b)})
+    return stateless(init, forward, backward, "bias", mask="position", alone=True)
 
 
 def check_divides(name: str, what: str, value: int, groups: int) -> None:

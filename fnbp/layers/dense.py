@@ -41,4 +41,5 @@ def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | 
         return {"W": Outer(dz, x), "b": Sum(dz)}, dz @ params["W"]
 
     init = weights(name, shapes, {"W": initialiser(W), "b": initialiser("zeros" if b is None else b)})
-    return stateless(init, forward, backward if b is not None else without("b", backward), name)
+    backward = backward if b is not None else without("b", backward)
+    return stateless(init, forward, backward, name, mask="position", alone=True)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fnbp.checks import check_key, check_number, check_params
-from fnbp.layer import Layer
+from fnbp.layer import Layer, Traits, counting
+from fnbp.masks import elementwise
 
 X = Float[Array, "*s"]
 
@@ -64,4 +65,5 @@ def dropping(name: str, rate: float, drawn: Callable[[tuple[int, ...]], tuple[in
         (keep,) = res
         return {}, dy if keep is None else jnp.where(keep, dy / (1 - rate), 0)
 
-    return Layer(init, forward, backward, name)
+    traits = Traits(elementwise, draws=rate > 0, alone=True)
+    return Layer(init, *counting(name, elementwise, forward, backward), name, traits=traits)

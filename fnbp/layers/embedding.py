@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
@@ -19,8 +20,8 @@ from fnbp.checks import (
 )
 from fnbp.factor import Lookup, Rows
 from fnbp.initialisers import initialiser, weights
-from fnbp.layer import Layer, stateless
-from fnbp.layers.activation import parameterless
+from fnbp.layer import Layer, parameterless, stateless
+from fnbp.placement import by_example
 
 Tokens = Float[Array, "m t d"]
 
@@ -52,13 +53,20 @@ def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = 
     def forward(params: dict, x: Integer[Array, "m *s"]) -> tuple[Float[Array, "m *s d"], tuple]:
         check_held(name, "params", params, {"E": (size, width)})
         check_tokens(name, x, size)
-        return params["E"].at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False), (x,)
+        return by_example(rows_of, x, params["E"]), (x,)
 
     def backward(params: dict, res: tuple, dy: Float[Array, "m *s d"]) -> tuple[dict, None]:
         (x,) = res
-        return {"E": Lookup(dy, x, size)}, None
+        inside = (x >= 0) & (x < size)
+        # a token outside, which jit does not see, makes the gradient NaN as it did y
+        return {"E": Lookup(jnp.where(inside[..., None], dy, jnp.nan), jnp.where(inside, x, 0), size)}, None
 
-    return stateless(init, forward, backward, name)
+    return stateless(init, forward, backward, name, mask="elementwise", alone=True)
+
+
+def rows_of(x: jax.Array, E: jax.Array) -> jax.Array:
+    """E[x]; NaN for a token outside of the table, a negative one among them."""
+    return E.at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def check_tokens(name: str, x: Any, size: int) -> None:
@@ -98,7 +106,8 @@ def positions(length: int, P: str | Callable = "normal") -> Layer:
     def backward(params: dict, res: tuple, dy: Tokens) -> tuple[dict, Tokens]:
         return {"P": Rows(dy, length)}, dy
 
-    return stateless(weights(name, shapes, {"P": initialiser(P)}), forward, backward, name)
+    init = weights(name, shapes, {"P": initialiser(P)})
+    return stateless(init, forward, backward, name, mask="position", alone=True)
 
 
 def sinusoids(base: float = 10_000.0) -> Layer:
@@ -126,4 +135,4 @@ def sinusoids(base: float = 10_000.0) -> Layer:
     def backward(res: tuple, dy: Tokens) -> Tokens:
         return dy
 
-    return parameterless(forward, backward, "sinusoids")
+    return parameterless(forward, backward, "sinusoids", "position")

@@ -1,6 +1,6 @@
 """Normalisation: over the features of a position, over groups of channels, over the batch."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,12 @@ from fnbp.checks import (
     check_size,
     concrete,
 )
-from fnbp.factor import Mixed, Product, Sum, wide
+from fnbp.factor import Mixed, Product, Sum
 from fnbp.initialisers import initialiser, weights
-from fnbp.layer import Layer, stateless
+from fnbp.layer import Layer, Traits, counting, mask_aware, stateless
+from fnbp.masks import by_position, of_positions
+from fnbp.placement import in_shard_map, reshaped
+from fnbp.sums import centre, left, mean, wide
 
 Features = Float[Array, "*m d"]
 Channels = Float[Array, "m *s c"]
@@ -29,11 +32,6 @@ GAIN_AND_SHIFT = {"gamma": initialiser("ones"), "beta": initialiser("zeros")}
 def gain_and_shift(x) -> dict[str, tuple[int, ...]]:
     """The shapes of gamma and beta: one of each for every channel."""
     return {"gamma": x.shape[-1:], "beta": x.shape[-1:]}
-
-
-def averaging(axes: int | tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """The mean over axes, which stay as axes of 1."""
-    return lambda a: jnp.mean(a, axes, keepdims=True)
 
 
 def layer_norm(eps: float = 1e-5) -> Layer:
@@ -50,24 +48,24 @@ def layer_norm(eps: float = 1e-5) -> Layer:
               point.
     """
     check_positive("layer_norm", "eps", eps)
-    mean = averaging(-1)
 
     def forward(params: dict, x: Features) -> tuple[Features, tuple]:
         check_params("layer_norm", params, x, gain_and_shift(x))
-        mu = mean(wide(x))
-        centred = wide(x) - mu
-        rstd = jax.lax.rsqrt(mean(centred**2) + eps)
-        y = wide(params["gamma"]) * centred * rstd + wide(params["beta"])
+        mu = centre(wide(x), -1)
+        x_left = left(wide(x), mu)
+        rstd = jax.lax.rsqrt(mean(x_left**2, -1) + eps)
+        y = wide(params["gamma"]) * x_left * rstd + wide(params["beta"])
         return y.astype(x.dtype), (x, mu, rstd)
 
     def backward(params: dict, res: tuple, dy: Features) -> tuple[dict, Features]:
         x, mu, rstd = res
-        x_hat = (wide(x) - mu) * rstd
+        x_hat = left(wide(x), mu) * rstd
         dx_hat = wide(params["gamma"]) * wide(dy)
-        dx = rstd * (dx_hat - mean(dx_hat) - x_hat * mean(dx_hat * x_hat))
+        dx = rstd * (dx_hat - mean(dx_hat, -1) - x_hat * mean(dx_hat * x_hat, -1))
         return {"gamma": Product(dy, x_hat), "beta": Sum(dy)}, dx.astype(dy.dtype)
 
-    return stateless(weights("layer_norm", gain_and_shift, GAIN_AND_SHIFT), forward, backward, "layer_norm")
+    init = weights("layer_norm", gain_and_shift, GAIN_AND_SHIFT)
+    return stateless(init, forward, backward, "layer_norm", mask="position", alone=True)
 
 
 def rms_norm(eps: float = 1e-6) -> Layer:
@@ -83,24 +81,24 @@ def rms_norm(eps: float = 1e-6) -> Layer:
               point.
     """
     check_positive("rms_norm", "eps", eps)
-    mean = averaging(-1)
 
     def shapes(x):
         return {"gamma": x.shape[-1:]}
 
     def forward(params: dict, x: Features) -> tuple[Features, tuple]:
         check_params("rms_norm", params, x, shapes(x))
-        rstd = jax.lax.rsqrt(mean(wide(x) ** 2) + eps)
+        rstd = jax.lax.rsqrt(mean(wide(x) ** 2, -1) + eps)
         return (wide(params["gamma"]) * wide(x) * rstd).astype(x.dtype), (x, rstd)
 
     def backward(params: dict, res: tuple, dy: Features) -> tuple[dict, Features]:
         x, rstd = res
         x_hat = wide(x) * rstd
         dx_hat = wide(params["gamma"]) * wide(dy)
-        dx = rstd * (dx_hat - x_hat * mean(dx_hat * x_hat))
+        dx = rstd * (dx_hat - x_hat * mean(dx_hat * x_hat, -1))
         return {"gamma": Product(dy, x_hat)}, dx.astype(dy.dtype)
 
-    return stateless(weights("rms_norm", shapes, {"gamma": initialiser("ones")}), forward, backward, "rms_norm")
+    init = weights("rms_norm", shapes, {"gamma": initialiser("ones")})
+    return stateless(init, forward, backward, "rms_norm", mask="position", alone=True)
 
 
 def group_norm(groups: int, eps: float = 1e-5) -> Layer:
@@ -120,7 +118,7 @@ def group_norm(groups: int, eps: float = 1e-5) -> Layer:
     name = f"group_norm({groups})"
     check_size(name, "groups", groups)
     check_positive(name, "eps", eps)
-    mean = averaging((1, 3))
+    axes = (1, 3)
 
     def shapes(x):
         if len(x.shape) < 2 or x.shape[-1] % groups:
@@ -128,52 +126,70 @@ def group_norm(groups: int, eps: float = 1e-5) -> Layer:
         return gain_and_shift(x)
 
     def grouped(x):
-        return wide(x).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+        return reshaped(wide(x), x.shape[0], -1, groups, x.shape[-1] // groups)
 
-    def forward(params: dict, x: Channels) -> tuple[Channels, tuple]:
+    def those_that_count(x, mask):
+        counts = of_positions(name, x, mask)
+        return None if counts is None else grouped(jnp.broadcast_to(counts, x.shape).astype(wide(x).dtype)) > 0
+
+    def forward(params: dict, x: Channels, mask) -> tuple[Channels, tuple]:
         check_params(name, params, x, shapes(x))
-        mu = mean(grouped(x))
-        centred = grouped(x) - mu
-        rstd = jax.lax.rsqrt(mean(centred**2) + eps)
-        y = wide(params["gamma"]) * (centred * rstd).reshape(x.shape) + wide(params["beta"])
-        return y.astype(x.dtype), (x, mu, rstd)
+        counts = those_that_count(x, mask)
+        mu = centre(grouped(x), axes, counts)
+        x_left = left(grouped(x), mu, counts)
+        rstd = jax.lax.rsqrt(mean(x_left**2, axes, counts) + eps)
+        y = wide(params["gamma"]) * reshaped(x_left * rstd, *x.shape) + wide(params["beta"])
+        return y.astype(x.dtype), (x, mu, rstd, counts)
 
     def backward(params: dict, res: tuple, dy: Channels) -> tuple[dict, Channels]:
-        x, mu, rstd = res
-        x_hat = (grouped(x) - mu) * rstd
+        x, mu, rstd, counts = res
+        x_hat = left(grouped(x), mu, counts) * rstd
         dx_hat = grouped(wide(params["gamma"]) * wide(dy))
-        dx = rstd * (dx_hat - mean(dx_hat) - x_hat * mean(dx_hat * x_hat))
-        factors = {"gamma": Product(dy, x_hat.reshape(x.shape)), "beta": Sum(dy)}
-        return factors, dx.reshape(x.shape).astype(dy.dtype)
+        dx = rstd * (dx_hat - mean(dx_hat, axes, counts) - x_hat * mean(dx_hat * x_hat, axes, counts))
+        factors = {"gamma": Product(dy, reshaped(x_hat, *x.shape)), "beta": Sum(dy)}
+        return factors, reshaped(dx, *x.shape).astype(dy.dtype)
 
-    return stateless(weights(name, shapes, GAIN_AND_SHIFT), forward, backward, name)
-
-
-def over_batch(a: jax.Array) -> jax.Array:
-    """The mean of each channel over examples and positions."""
-    return jnp.mean(a, range(a.ndim - 1))
+    return mask_aware(weights(name, shapes, GAIN_AND_SHIFT), forward, backward, name, by_position)
 
 
-def of_batch(x: jax.Array, state: dict, momentum: float) -> tuple[jax.Array, jax.Array, dict]:
-    """Mean and variance of a batch, and the state that has followed them."""
-    n = x.size // x.shape[-1]
-    if n < 2:
+def over_batch(a: jax.Array, n: Any) -> jax.Array:
+    """The mean of each channel over the n examples and positions that count; elsewhere a is 0."""
+    return jnp.sum(a, range(a.ndim - 1)) / n
+
+
+def of_batch(x: jax.Array, state: dict, momentum: float, counts: Any) -> tuple[tuple, jax.Array, Any, dict]:
+    """Mean and variance of a batch, of how many numbers a channel, and the state that has followed them."""
+    if in_shard_map():
+        raise ValueError(
+            "batch_norm: within shard_map it would see the examples of one device only; train it under jit, on a batch "
+            "that is sharded over the mesh"
+        )
+    n = (
+        x.size // x.shape[-1]
+        if counts is None
+        else jnp.sum(counts, dtype=x.dtype) * (x.size // x.shape[-1] // counts.size)
+    )
+    if counts is None and n < 2:
         raise ValueError(f"batch_norm: x of shape {x.shape} has one number a channel, which has no variance")
-    mu = over_batch(x)
-    var = over_batch((x - mu) ** 2)
-    new = {"mean": mu, "var": var * (n / (n - 1))}
+    mu = over_batch(x, n)
+    mu = mu, over_batch(left(x, (mu, jnp.zeros((), x.dtype)), counts), n)
+    var = over_batch(left(x, mu, counts) ** 2, n)
+    new = {"mean": mu[0] + mu[1], "var": var * (n / (n - 1))}
+    if counts is not None:  # a batch of padding has no variance: NaN, as under jit nothing can be raised
+        var, new = jax.tree.map(lambda a: jnp.where(n >= 2, a, jnp.nan), (var, new))
     followed = {k: ((1 - momentum) * state[k] + momentum * new[k]).astype(state[k].dtype) for k in new}
-    return mu, var, followed | {"count": state["count"] + 1}
+    return mu, var, n, followed | {"count": state["count"] + 1}
 
 
-def of_state(state: dict) -> tuple[jax.Array, jax.Array, dict]:
+def of_state(state: dict) -> tuple[tuple, jax.Array, None, dict]:
     """Mean and variance as training left them."""
     if concrete(state["count"]) and not np.any(np.asarray(state["count"])):
         raise ValueError(
             "batch_norm: no training step yet, so there are no running statistics; for the batch's own: "
             "Context(train=True)"
         )
-    return state["mean"], jnp.where(state["count"] > 0, state["var"], jnp.nan), state
+    zero = jnp.zeros_like(state["mean"])
+    return (state["mean"], zero), jnp.where(state["count"] > 0, state["var"], jnp.nan), None, state
 
 
 def batch_norm(momentum: float = 0.1, eps: float = 1e-5) -> Layer:
@@ -210,21 +226,23 @@ def batch_norm(momentum: float = 0.1, eps: float = 1e-5) -> Layer:
     def forward(params: dict, state: dict, x: Channels, ctx) -> tuple[Channels, dict, tuple]:
         check_params("batch_norm", params, x, gain_and_shift(x))
         check_held("batch_norm", "state", state, {"mean": x.shape[-1:], "var": x.shape[-1:], "count": ()})
-        mu, var, new_state = of_batch(wide(x), state, momentum) if ctx.train else of_state(state)
+        counts = of_positions("batch_norm", x, ctx.mask)
+        seen = of_batch(wide(x), state, momentum, counts) if ctx.train else of_state(state)
+        mu, var, n, new_state = seen
         rstd = jax.lax.rsqrt(var + eps)
-        y = wide(params["gamma"]) * (wide(x) - mu) * rstd + wide(params["beta"])
-        training = () if ctx.train else None  # told by the structure of res, which no transformation touches
-        return y.astype(x.dtype), new_state, (x, mu, rstd, training)
+        y = wide(params["gamma"]) * left(wide(x), mu) * rstd + wide(params["beta"])
+        # n is None at inference: told by the structure of res, which no transformation touches
+        return y.astype(x.dtype), new_state, (x, mu, rstd, None if n is None else jnp.asarray(n, rstd.dtype), counts)
 
     def backward(params: dict, res: tuple, dy: Channels) -> tuple[dict, Channels]:
-        x, mu, rstd, training = res
-        x_hat = (wide(x) - mu) * rstd
+        x, mu, rstd, n, counts = res
+        x_hat = left(wide(x), mu, counts) * rstd
         dx_hat = wide(params["gamma"]) * wide(dy)
         factors = {"gamma": Product(dy, x_hat), "beta": Sum(dy)}
-        if training is None:
+        if n is None:
             return factors, (rstd * dx_hat).astype(dy.dtype)
-        mean = over_batch
-        dx = rstd * (dx_hat - mean(dx_hat) - x_hat * mean(dx_hat * x_hat))
+        dx = rstd * (dx_hat - over_batch(dx_hat, n) - x_hat * over_batch(dx_hat * x_hat, n))
         return {name: Mixed(factor.total()) for name, factor in factors.items()}, dx.astype(dy.dtype)
 
-    return Layer(init, forward, backward, "batch_norm")
+    functions = counting("batch_norm", by_position, forward, backward)
+    return Layer(init, *functions, "batch_norm", traits=Traits(by_position, mixes="training", alone=True))

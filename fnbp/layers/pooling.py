@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_is, check_key, check_mask, check_params
-from fnbp.factor import wide
-from fnbp.layer import Layer
-from fnbp.layers.activation import parameterless
+from fnbp.checks import check_is, check_key, check_params
+from fnbp.layer import Layer, Traits, mask_aware, parameterless
+from fnbp.masks import by_position, check_mask, of_positions
+from fnbp.placement import reshaped
+from fnbp.sums import like, wide
 from fnbp.windows import Padding, Sizes, Sliding, Windows
 
 X = Float[Array, "m *s c"]
@@ -44,16 +45,19 @@ def max_pool(kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VAL
         return covered(name, slide.over(x.shape), x)
 
     def forward(x: X) -> tuple[Y, tuple]:
-        views = over(x).views(x, fill=-math.inf)
+        at = over(x)
+        views, real = at.views(x, fill=-math.inf), at.real()
         y, first = views[0], jnp.zeros(views[0].shape, jnp.int8 if len(views) < 128 else jnp.int32)
         for k, view in enumerate(views[1:], 1):
             larger = (view > y) | jnp.isnan(view)
+            begins = real[k] & ~real[:k].any(0)  # the first that is no padding, which -inf does not exceed
+            larger = larger | begins[..., None] if begins.any() else larger
             y, first = jnp.where(larger, view, y), jnp.where(larger, jnp.asarray(k, first.dtype), first)
-        return y, (first, x[:0])  # x[:0] carries x's shape alone
+        return y, (first, like(x))
 
     def backward(res: tuple, dy: Y) -> X:
-        first, like = res
-        at = over(like)
+        first, like_x = res
+        at = over(like_x)
         return at.scatter([jnp.where(first == k, dy, 0) for k in range(len(at.offsets))])
 
     return parameterless(forward, backward, name)
@@ -83,11 +87,11 @@ def avg_pool(
 
     def forward(x: X) -> tuple[Y, tuple]:
         at, n = over(x)
-        return (jnp.sum(jnp.stack(at.views(wide(x))), 0) / n).astype(x.dtype), (x[:0],)
+        return (jnp.sum(jnp.stack(at.views(wide(x))), 0) / n).astype(x.dtype), (like(x),)
 
     def backward(res: tuple, dy: Y) -> X:
-        (like,) = res
-        at, n = over(like)
+        (like_x,) = res
+        at, n = over(like_x)
         return at.scatter([wide(dy) / n] * len(at.offsets)).astype(dy.dtype)
 
     return parameterless(forward, backward, name)
@@ -98,7 +102,9 @@ def global_avg_pool() -> Layer:
 
         y = sum_p x[p] / n      dx[p] = dy / n
 
-    Shapes: x (m, *size, c), n positions; y (m, c); nothing saved.
+    Under a mask, of the n positions of an example that count; y = 0 if none does.
+
+    Shapes: x (m, *size, c), n positions; y (m, c); saved n.
     Source: Lin, Chen & Yan 2013, arXiv:1312.4400, section 3.2.
     Raises: ValueError for an x without positions.
     """
@@ -106,18 +112,30 @@ def global_avg_pool() -> Layer:
     def positions(x):
         return tuple(range(1, x.ndim - 1))
 
-    def forward(x: X) -> tuple[Float[Array, "m c"], tuple]:
+    def forward(params: dict, x: X, mask: Any) -> tuple[Float[Array, "m c"], tuple]:
+        check_params("global_avg_pool", params, x, {})
         if not positions(x) or not x.size:
             raise ValueError(f"global_avg_pool: x must be (m, *positions, channels), got shape {x.shape}")
-        return jnp.mean(wide(x), positions(x)).astype(x.dtype), (x[:0],)
+        counts = of_positions("global_avg_pool", x, mask)
+        n = math.prod(x.shape[1:-1]) if counts is None else how_many(counts, x)
+        return (jnp.sum(wide(x), positions(x)) / n).astype(x.dtype), (like(x), n)
 
-    def backward(res: tuple, dy: Float[Array, "m c"]) -> X:
-        (like,) = res
-        n = math.prod(like.shape[1:-1])
-        spread = jnp.expand_dims(dy / n, positions(like))
-        return jnp.broadcast_to(spread, (dy.shape[0], *like.shape[1:]))
+    def backward(params: dict, res: tuple, dy: Float[Array, "m c"]) -> tuple[dict, X]:
+        like_x, n = res
+        spread = jnp.expand_dims((wide(dy) / n).astype(dy.dtype), positions(like_x))
+        return {}, jnp.broadcast_to(spread, (dy.shape[0], *like_x.shape[1:]))
 
-    return parameterless(forward, backward, "global_avg_pool")
+    def how_many(counts, x):
+        """(m, 1): how many positions of each example count, at least 1."""
+        n = jnp.sum(jnp.broadcast_to(counts, (*x.shape[:-1], 1)), positions(x), dtype=wide(x).dtype)
+        return jnp.maximum(n, 1)
+
+    return mask_aware(lambda key, x: {}, forward, backward, "global_avg_pool", positions_end)
+
+
+def positions_end(name: str, x: Any, mask: Any) -> None:
+    """The rule of a layer that leaves no positions, and takes those that count into account."""
+    by_position(name, x, mask)
 
 
 def last() -> Layer:
@@ -151,7 +169,7 @@ def last() -> Layer:
         dy = dy[:, None]
         return {}, jnp.where(along(here, dy), dy, 0)
 
-    return Layer(init, forward, backward, "last")
+    return Layer(init, forward, backward, "last", traits=Traits(positions_end, alone=True))
 
 
 def along(here: jax.Array, x: jax.Array) -> jax.Array:
@@ -167,7 +185,11 @@ def reshape(*shape: int) -> Layer:
     Shapes: x (m, *old); y (m, *shape); nothing saved.
     Raises: ValueError where the numbers do not fill the shape; TypeError for sizes that are not whole.
     """
-    name = f"reshape{shape}" if len(shape) != 1 else f"reshape({shape[0]})"
+    return reshaping(f"reshape{shape}" if len(shape) != 1 else f"reshape({shape[0]})", shape)
+
+
+def reshaping(name: str, shape: tuple[int, ...]) -> Layer:
+    """reshape under that name."""
     for size in shape:
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name}: sizes must be whole numbers, got {size!r}")
@@ -183,11 +205,11 @@ def reshape(*shape: int) -> Layer:
         return tuple(have // known if size == -1 else size for size in shape)
 
     def forward(x: Float[Array, "m *s"]) -> tuple[Any, tuple]:
-        return x.reshape(x.shape[0], *fit(x)), (x[:0],)
+        return reshaped(x, x.shape[0], *fit(x)), (like(x),)
 
     def backward(res: tuple, dy: Float[Array, "m *t"]) -> Any:
-        (like,) = res
-        return dy.reshape(dy.shape[0], *like.shape[1:])
+        (like_x,) = res
+        return reshaped(dy, dy.shape[0], *like_x.shape[1:])
 
     return parameterless(forward, backward, name)
 
@@ -199,4 +221,4 @@ def flatten() -> Layer:
 
     Shapes: x (m, *s); y (m, n), n the product of s; nothing saved.
     """
-    return reshape(-1)._replace(name="flatten")
+    return reshaping("flatten", (-1,))

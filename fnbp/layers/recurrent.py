@@ -11,6 +11,7 @@ from fnbp.checks import check_floating, check_params, check_size
 from fnbp.factor import Outer, Sum
 from fnbp.initialisers import initialiser
 from fnbp.layer import Layer, stateless
+from fnbp.placement import zeros_beside
 
 X = Float[Array, "m d"]
 Y = Float[Array, "m n"]
@@ -170,7 +171,7 @@ def check_turn(name: str, params: Any, hx: Any, n: int, gates: int) -> tuple[tup
     check_params(name, params, x, due(n, gates, x))
     count = 2 if gates == 4 else 1
     if h is None:
-        return (jnp.zeros((x.shape[0], n), x.dtype),) * count, x
+        return (zeros_beside(x, (x.shape[0], n), x.dtype),) * count, x
     parts = h if count == 2 else (h,)
     shapes = [jnp.shape(part) for part in parts] if isinstance(parts, tuple) else [type(parts).__name__]
     if shapes != [(x.shape[0], n)] * count:

@@ -1,0 +1,152 @@
+"""Many devices: a batch that is split over the mesh that jax.make_mesh makes, and within shard_map, is one batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fnbp
+from tests.cases import CASES, draw, eager_vjp, relative, sum_of_squares
+
+QUICK = {"dense", "conv", "embedding", "layer_norm", "batch_norm", "scan", "attention", "repeat", "tie", "from_jax"}
+EACH = [pytest.param(case, id=case.id, marks=[] if case.id in QUICK else [pytest.mark.slow]) for case in CASES]
+LOSS = sum_of_squares()
+
+
+@functools.cache
+def mesh():
+    return jax.make_mesh((4,), ("example",))  # Explicit axes, by default
+
+
+def split(*trees):
+    return jax.device_put(trees, NamedSharding(mesh(), P("example")))
+
+
+def everywhere(*trees):
+    return jax.device_put(trees, NamedSharding(mesh(), P()))
+
+
+def drawn(case):
+    return draw(case, (8, *case.shapes[0][1:]))
+
+
+def test_make_mesh_gives_explicit_axes():
+    assert mesh().axis_types == (jax.sharding.AxisType.Explicit,)
+
+
+@pytest.mark.parametrize("case", EACH)
+def test_a_batch_over_explicit_axes_is_one_batch(x64, case):
+    params, state, x, dy = drawn(case)
+
+    def run(params, state, x, dy):
+        y, new_state, _ = case.layer.forward(params, state, x, case.context)
+        grads, dx = eager_vjp(case, params, state, x, dy)
+        out = fnbp.backprop(case.layer, LOSS)(params, state, x, dy, case.context)
+        norms = None
+        if not case.mixes and jax.tree.leaves(params):
+            norms = fnbp.per_example_norms(case.layer, LOSS)(params, state, x, dy, case.context)
+        return y, new_state, grads, dx, out.value, out.grads, norms
+
+    alone = jax.jit(run)(params, state, x, dy)
+    sharded = jax.jit(run)(*everywhere(params, state), *split(x, dy))
+    assert relative(sharded, alone) <= 1e-12
+    for grads in (sharded[2], sharded[5]):
+        assert all(g.sharding.is_fully_replicated for g in jax.tree.leaves(grads))
+    if not case.tokens:
+        assert jax.typeof(sharded[3]).sharding.spec[0] == "example"
+
+
+@pytest.mark.parametrize("case", [param for param in EACH if param.values[0].context.key is None])
+def test_a_batch_within_shard_map_is_one_batch(x64, case):
+    params, state, x, dy = drawn(case)
+
+    def local(params, state, x, dy):
+        (value, _), grads = fnbp.value_and_grad(case.layer, LOSS)(params, state, x, dy, case.context)
+        (_, _), automatic = fnbp.automatic_value_and_grad(case.layer, LOSS)(params, state, x, dy, case.context)
+        norms = jnp.zeros(len(x))
+        if jax.tree.leaves(params):
+            norms = fnbp.per_example_norms(case.layer, LOSS)(params, state, x, dy, case.context)
+        return jax.lax.pmean(value, "example"), grads, automatic, norms
+
+    over = P("example")
+    specs = {"in_specs": (P(), P(), over, over), "out_specs": (P(), P(), P(), over)}
+    run = jax.jit(jax.shard_map(local, mesh=mesh(), **specs))  # check_vma is on by default
+    args = (*everywhere(params, state), *split(x, dy))
+    if case.mixes:
+        with pytest.raises(
+            ValueError, match="batch_norm: within shard_map it would see the examples of one device only"
+        ):
+            run(*args)
+        return
+    value, grads, automatic, norms = run(*args)
+    (one, _), whole = jax.jit(fnbp.value_and_grad(case.layer, LOSS))(params, state, x, dy, case.context)
+    # as with jax.grad, the gradient of the devices' means added up: 4 times that of the mean
+    assert relative(value, one) <= 1e-12 and relative(jax.tree.map(lambda g: g / 4, grads), whole) <= 1e-12
+    assert relative(grads, automatic) <= 1e-12
+    if jax.tree.leaves(params):
+        assert (
+            relative(norms, jax.jit(fnbp.per_example_norms(case.layer, LOSS))(params, state, x, dy, case.context))
+            <= 1e-12
+        )
+
+
+@pytest.mark.parametrize("loss", ["labels", "distributions", "ignored", "binary", "squared", "from_jax"])
+def test_losses_over_explicit_axes(x64, loss):
+    rng = np.random.default_rng(0)
+    a, labels = jnp.asarray(rng.standard_normal((8, 3, 5))), jnp.asarray(rng.integers(0, 5, (8, 3)))
+    shares = jnp.asarray(rng.dirichlet(np.ones(5), (8, 3)))
+    make, y = {
+        "labels": (fnbp.softmax_cross_entropy(), labels),
+        "distributions": (fnbp.softmax_cross_entropy(label_smoothing=0.1), shares),
+        "ignored": (fnbp.softmax_cross_entropy(ignore_index=2, reduce="tokens"), labels),
+        "binary": (fnbp.binary_cross_entropy(from_logits=True), shares),
+        "squared": (fnbp.mean_squared_error(), shares),
+        "from_jax": (fnbp.loss_from_jax(lambda p, t: (p - t) ** 4), shares),
+    }[loss]
+    run = jax.jit(fnbp.backprop(fnbp.serial(fnbp.dense(5)), make))
+    params, state = fnbp.serial(fnbp.dense(5)).init(jax.random.key(0), a)
+    alone, sharded = run(params, state, a, y), run(*everywhere(params, state), *split(a, y))
+    assert relative(sharded, alone) <= 1e-12
+
+
+def test_gpt_over_explicit_axes_with_and_without_a_mesh_in_context():
+    net = fnbp.models.gpt(11, 8, 2, 2, 4)
+    text = jax.random.randint(jax.random.key(0), (8, 8), 0, 11)
+    params, state = net.init(jax.random.key(1), text)
+    run = jax.jit(fnbp.value_and_grad(net, fnbp.softmax_cross_entropy()))
+    alone = run(params, state, text, text)
+    args = (*everywhere(params, state), *split(text, text))
+    assert relative(run(*args), alone) <= 1e-5
+    with jax.set_mesh(mesh()):
+        assert relative(run(*args), alone) <= 1e-5
+
+
+def test_to_jax_within_shard_map_has_the_cotangents_of_plain_jax(x64):
+    layer = fnbp.scan(fnbp.gru_cell(3))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5, 2)))
+    params, state = layer.init(jax.random.key(0), x)
+
+    def plain(params, x):
+        return layer.forward(params, state, x, fnbp.Context())[0]
+
+    def gradient(apply):
+        def local(params, x):
+            return jax.grad(lambda params, x: jnp.sum(apply(params, x) ** 2), (0, 1))(params, x)
+
+        specs = {"in_specs": (P(), P("example")), "out_specs": (P(), P("example"))}
+        return jax.jit(jax.shard_map(local, mesh=mesh(), **specs))(*everywhere(params), *split(x))
+
+    assert relative(gradient(fnbp.to_jax(layer)), gradient(plain)) <= 1e-12
+
+
+def test_a_batch_over_explicit_axes_trains_outside_jit_too():
+    net = fnbp.serial(fnbp.dense(3))
+    x = jnp.ones((8, 5))
+    params, state = net.init(jax.random.key(0), x)
+    y = jnp.arange(8) % 3
+    run = fnbp.value_and_grad(net, fnbp.softmax_cross_entropy())
+    assert relative(run(*everywhere(params, state), *split(x, y)), run(params, state, x, y)) <= 1e-6
