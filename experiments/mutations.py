@@ -58,7 +58,16 @@ class Module(NamedTuple):
     functions: tuple[str, ...]
 
 
-OTHERS = ("losses.py", "combinators.py", "scanning.py", "wrappers.py", "factor.py", "compound.py")
+OTHERS = (
+    "losses.py",
+    "reduction.py",
+    "chain.py",
+    "combinators.py",
+    "scanning.py",
+    "wrappers.py",
+    "factor.py",
+    "compound.py",
+)
 
 
 def files() -> list[str]:

@@ -17,6 +17,7 @@ from fnbp.reduction import (
     check_smoothing,
     check_weights,
     counted,
+    only,
     share,
     shares,
     summed_up,
@@ -124,11 +125,13 @@ def softmax_cross_entropy(
 
     def forward(a: Float[Array, "m *s k"], y, mask=None) -> tuple[Float[Array, " m"], tuple]:
         check(a, y, mask)
+        counts = counted(mask, y, ignore_index) if is_labels(a, y) else mask
+        a, y = only(counts, a), only(counts, y)
         log_y_hat, y_hat = softmax_parts(wide(a))
         v = weighed(y_hat, y, w, label_smoothing)
         losses = -by_example(at_label, log_y_hat, y) if v is None else cross_entropy(v, log_y_hat)
         losses = jnp.where(is_good(a, y), losses, jnp.nan)
-        at = shares(reduce, losses, counted(mask, y, ignore_index) if is_labels(a, y) else mask)
+        at = shares(reduce, losses, counts)
         return summed_up(at, losses), (y_hat, y, at, like(a))
 
     def backward(res: tuple) -> Float[Array, "m *s k"]:
@@ -252,8 +255,10 @@ def elementwise(
 
     def forward(p: Float[Array, "m *n"], t, mask=None) -> tuple[Float[Array, " m"], tuple]:
         check(p, t, mask)
+        counts = counted(mask, t, ignore_index)
+        p, t = only(counts, p), only(counts, t)
         losses = loss(wide(p), t)
-        at = shares(reduce, losses, counted(mask, t, ignore_index))
+        at = shares(reduce, losses, counts)
         return summed_up(at, losses), (p, t, at)
 
     def backward(res: tuple) -> Float[Array, "m *n"]:

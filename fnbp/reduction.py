@@ -53,6 +53,13 @@ def counted(mask: Any, target: Any, ignore_index: Any) -> Any:
     return kept & mask.reshape(*mask.shape, *[1] * (kept.ndim - mask.ndim))
 
 
+def only(counts: Any, a: jax.Array) -> jax.Array:
+    """a, and 0 where it does not count: what stands there may be NaN, and 0 times NaN is NaN."""
+    if counts is None:
+        return a
+    return jnp.where(counts.reshape(*counts.shape, *[1] * (a.ndim - counts.ndim)), a, jnp.zeros((), a.dtype))
+
+
 def check_reduce(name: str, reduce: Any) -> None:
     """ValueError unless reduce is "examples" or "tokens"."""
     choose(f"reduce of {name}", reduce, {"examples": 0, "tokens": 0})

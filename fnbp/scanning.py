@@ -62,7 +62,7 @@ def repeat(layer: Layer, n: int) -> Layer:
 
         with located(inside):
             check_values(layer, params[0], state[0], x, ctx)
-            y, (states, saved) = lax.scan(turn, x, (params[0], state[0], keys_of(ctx, n)))
+            y, (states, saved) = lax.scan(turn, x, (params[0], state[0], keys_of(ctx, n)), length=n)
         return y, (states,), (saved,)
 
     def backward(params, res, dy):
@@ -71,7 +71,7 @@ def repeat(layer: Layer, n: int) -> Layer:
             return dx, factors
 
         with located(inside):
-            dx, factors = lax.scan(turn, dy, (params[0], res[0]), reverse=True)
+            dx, factors = lax.scan(turn, dy, (params[0], res[0]), length=n, reverse=True)
         return (jax.tree.map(stacked, factors, is_leaf=is_open),), dx
 
     return Layer(init, forward, backward, name, (layer,), Repeat(n), traits=traits_of(layer, mask_of(layer)))

@@ -67,7 +67,113 @@ def pairs(*shape, low=-2.0, high=2.0):
     return lambda rng: (rng.uniform(low, high, shape), rng.uniform(0, 1, shape))
 
 
+def over(losses, counts, reduce="examples"):
+    """The mean of losses over what counts: of each example, or of the batch."""
+    axes = tuple(range(1, losses.ndim))
+    many = counts.sum(axes) if reduce == "examples" else counts.sum() / len(losses)
+    return (losses * counts).sum(axes) / np.maximum(many, 1e-300)
+
+
+def over_labels(reduce, ignored):
+    def of(a, y):
+        kept = y != ignored
+        losses = -np.take_along_axis(special.log_softmax(a, -1), np.where(kept, y, 0)[..., None], -1)[..., 0]
+        return over(losses, kept, reduce)
+
+    return of
+
+
+def torch_over(reduce, ignored):
+    def of(F, a, y):
+        losses = F.cross_entropy(a.movedim(-1, 1), y, reduction="none", ignore_index=ignored)
+        counts = (y != ignored).double()
+        many = counts.sum(1) if reduce == "examples" else counts.sum() / len(y)
+        return losses.sum(1) / many
+
+    return of
+
+
+WEIGHTS = np.array([0.5, 2.0, 0.0, 1.0, 3.0])
+
+
+def smoothed(a, y, s=0.1, w=WEIGHTS):
+    q = np.eye(a.shape[-1])[y] if y.ndim < a.ndim else y
+    q = (1 - s) * q + s / a.shape[-1]
+    return own(-(w * q * special.log_softmax(a, -1)).sum(-1))
+
+
+def torch_smoothed(F, a, y):
+    w, target = a.new_tensor(WEIGHTS), y if y.ndim < a.ndim else y.movedim(-1, 1)
+    return own(F.cross_entropy(a.movedim(-1, 1), target, weight=w, label_smoothing=0.1, reduction="none"))
+
+
+def bce_weighted(z, y, w=np.array([0.5, 3.0, 1.0])):
+    y = 0.8 * y + 0.1
+    return own(w * y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z))
+
+
+def torch_bce_weighted(F, z, y):
+    w = z.new_tensor([0.5, 3.0, 1.0])
+    return own(F.binary_cross_entropy_with_logits(z, 0.8 * y + 0.1, pos_weight=w, reduction="none"))
+
+
 CASES = (
+    *(
+        Case(
+            f"ignored_by_{reduce}",
+            fnbp.softmax_cross_entropy(ignore_index=-1, reduce=reduce),
+            lambda r: (logits(7, 3, 5)(r), r.integers(-1, 5, (7, 3))),
+            over_labels(reduce, -1),
+            torch_over(reduce, -1),
+        )
+        for reduce in ("examples", "tokens")
+    ),
+    Case(
+        "weighted_and_smoothed",
+        fnbp.softmax_cross_entropy(weights=WEIGHTS, label_smoothing=0.1),
+        lambda r: (logits(7, 3, 5)(r), r.integers(0, 5, (7, 3))),
+        smoothed,
+        torch_smoothed,
+    ),
+    Case(
+        "weighted_and_smoothed_soft",
+        fnbp.softmax_cross_entropy(weights=WEIGHTS, label_smoothing=0.1),
+        lambda r: (logits(7, 5)(r), soft(r, 7, 5)),
+        smoothed,
+        torch_smoothed,
+    ),
+    Case(
+        "bce_weighted_and_smoothed",
+        fnbp.binary_cross_entropy(from_logits=True, pos_weight=[0.5, 3.0, 1.0], label_smoothing=0.2),
+        pairs(7, 3, low=-9),
+        bce_weighted,
+        torch_bce_weighted,
+    ),
+    Case(
+        "bce_ignored_at_positions",
+        fnbp.binary_cross_entropy(ignore_index=-1),
+        lambda r: (r.uniform(0.1, 0.9, (7, 3, 2)), r.integers(-1, 2, (7, 3, 2)).astype(float)),
+        lambda p, y: over(-np.log(np.where(y > 0, p, 1 - p)), y != -1),
+        lambda F, p, y: (
+            (F.binary_cross_entropy(p, y.clip(0), reduction="none") * (y != -1)).sum((1, 2)) / (y != -1).sum((1, 2))
+        ),
+    ),
+    Case(
+        "bce_ignored",
+        fnbp.binary_cross_entropy(from_logits=True, ignore_index=-1),
+        lambda r: (logits(7, 3)(r), r.integers(-1, 2, (7, 3)).astype(float)),
+        lambda z, y: over(np.logaddexp(0, z) - y * z, y != -1),
+        lambda F, z, y: (
+            (F.binary_cross_entropy_with_logits(z, y, reduction="none") * (y != -1)).sum(1) / (y != -1).sum(1).clip(1)
+        ),
+    ),
+    Case(
+        "from_jax",
+        fnbp.loss_from_jax(lambda p, t: (p - t) ** 2, "mine"),
+        pairs(7, 3),
+        lambda p, t: own((p - t) ** 2),
+        lambda F, p, t: own(F.mse_loss(p, t, reduction="none")),
+    ),
     Case("labels", CE, lambda r: (logits(7, 11)(r), r.integers(0, 11, 7)), by_labels, torch_ce),
     Case("labels_at_positions", CE, lambda r: (logits(7, 3, 5)(r), r.integers(0, 5, (7, 3))), by_labels, torch_ce),
     Case("labels_on_a_grid", CE, lambda r: (logits(5, 2, 3, 7)(r), r.integers(0, 7, (5, 2, 3))), by_labels, torch_ce),
@@ -392,3 +498,88 @@ def test_labels_of_a_narrow_integer_type_have_the_same_gradient_for_many_classes
     losses, delta = both(a, np.array([-1, 5, 127], np.int8))
     assert np.isnan(losses).tolist() == [True, False, False]
     assert relative(delta[1:], both(a, np.array([0, 5, 127]))[1][1:]) <= 1e-6
+
+
+# --- values that only jit sees, digits, options ---
+
+
+BAD = [
+    pytest.param(CE, jnp.zeros((3, 5)), jnp.array([0, 5, 1]), id="label_too_large"),
+    pytest.param(CE, jnp.zeros((3, 5)), jnp.array([0, -1, 1]), id="negative_label"),
+    pytest.param(CE, jnp.zeros((3, 2)), jnp.array([[0.5, 0.5], [0.0, 0.0], [1.0, 0.0]]), id="sum_of_zero"),
+    pytest.param(CE, jnp.zeros((3, 2)), jnp.array([[0.5, 0.5], [1.5, -0.5], [1.0, 0.0]]), id="negative_share"),
+    pytest.param(BCE, jnp.full((3, 1), 0.5), jnp.array([[0.0], [1.5], [1.0]]), id="target_above_1"),
+    pytest.param(BCE, jnp.array([[0.5], [1.5], [0.5]]), jnp.ones((3, 1)), id="prediction_above_1"),
+    pytest.param(LOGITS, jnp.zeros((3, 1)), jnp.array([[0.0], [-0.5], [1.0]]), id="target_below_0"),
+    pytest.param(MSE, jnp.zeros((3, 1)), jnp.array([[0.0], [jnp.nan], [1.0]]), id="target_of_nan"),
+]
+
+
+@pytest.mark.parametrize(("loss", "p", "y"), BAD)
+def test_a_bad_value_that_only_jit_sees_is_nan_in_loss_and_gradient(loss, p, y):
+    losses, dp = jax.jit(lambda p, y: (loss.forward(p, y)[0], backward(loss, p, y)))(p, y)
+    assert np.isnan(losses).tolist() == [False, True, False]
+    assert np.isnan(dp).all(-1).tolist() == [False, True, False]
+    assert np.isfinite(dp[::2]).all()
+
+
+@pytest.mark.parametrize("z", [5.0, 10.0, 15.0, 20.0, 40.0, 80.0])
+def test_confident_and_right_predictions_keep_their_digits(z):
+    due = np.log1p(np.exp(-z)), -special.expit(-z)
+    losses = {"binary": (LOGITS, jnp.full((1, 1), z), jnp.ones((1, 1)))}
+    losses["labels"] = CE, jnp.array([[0.0, z]]), jnp.array([1])
+    losses["one_hot"] = CE, jnp.array([[0.0, z]]), jnp.array([[0.0, 1.0]])
+    for name, (loss, a, y) in losses.items():
+        np.testing.assert_allclose(loss.forward(a, y)[0][0], due[0], rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(backward(loss, a, y)[0, -1], due[1], rtol=1e-6, err_msg=name)
+    y = fnbp.log_softmax().forward({}, {}, jnp.array([[0.0, z]]), fnbp.Context())[0]
+    np.testing.assert_allclose(y[0, 1], -due[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: fnbp.softmax_cross_entropy(ignore_index=1.5),
+            TypeError,
+            "ignore_index must be a whole number or None",
+        ),
+        (lambda: fnbp.softmax_cross_entropy(label_smoothing=1.0), ValueError, r"label_smoothing must be in \[0, 1\)"),
+        (lambda: fnbp.softmax_cross_entropy(label_smoothing=np.nan), ValueError, r"label_smoothing must be"),
+        (lambda: fnbp.softmax_cross_entropy(weights=[1, -1]), ValueError, "weights must be one number or a row"),
+        (lambda: fnbp.softmax_cross_entropy(weights="a"), TypeError, "weights must be numbers, got str 'a'"),
+        (lambda: fnbp.softmax_cross_entropy(reduce="sum"), ValueError, "unknown reduce of softmax_cross_entropy 'sum'"),
+        (lambda: fnbp.binary_cross_entropy(pos_weight=np.inf), ValueError, "pos_weight must be one number or a row"),
+        (lambda: fnbp.binary_cross_entropy("yes"), TypeError, "from_logits must be a bool"),
+        (lambda: fnbp.mean_squared_error("mean"), ValueError, "unknown reduce of mean_squared_error 'mean'"),
+        (lambda: fnbp.loss_from_jax(MSE), TypeError, "loss_from_jax: a function .* is expected"),
+        (
+            lambda: fnbp.softmax_cross_entropy(weights=[1, 2]).forward(jnp.zeros((2, 3)), jnp.zeros(2, int)),
+            ValueError,
+            r"weights of shape \(2,\) are for other classes",
+        ),
+        (
+            lambda: fnbp.loss_from_jax(lambda p, t: jnp.mean(p), "avg").forward(jnp.zeros((2, 3)), None),
+            ValueError,
+            r"avg: expected one loss an example, \(2, ...\), got shape \(\): the mean over the batch is taken later",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_loss_of_optax_is_a_loss_here():
+    optax = pytest.importorskip("optax")
+    loss = fnbp.loss_from_jax(optax.softmax_cross_entropy_with_integer_labels)
+    a, y = jnp.asarray(np.random.default_rng(0).standard_normal((7, 5)), jnp.float32), jnp.arange(7) % 5
+    assert relative((loss.forward(a, y)[0], backward(loss, a, y)), (CE.forward(a, y)[0], backward(CE, a, y))) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "loss", [fnbp.softmax_cross_entropy(ignore_index=0), fnbp.softmax_cross_entropy(ignore_index=0, reduce="tokens")]
+)
+def test_a_batch_of_ignored_labels_has_loss_0_and_no_gradient(loss):
+    a, y = jnp.full((2, 3, 5), jnp.inf), jnp.zeros((2, 3), int)
+    assert not loss.forward(a, y)[0].any() and not backward(loss, a, y).any()
