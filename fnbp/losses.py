@@ -22,7 +22,7 @@ from fnbp.reduction import (
     shares,
     summed_up,
 )
-from fnbp.sums import complement, like, softmax_parts, wide
+from fnbp.sums import complement, like, log_total, wide
 
 SUM_TOLERANCE = 1e-3  # how far the sum of soft labels may be from 1
 
@@ -127,21 +127,26 @@ def softmax_cross_entropy(
         check(a, y, mask)
         counts = counted(mask, y, ignore_index) if is_labels(a, y) else mask
         a, y = only(counts, a), only(counts, y)
-        log_y_hat, y_hat = softmax_parts(wide(a))
-        v = weighed(y_hat, y, w, label_smoothing)
-        losses = -by_example(at_label, log_y_hat, y) if v is None else cross_entropy(v, log_y_hat)
-        losses = jnp.where(is_good(a, y), losses, jnp.nan)
-        at = shares(reduce, losses, counts)
-        return summed_up(at, losses), (y_hat, y, at, like(a))
-
-    def backward(res: tuple) -> Float[Array, "m *s k"]:
-        y_hat, y, at, like_a = res
+        M, r = log_total(wide(a))
+        # behind the barrier, or the compiler keeps every e^(a - M) of r's sum for this line
+        y_hat = jnp.exp(wide(a) - jax.lax.optimization_barrier(M)) / (1 + r)
         v = weighed(y_hat, y, w, label_smoothing)
         if v is None:
-            da = jnp.where(hot(y, y_hat.shape[-1]), -complement(y_hat), y_hat)
+            losses = jnp.log1p(r[..., 0]) - (by_example(at_label, wide(a), y) - M[..., 0])
+        else:
+            losses = cross_entropy(v, (wide(a) - M) - jnp.log1p(r))
+        losses = jnp.where(is_good(a, y), losses, jnp.nan)
+        at = shares(reduce, losses, counts)
+        return summed_up(at, losses), (y_hat, r, y, at, like(a))
+
+    def backward(res: tuple) -> Float[Array, "m *s k"]:
+        y_hat, r, y, at, like_a = res
+        v = weighed(y_hat, y, w, label_smoothing)
+        if v is None:
+            da = by_example(minus_one_hot, y_hat, r, y)
         else:
             # y_hat sum v - v, whose difference has no digits where both are near 1
-            da = y_hat * (jnp.sum(v, -1, keepdims=True) - v) - v * complement(y_hat)
+            da = y_hat * (jnp.sum(v, -1, keepdims=True) - v) - v * complement(y_hat, r)
         da = jnp.where(is_good(y_hat, y)[..., None], da, jnp.nan)
         return share(at, da).astype(like_a.dtype)
 
@@ -168,6 +173,14 @@ def cross_entropy(v: jax.Array, log_y_hat: jax.Array) -> jax.Array:
 def hot(y: jax.Array, k: int) -> jax.Array:
     """True at the label: (..., k). A label outside 0..k-1 has none."""
     return y.astype(int)[..., None] == jnp.arange(k)
+
+
+def minus_one_hot(y_hat: jax.Array, r: jax.Array, y: jax.Array) -> jax.Array:
+    """y_hat - one_hot(y), touching one number a position; a label outside 0..k-1 touches none."""
+    k = y_hat.shape[-1]
+    label = jnp.where(y < 0, k, y.astype(int)).ravel()
+    set_in = jax.vmap(lambda row, r, i: row.at[i].set(-complement(row.at[i].get(mode="clip"), r[0]), mode="drop"))
+    return set_in(y_hat.reshape(-1, k), r.reshape(-1, 1), label).reshape(y_hat.shape)
 
 
 def at_label(a: jax.Array, y: jax.Array) -> jax.Array:

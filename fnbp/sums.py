@@ -37,21 +37,20 @@ def left(x: jax.Array, centre: tuple[jax.Array, jax.Array], counts: jax.Array | 
     return less if counts is None else jnp.where(counts, less, 0)
 
 
-def softmax_parts(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log softmax(a) and softmax(a) over the last axis.
+def log_total(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """M and r, so that log sum e^a = M + log(1 + r), over the last axis, which stays as an axis of 1.
 
-        log y_hat_j = a_j - M - log(1 + r)      M = max a, r = the sum of e^(a_j - M) over all but one a_j = M
+        M = max a      r = the sum of e^(a_j - M) over all but one a_j = M
 
-    Not log(sum), which rounds r away where it is small: the loss of a confident and right prediction.
+    Not log of the sum, which rounds r away where it is small: the loss of a confident and right prediction.
     """
-    shifted = a - jnp.max(a, -1, keepdims=True)
-    e = jnp.exp(shifted)
-    at_most = jnp.sum(shifted == 0, -1, keepdims=True, dtype=a.dtype)
-    r = jnp.sum(jnp.where(shifted == 0, 0, e), -1, keepdims=True) + (at_most - 1)
-    return shifted - jnp.log1p(r), e / (1 + r)
+    M = jnp.max(a, -1, keepdims=True)
+    whole = jnp.sum(jnp.exp(a - M), -1, keepdims=True)
+    again = jax.lax.optimization_barrier(M)  # or the compiler keeps every e^(a - M) between the two sums
+    others = jnp.sum(jnp.where(a < again, jnp.exp(a - again), 0), -1, keepdims=True)
+    return M, jnp.where(whole < 1.5, others, whole - 1)  # below 1.5 one a_j alone is M
 
 
-def complement(p: jax.Array) -> jax.Array:
-    """1 - p for distributions p over the last axis; near p = 1, where 1 - p loses its digits, the sum of the others."""
-    most = p > 0.5
-    return jnp.where(most, jnp.sum(jnp.where(most, 0, p), -1, keepdims=True), 1 - p)
+def complement(p: jax.Array, r: jax.Array) -> jax.Array:
+    """1 - p of p = softmax(a), with the r of log_total(a): near p = 1 it is r / (1 + r), which keeps its digits."""
+    return jnp.where(p > 0.5, r / (1 + r), 1 - p)

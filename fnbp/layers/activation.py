@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from fnbp.checks import check_is, check_number, choose
 from fnbp.layer import Layer, parameterless
-from fnbp.sums import softmax_parts, wide
+from fnbp.sums import log_total, wide
 
 X = Float[Array, "*s"]
 
@@ -219,7 +219,8 @@ def log_softmax() -> Layer:
     """
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
-        y, _ = softmax_parts(wide(x))
+        M, r = log_total(wide(x))
+        y = (wide(x) - M) - jnp.log1p(r)
         return y.astype(x.dtype), (y,)
 
     def backward(res: tuple, dy: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
