@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_floating, check_is, concrete, describe
+from fnbp.checks import check_floating, check_is, describe
 from fnbp.masks import check_truth, of_queries
 from fnbp.placement import by_example
 from fnbp.reduction import (
-    check_ignored,
+    check_options,
     check_reduce,
-    check_smoothing,
     check_weights,
     counted,
     only,
@@ -23,8 +22,15 @@ from fnbp.reduction import (
     summed_up,
 )
 from fnbp.sums import complement, like, log_total, wide
-
-SUM_TOLERANCE = 1e-3  # how far the sum of soft labels may be from 1
+from fnbp.targets import (
+    check_classes,
+    check_distributions,
+    check_labels,
+    check_unit_interval,
+    in_unit_interval,
+    is_good,
+    is_labels,
+)
 
 
 class Loss(NamedTuple):
@@ -110,9 +116,7 @@ def softmax_cross_entropy(
               makes the loss and the gradient NaN.
     """
     name = "softmax_cross_entropy"
-    check_ignored(name, ignore_index)
-    check_smoothing(name, label_smoothing)
-    check_reduce(name, reduce)
+    check_options(name, ignore_index, label_smoothing, reduce)
     w = check_weights(name, "weights", weights)
 
     def check(a, y, mask=None):
@@ -128,8 +132,7 @@ def softmax_cross_entropy(
         counts = counted(mask, y, ignore_index) if is_labels(a, y) else mask
         a, y = only(counts, a), only(counts, y)
         M, r = log_total(wide(a))
-        # behind the barrier, or the compiler keeps every e^(a - M) of r's sum for this line
-        y_hat = jnp.exp(wide(a) - jax.lax.optimization_barrier(M)) / (1 + r)
+        y_hat = softmax_of(wide(a), M, r)
         v = weighed(y_hat, y, w, label_smoothing)
         if v is None:
             losses = jnp.log1p(r[..., 0]) - (by_example(at_label, wide(a), y) - M[..., 0])
@@ -142,11 +145,7 @@ def softmax_cross_entropy(
     def backward(res: tuple) -> Float[Array, "m *s k"]:
         y_hat, r, y, at, like_a = res
         v = weighed(y_hat, y, w, label_smoothing)
-        if v is None:
-            da = by_example(minus_one_hot, y_hat, r, y)
-        else:
-            # y_hat sum v - v, whose difference has no digits where both are near 1
-            da = y_hat * (jnp.sum(v, -1, keepdims=True) - v) - v * complement(y_hat, r)
+        da = by_example(minus_one_hot, y_hat, r, y) if v is None else minus(y_hat, r, v)
         da = jnp.where(is_good(y_hat, y)[..., None], da, jnp.nan)
         return share(at, da).astype(like_a.dtype)
 
@@ -163,6 +162,17 @@ def weighed(y_hat: jax.Array, y: jax.Array, w: np.ndarray | None, s: float) -> j
     q = y.astype(y_hat.dtype)
     q = (1 - s) * q + s / k if s else q
     return q if w is None else jnp.asarray(w, q.dtype) * q
+
+
+def softmax_of(a: jax.Array, M: jax.Array, r: jax.Array) -> jax.Array:
+    """softmax(a), with the M and r of log_total(a)."""
+    # behind the barrier, or the compiler keeps every e^(a - M) of r's sum for this line
+    return jnp.exp(a - jax.lax.optimization_barrier(M)) / (1 + r)
+
+
+def minus(y_hat: jax.Array, r: jax.Array, v: jax.Array) -> jax.Array:
+    """y_hat sum v - v, written so that it keeps its digits where both are near 1."""
+    return y_hat * (jnp.sum(v, -1, keepdims=True) - v) - v * complement(y_hat, r)
 
 
 def cross_entropy(v: jax.Array, log_y_hat: jax.Array) -> jax.Array:
@@ -187,69 +197,6 @@ def at_label(a: jax.Array, y: jax.Array) -> jax.Array:
     """a[..., y]; NaN for a label outside 0..k-1, a negative one among them."""
     y = jnp.where(y < 0, a.shape[-1], y.astype(int))
     return jnp.take_along_axis(a, y[..., None], -1, mode="fill", fill_value=jnp.nan)[..., 0]
-
-
-def is_labels(a: Any, y: Any) -> bool:
-    """True where y holds one number a position, not one a class."""
-    return y.ndim == a.ndim - 1
-
-
-def is_good(a: jax.Array, y: jax.Array) -> jax.Array:
-    """For each position, whether y is a label, or a distribution."""
-    if is_labels(a, y):
-        return (y >= 0) & (y.astype(int) >= 0) & (y.astype(int) < a.shape[-1])
-    return (jnp.abs(jnp.sum(wide_of(y), -1) - 1) <= tolerance(y)) & jnp.all(y >= 0, -1)
-
-
-def wide_of(y: jax.Array) -> jax.Array:
-    """y as floating point numbers of at least float32."""
-    return wide(y) if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(jnp.float32)
-
-
-def tolerance(y: Any) -> float:
-    """How far the sum of a distribution may be from 1."""
-    return max(SUM_TOLERANCE, float(jnp.finfo(y.dtype).eps) if jnp.issubdtype(y.dtype, jnp.floating) else 0)
-
-
-def check_classes(name: str, a: Any, y: Any, w: np.ndarray | None) -> None:
-    """ValueError unless a, y and the weights of the classes fit each other."""
-    if a.ndim < 2:
-        raise ValueError(f"{name}: prediction must be (m, ..., k), got shape {a.shape}")
-    if not hasattr(y, "dtype") or y.shape not in (a.shape[:-1], a.shape):
-        came = f"shape {y.shape}" if hasattr(y, "shape") else describe(y)
-        raise ValueError(
-            f"{name}: target has {came}; prediction of shape {a.shape} needs "
-            f"integer labels {a.shape[:-1]} or distributions {a.shape}"
-        )
-    if w is not None and w.shape != a.shape[-1:]:
-        raise ValueError(
-            f"{name}: weights of shape {w.shape} are for other classes; a of shape {a.shape} has {a.shape[-1]}"
-        )
-
-
-def check_labels(name: str, y: Any, k: int, counts: Any) -> None:
-    """TypeError unless y is of integers; ValueError for one outside 0..k-1 at a position that counts."""
-    if not jnp.issubdtype(y.dtype, jnp.integer):
-        raise TypeError(f"{name}: labels must be integers, got {describe(y)}")
-    if concrete(y) and (counts is None or concrete(counts)):
-        y = np.asarray(y)
-        bad = ((y < 0) | (y >= k)) & (True if counts is None else np.asarray(counts))
-        for first in np.argwhere(bad)[:1].tolist():
-            raise ValueError(f"{name}: label {y[tuple(first)]} at index {first} is outside 0..{k - 1}")
-
-
-def check_distributions(name: str, y: Any, counts: Any) -> None:
-    """ValueError for soft labels that are negative or do not sum to 1, at a position that counts."""
-    if concrete(y) and (counts is None or concrete(counts)):
-        allowed = tolerance(y)
-        y = np.asarray(y, float)
-        bad = ~((abs(y.sum(-1) - 1) <= allowed) & (y >= 0).all(-1))
-        bad = bad if counts is None else bad & np.broadcast_to(np.asarray(counts), bad.shape)
-        for first in np.argwhere(bad)[:1].tolist():
-            row = y[tuple(first)]
-            raise ValueError(
-                f"{name}: soft labels at index {first} are no distribution: sum {row.sum():.6g}, least {row.min():.6g}"
-            )
 
 
 # --- of numbers ---
@@ -281,23 +228,6 @@ def elementwise(
     return Loss(forward, backward, name, check, takes_mask=True)
 
 
-def check_unit_interval(name: str, what: str, x: Any, counts: Any, hint: str = "") -> None:
-    """ValueError for a number outside [0, 1], NaN among them, at a position that counts."""
-    if concrete(x) and (counts is None or concrete(counts)):
-        x = np.asarray(x)
-        bad = ~((x >= 0) & (x <= 1))
-        if counts is not None:
-            counts = np.asarray(counts)
-            bad = bad & counts.reshape(*counts.shape, *[1] * (bad.ndim - counts.ndim))
-        for first in np.argwhere(bad)[:1].tolist():
-            raise ValueError(f"{name}: {what} {x[tuple(first)]} at index {first} is outside [0, 1]{hint}")
-
-
-def in_unit_interval(a: jax.Array) -> jax.Array:
-    """Where a is in [0, 1]."""
-    return (a >= 0) & (a <= 1)
-
-
 def binary_cross_entropy(
     from_logits: bool = False,
     pos_weight: Any = None,
@@ -323,9 +253,7 @@ def binary_cross_entropy(
     """
     name = "binary_cross_entropy"
     check_is(name, "from_logits", from_logits, bool)
-    check_smoothing(name, label_smoothing)
-    check_ignored(name, ignore_index)
-    check_reduce(name, reduce)
+    check_options(name, ignore_index, label_smoothing, reduce)
     given = check_weights(name, "pos_weight", pos_weight)
 
     def check(p, t, counts):

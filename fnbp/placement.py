@@ -6,6 +6,7 @@ Elsewhere these functions are the plain ones.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,21 @@ def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
 def reshaped(x: jax.Array, *shape: int) -> jax.Array:
     """x.reshape(shape), whose first axis is x's or a part of it."""
     return by_example(lambda x: x.reshape(shape), x)
+
+
+def rows_of(a: jax.Array, rows: jax.Array) -> jax.Array:
+    """The examples of a at rows, over the devices as a's are if they fill them, else on all."""
+
+    def take(a, rows):
+        return jnp.take(a, rows, 0, mode="clip")
+
+    at = placement(a)
+    if at is None:
+        return take(a, rows)
+    axis = at.spec[0]
+    names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+    devices = math.prod(at.mesh.shape[name] for name in names)
+    return placed(take, at, PartitionSpec(axis if rows.shape[0] % devices == 0 else None))(a, rows)
 
 
 def zeros_beside(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -85,6 +85,13 @@ def check_weights(name: str, what: str, weights: Any) -> np.ndarray | None:
     return array
 
 
+def check_options(name: str, ignore_index: Any, label_smoothing: Any, reduce: Any) -> None:
+    """ValueError or TypeError for an option out of range."""
+    check_ignored(name, ignore_index)
+    check_smoothing(name, label_smoothing)
+    check_reduce(name, reduce)
+
+
 def check_ignored(name: str, ignore_index: Any) -> None:
     """TypeError unless ignore_index is a whole number or None."""
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer))):

@@ -1,7 +1,5 @@
 """Training: the loop of the document's section 3.2, steps 1 to 5, on the device, with any optax transformation."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from fnbp.backpropagation import value_and_grad
-from fnbp.checks import check_finite, check_is, check_key, check_size
 from fnbp.layer import Context, Layer
-from fnbp.loop import CAPACITY, Carry, compiled_loop, copy, evaluation, last_finite, mean_loss, permutation
+from fnbp.loop import (
+    CAPACITY,
+    Carry,
+    compiled_loop,
+    copy,
+    evaluation,
+    is_finite_by_leaf,
+    last_finite,
+    once,
+    permutation,
+)
 from fnbp.losses import Loss
+from fnbp.progress import Stop, bar, stoppable
+from fnbp.requests import (
+    arrays_of,
+    check_callables,
+    check_data,
+    check_opt_state,
+    check_optimizer,
+    check_request,
+    check_steps,
+    check_threshold,
+    check_traced,
+)
 
 CALL_SECONDS = 0.2  # how long one call of the compiled loop is meant to take, and Ctrl-C to wait
 
@@ -48,11 +67,12 @@ class Best(NamedTuple):
 class Fit(NamedTuple):
     """Where training ended.
 
-    params, state, opt_state   as reached, all finite
+    params, state, opt_state   as reached, all finite; opt_state may hold infinities that it began with
     step      how many updates were made of them
-    stopped   "steps", "threshold", "patience", "non-finite" or "interrupt"
+    stopped   "steps", "threshold", "patience", "non-finite", "interrupt" (Ctrl-C), "terminated" (SIGTERM), or "error"
     message   the same in a sentence
     best      of the validations, or None without validation
+    waited    how many validations in a row brought no new least loss
     """
 
     params: Any
@@ -63,6 +83,7 @@ class Fit(NamedTuple):
     stopped: str
     message: str
     best: Best | None
+    waited: int = 0
 
 
 def fit(
@@ -83,6 +104,7 @@ def fit(
     patience: int | None = None,
     opt_state: Any = None,
     start: int = 0,
+    resume: Fit | None = None,
     gradient: Callable = value_and_grad,
     progress: bool = True,
     callback: Callable[[int, float], None] | None = None,
@@ -93,95 +115,109 @@ def fit(
         params := params + optimizer(gradient of J on the next batch)
 
     An epoch is a fresh permutation of the examples, drawn on the device from key; examples that do not fill the last
-    batch sit that epoch out. Many steps run in one compiled call; nothing is recompiled after the first.
+    batch sit that epoch out. Many steps run in one compiled call; nothing is recompiled after the first, nor in a later
+    fit of the same net, loss, optimizer and gradient.
 
     Stops:   steps (or epochs) are done; a batch's loss is at most threshold; patience validations in a row bring no
-             new least loss; a loss is not finite (the last finite parameters are handed back); Ctrl-C.
-    Options: validation: (x, y) measured after each epoch. opt_state, start: go on from an earlier Fit, its opt_state
-             and step. gradient: another maker of gradients, such as fnbp.automatic_value_and_grad. callback: called
-             between compiled calls with the step and its loss. on_epoch: called after each epoch with the step, the
-             params and the state, which the next step overwrites: measure them, or copy them.
+             new least loss; something is not finite (the last finite parameters are handed back); Ctrl-C or SIGTERM. An
+             exception, of a callback for one, bears what was reached in its attribute fit.
+    Options: validation: (x, y) measured after each epoch. steps, epochs: counted from start, in addition to what was
+             done before. resume: an earlier Fit, from which opt_state, start, best and the validations waited are
+             taken; params and state are usually its own. opt_state, start: the same by hand, but for best. gradient:
+             another maker of gradients, such as fnbp.automatic_value_and_grad. callback: called between compiled calls
+             with the step and its loss. on_epoch: called after each epoch with the step, the params and the state,
+             which the next step overwrites: measure them, or copy them.
     Memory:  the data, and twice params, state and opt_state: one set is kept to go back to.
     Source:  the document, section 3.2.
-    Raises:  ValueError or TypeError before the first step, for sizes, targets, keys or data that do not fit.
+    Raises:  ValueError or TypeError before the first step, for sizes, targets, keys or data that do not fit, the values
+             of tokens, lengths and labels among them.
     """
-    check_is("fit", "net", net, Layer)
-    check_is("fit", "loss", loss, Loss)
-    check_is("fit", "optimizer", optimizer, optax.GradientTransformation)
-    params, state, x, y = jax.tree.map(jnp.asarray, (params, state, x, y))
-    examples = check_request(net, loss, params, state, x, y, key, batch_size, validation, patience)
-    if start < 0:
-        raise ValueError(f"fit: start must be at least 0, got {start}")
-    batches = examples // batch_size
-    last = start + total_steps(steps, epochs, batches)
-    optimizer = optax.with_extra_args_support(optimizer)
-    run = compiled_loop(gradient(net, loss), mean_loss(net, loss), optimizer, batch_size, batches)
-    key_order, key_layers = jax.random.split(key)
-    order = jax.jit(permutation, static_argnums=2)(key_order, start // batches, examples)
-    opt_state = optimizer.init(params) if opt_state is None else check_opt_state(optimizer, params, opt_state)
-    carry = copy(Carry(params, state, opt_state, jnp.asarray(start)))
-    rule = Rule(start, last, batches, -np.inf if threshold is None else threshold, patience)
-    evaluate = evaluation(net, loss, *validation) if validation is not None else None
-    watch = Watch(evaluate, on_epoch, callback, progress)
-    return drive(run, (carry, order), (x, y, key_order, key_layers), rule, watch)
+    with nothing_lost(Reached(params, state, opt_state, start)) as reached, stoppable() as stop:
+        check_traced(params, state, x, y, key)
+        check_optimizer(optimizer)
+        check_request(net, loss, params, key, batch_size, patience, validation)
+        check_callables(gradient=gradient, callback=callback, on_epoch=on_epoch)
+        resume = resumed(resume, opt_state, start)
+        data, held_out = data_of(net, loss, params, state, (x, y), validation, key, batch_size)
+        rule = rule_of(resume.step, steps, epochs, threshold, patience, examples_of(data) // batch_size)
+        run = once(compiled_loop, net, loss, gradient, optimizer, int(batch_size), rule.batches, CAPACITY)
+        at, data = set_out(params, state, optimizer, resume, data, key, rule)
+        reached.begin(at[0], resume)
+        evaluate = evaluation(net, loss, *held_out) if held_out is not None else None
+        return drive(run, at, data, rule, Watch(evaluate, on_epoch, callback, progress), reached, stop)
 
 
-def check_opt_state(optimizer: optax.GradientTransformation, params: Any, opt_state: Any) -> Any:
-    """opt_state; ValueError where it is of another optimizer, or of other params."""
-    due = jax.eval_shape(optimizer.init, params)
-    if jax.tree.structure(opt_state) != jax.tree.structure(due):
-        raise ValueError(f"fit: opt_state is of another optimizer or net: got {kinds(opt_state)}, due {kinds(due)}")
-    for a, b in zip(jax.tree.leaves(opt_state), jax.tree.leaves(due), strict=True):
-        if jnp.shape(a) != b.shape:
-            raise ValueError(f"fit: opt_state is of other params: an entry has shape {jnp.shape(a)}, due {b.shape}")
-    return opt_state
-
-
-def kinds(state: Any) -> str:
-    """The names of the types in a state: (ScaleByAdamState, EmptyState)."""
-    if type(state) is tuple:
-        return f"({', '.join(map(kinds, state))})"
-    return type(state).__name__
-
-
-def check_request(net, loss, params, state, x, y, key, batch_size, validation, patience) -> int:
-    """How many examples there are; ValueError or TypeError for what fit cannot start with."""
-    check_key("fit", key)
-    check_size("fit", "batch_size", batch_size)
-    check_finite("fit", "params", params)
-    examples = check_data("training data", net, loss, params, state, x, y)
+def data_of(
+    net: Layer, loss: Loss, params: Any, state: Any, data: Any, validation: Any, key: Any, batch_size: int
+) -> tuple[Any, Any]:
+    """The data and those held out, as arrays that fit net and loss."""
+    data = arrays_of("training data", *data)
+    examples = check_data("training data", net, loss, params, state, *data, Context(key, train=True))
     if batch_size > examples:
         raise ValueError(f"fit: batch_size {batch_size} is more than the {examples} examples")
     if validation is not None:
-        check_data("validation data", net, loss, params, state, *validation)
-    if patience is not None:
-        check_size("fit", "patience", patience)
-        if validation is None:
-            raise ValueError("fit: patience needs validation=(x, y)")
-    return examples
+        validation = arrays_of("validation data", *validation)
+        check_data("validation data", net, loss, params, state, *validation, Context())
+    return data, validation
 
 
-def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any) -> int:
-    """How many examples there are; ValueError or TypeError where the data do not fit each other, net or loss."""
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((x, y))}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise ValueError(f"fit: {what} need equally many examples, at least 1; got {sorted(sizes)}")
-    check_finite("fit", f"{what}: x", x)
-    check_finite("fit", f"{what}: y", y)
-    prediction = jax.eval_shape(lambda p, s, x: net.forward(p, s, x, Context())[0], params, state, x)
-    loss.check(prediction, y)
-    return sizes.pop()[0]
+def examples_of(data: Any) -> int:
+    """How many examples there are."""
+    return jax.tree.leaves(data)[0].shape[0]
 
 
-def total_steps(steps: Any, epochs: Any, batches: int) -> int:
-    """How many steps were asked for; ValueError unless by exactly one of the two."""
-    if (steps is None) == (epochs is None):
-        raise ValueError("fit: give steps or epochs, one of the two")
-    if steps is not None:
-        check_size("fit", "steps", steps)
-        return steps
-    check_size("fit", "epochs", epochs)
-    return epochs * batches
+def set_out(
+    params: Any, state: Any, optimizer: Any, resume: "Resumed", data: Any, key: jax.Array, rule: "Rule"
+) -> tuple[tuple[Carry, jax.Array], Any]:
+    """Where the compiled loop begins, in buffers of its own, and the data as it takes them."""
+    params, state = jax.tree.map(jnp.asarray, (params, state))
+    fresh = optimizer.init(params)
+    opt_state = fresh if resume.opt_state is None else check_opt_state(optimizer, params, resume.opt_state)
+    key_order, key_layers = jax.random.split(key)
+    order = permuted(key_order, rule.start // rule.batches, examples_of(data))
+    carry = copy(Carry(params, state, opt_state, jnp.asarray(rule.start, jnp.int32)))
+    return (carry, order), (*data, key_order, key_layers, jnp.asarray(is_finite_by_leaf(fresh), bool))
+
+
+def rule_of(start: Any, steps: Any, epochs: Any, threshold: Any, patience: int | None, batches: int) -> "Rule":
+    """When to stop, of what was asked for."""
+    last = check_steps(start, steps, epochs, batches)
+    return Rule(int(start), last, batches, check_threshold(threshold), patience)
+
+
+@contextmanager
+def nothing_lost(reached: "Reached") -> Iterator["Reached"]:
+    """An exception of the training, or Ctrl-C before it, bears what was reached in its attribute fit."""
+    try:
+        yield reached
+    except BaseException as error:
+        if reached.training or isinstance(error, KeyboardInterrupt):
+            error.fit = reached.fit("error", f"{type(error).__name__} after step {reached.step}")  # type: ignore[attr-defined]
+            error.add_note(f"fit: what was reached, until step {reached.step}, is in this exception's attribute fit")
+        raise
+
+
+permuted = jax.jit(permutation, static_argnums=2)
+
+
+class Resumed(NamedTuple):
+    """Where a fit goes on from."""
+
+    opt_state: Any
+    step: int
+    best: Best | None
+    waited: int
+
+
+def resumed(resume: Any, opt_state: Any, start: Any) -> Resumed:
+    """Where to go on from; TypeError for what is no Fit, ValueError if the same is told twice."""
+    if resume is None:
+        return Resumed(opt_state, start, None, 0)
+    if not isinstance(resume, Fit):
+        raise TypeError(f"fit: resume must be a Fit, what an earlier fit returned; got {type(resume).__name__}")
+    if opt_state is not None or not isinstance(start, int) or start:
+        raise ValueError("fit: resume brings opt_state and start along; give either resume or these")
+    return Resumed(resume.opt_state, resume.step, resume.best, resume.waited)
 
 
 class Rule(NamedTuple):
@@ -207,51 +243,96 @@ class Watch(NamedTuple):
         return self.evaluate is not None or self.on_epoch is not None
 
 
-def drive(run, at: tuple[Carry, jax.Array], data, rule: Rule, watch: Watch) -> Fit:
+class Reached:
+    """What training has reached at any moment: alive whatever is donated, consistent whenever it is asked."""
+
+    def __init__(self, params: Any, state: Any, opt_state: Any, start: Any):
+        self.began, self.training = time.perf_counter(), False
+        self.now = ((params, state, opt_state), start, 0)  # values; their step; how many calls brought them
+        self.losses: list[np.ndarray] = []
+        self.validations: list[tuple[int, float]] = []
+        self.best: Best | None = None
+        self.waited = 0
+
+    def begin(self, carry: Carry, resume: Resumed) -> None:
+        """From here on there is something to lose."""
+        self.now = ((carry.params, carry.state, carry.opt_state), int(resume.step), 0)
+        self.best, self.waited, self.training = resume.best, resume.waited, True
+
+    @property
+    def step(self) -> int:
+        return self.now[1]
+
+    def advance(self, carry: Carry, step: int, losses: np.ndarray) -> None:
+        """A call is over. now changes in one piece, so that an exception finds the one or the other."""
+        self.losses.append(losses)
+        self.now = ((carry.params, carry.state, carry.opt_state), step, len(self.losses))
+
+    def hold(self, carry: Carry) -> None:
+        """The same values in other buffers: those that were handed out are about to be donated."""
+        self.now = ((carry.params, carry.state, carry.opt_state), *self.now[1:])
+
+    def measure(self, measured: float) -> None:
+        """A validation is over."""
+        (params, state, _), step, _ = self.now
+        self.validations.append((step, measured))
+        self.waited += 1
+        if np.isfinite(measured) and (self.best is None or measured < self.best.loss):
+            self.best, self.waited = Best(copy(params), copy(state), step, measured), 0
+
+    def fit(self, stopped: str, message: str) -> Fit:
+        """All of it, as it is handed back."""
+        (params, state, opt_state), step, calls = self.now
+        steps, measured = zip(*self.validations, strict=True) if self.validations else ((), ())
+        losses = np.concatenate(self.losses[:calls]) if calls else np.zeros(0, np.float32)
+        seconds = time.perf_counter() - self.began
+        history = History(losses, np.asarray(steps, int), np.asarray(measured, float), seconds)
+        return Fit(params, state, opt_state, step, history, stopped, message, self.best, self.waited)
+
+
+def drive(
+    run: Callable, at: tuple[Carry, jax.Array], data: Any, rule: Rule, watch: Watch, reached: Reached, stop: Stop
+) -> Fit:
     """Call the compiled loop until a stopping condition holds, and keep what it brings."""
-    began, step, pace, waited, stopped = time.perf_counter(), rule.start, 1, 0, ""
-    losses: list[np.ndarray] = []
-    validations: list[tuple[int, float]] = []
-    best = None
-    with interruptible() as interrupted, bar(rule, watch.progress) as show:
+    step, pace, final, stopped = rule.start, 1, np.nan, stop.reason
+    with bar(rule.start, rule.last, watch.progress, Progress) as show:
         while not stopped:
             limit = min(step + pace, rule.last)
             if watch.epochs:
                 limit = min(limit, (step // rule.batches + 1) * rule.batches)
             kept, called = copy(at), time.perf_counter()
+            reached.hold(kept[0])
             carry, order, got, is_finite = run(*at, data, np.int32(limit), jnp.asarray(rule.threshold, float))
-            at, reached = (carry, order), int(carry.step)
-            losses.append(np.asarray(got)[: reached - step])
-            final = float(losses[-1][-1])
+            at, done = (carry, order), int(carry.step)
+            losses = np.asarray(got)[: done - step]
+            final, step, asked = float(losses[-1]), done, limit - step
             if not (is_finite and np.isfinite(final)):
-                at, stopped = last_finite(run, kept, data, reached), "non-finite"
-            elif final <= rule.threshold:
-                stopped = "threshold"
-            at_end = stopped != "non-finite" and (reached % rule.batches == 0 or reached == rule.last)
-            if at_end and watch.on_epoch is not None:
-                watch.on_epoch(reached, carry.params, carry.state)
-            if at_end and watch.evaluate is not None:
-                measured = watch.evaluate(carry.params, carry.state)
-                validations.append((reached, measured))
-                waited += 1
-                if np.isfinite(measured) and (best is None or measured < best.loss):
-                    best, waited = Best(copy(carry.params), copy(carry.state), reached, measured), 0
-                if waited == rule.patience:
-                    stopped = stopped or "patience"
-            show(reached, final, validations)
+                at, stopped = last_finite(run, kept, data, done), "non-finite"
+            reached.advance(at[0], int(at[0].step), losses)
+            if not stopped:
+                stopped = "threshold" if final <= rule.threshold else ""
+                if step % rule.batches == 0 or step == rule.last:
+                    out_of_patience = end_of_epoch(watch, rule, reached)  # the epoch that stops is measured too
+                    stopped = stopped or out_of_patience
+            show(step, final, reached.validations)
             if watch.callback is not None:
-                watch.callback(reached, final)
-            stopped = stopped or ("steps" if reached == rule.last else "interrupt" if interrupted.is_set() else "")
-            if limit - step == pace and time.perf_counter() - called < CALL_SECONDS:
+                watch.callback(step, final)
+            stopped = stopped or ("steps" if step == rule.last else stop.reason)
+            if asked == pace and time.perf_counter() - called < CALL_SECONDS:
                 pace = min(2 * pace, CAPACITY)
-            step = reached
-    steps, measured = (np.asarray(column) for column in zip(*validations, strict=True)) if validations else ((), ())
-    history = History(
-        np.concatenate(losses), np.asarray(steps, int), np.asarray(measured, float), time.perf_counter() - began
-    )
-    carry, ended = at[0], int(at[0].step)
-    message = explain(stopped, step, ended, final, rule)
-    return Fit(carry.params, carry.state, carry.opt_state, ended, history, stopped, message, best)
+    return reached.fit(stopped, explain(stopped, step, reached.step, final, rule))
+
+
+def end_of_epoch(watch: Watch, rule: Rule, reached: Reached) -> str:
+    """Show and measure what an epoch has brought; "patience" if that has run out, else ""."""
+    (params, state, _), step, _ = reached.now
+    if watch.on_epoch is not None:
+        watch.on_epoch(step, params, state)
+    if watch.evaluate is not None:
+        reached.measure(watch.evaluate(params, state))
+        if reached.waited == rule.patience:
+            return "patience"
+    return ""
 
 
 def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> str:
@@ -262,42 +343,6 @@ def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> st
         "threshold": f"the loss of step {step} is {final:.6g}, at most the threshold {rule.threshold:.6g}",
         "patience": f"no new least validation loss in {rule.patience} validations, at step {step}",
         "interrupt": f"interrupted after step {step}",
+        "terminated": f"terminated after step {step}",
         "non-finite": f"step {step} is not finite, {cause}; these parameters are of step {ended}",
     }[stopped]
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a compiled call ends and its result is kept; a second Ctrl-C raises."""
-    pressed = threading.Event()
-
-    def handler(signum, frame):
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield pressed
-        return
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextmanager
-def bar(rule: Rule, shown: bool) -> Iterator[Callable]:
-    """A progress bar with the loss and steps/s: show(step, loss, validations)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeRemainingColumn(), disable=not shown) as progress:
-        task = progress.add_task("training", total=rule.last - rule.start, rate="")
-        began = time.perf_counter()
-
-        def show(step, loss, validations):
-            rate = f"{(step - rule.start) / (time.perf_counter() - began):,.0f} steps/s"
-            measured = f" validation {validations[-1][1]:.4f}" if validations else ""
-            progress.update(task, completed=step - rule.start, description=f"loss {loss:.4f}{measured}", rate=rate)
-
-        yield show

@@ -209,8 +209,9 @@ def check_lengths(x: Any) -> tuple[Any, Any]:
         raise ValueError(f"ragged: x of shape {x.shape} needs lengths of shape {x.shape[:1]}, got {lengths.shape}")
     T = x.shape[1]
     if concrete(lengths):
-        for i in np.flatnonzero((np.asarray(lengths) < 0) | (np.asarray(lengths) > T))[:1].tolist():
-            raise ValueError(f"ragged: length {lengths[i]} of example {i} is outside 0..{T}, the positions of x")
+        n = np.asarray(lengths)
+        for i in np.flatnonzero((n < 0) | (n > T))[:1].tolist():
+            raise ValueError(f"ragged: length {n[i]} of example {i} is outside 0..{T}, the positions of x")
     return x, lengths
 
 

@@ -20,7 +20,7 @@ AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacr
 DIFFERENTIATORS = {"comparison", "measurement", "interop"}  # modules, and a package
 FLOORS = (  # imports run down these, one way
     {"checks", "rendering", "placement", "sums"},
-    {"masks", "windows", "initialisers", "reduction"},
+    {"masks", "windows", "initialisers", "reduction", "targets"},
     {"layer", "factor"},
     {"compound"},
     {"dense", "activation", "convolution", "pooling", "norm", "dropout", "embedding", "recurrent", "attention"},
@@ -28,7 +28,7 @@ FLOORS = (  # imports run down these, one way
     {"blocks"},
     {"models"},
     {"backpropagation"},
-    {"interop", "loop"},
+    {"interop", "loop", "progress", "requests"},
     {"measurement", "training", "arrays"},
     {"unit", "report", "figure"},
     {"probes", "hints"},

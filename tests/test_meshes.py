@@ -150,3 +150,22 @@ def test_a_batch_over_explicit_axes_trains_outside_jit_too():
     y = jnp.arange(8) % 3
     run = fnbp.value_and_grad(net, fnbp.softmax_cross_entropy())
     assert relative(run(*everywhere(params, state), *split(x, y)), run(params, state, x, y)) <= 1e-6
+
+
+@pytest.mark.parametrize("batch_size", [8, 6])
+def test_fit_trains_on_data_that_are_split_over_explicit_axes(batch_size):
+    import optax
+
+    net = fnbp.serial(fnbp.dense(4), fnbp.tanh(), fnbp.dense(3))
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.standard_normal((24, 5)), jnp.float32), jnp.asarray(rng.integers(0, 3, 24))
+    params, state = net.init(jax.random.key(0), x)
+    options = {"optimizer": optax.adam(0.01), "key": jax.random.key(1), "batch_size": batch_size, "epochs": 2}
+
+    def run(params, state, x, y):
+        loss = fnbp.softmax_cross_entropy()
+        return fnbp.fit(net, loss, params, state, x, y, **options, progress=False, validation=(x, y))
+
+    alone, sharded = run(params, state, x, y), run(*everywhere(params, state), *split(x, y))
+    assert relative(sharded.params, alone.params) <= 1e-5
+    assert relative(sharded.history.validation_loss, alone.history.validation_loss) <= 1e-5

@@ -1,5 +1,9 @@
 """The models: their gradients, their trainings, their sizes, and what they refuse."""
 
+import inspect
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,3 +118,46 @@ def test_an_image_too_small_for_lenet_is_refused_and_the_place_is_named():
     with pytest.raises(ValueError, match=r"conv\(16, \(5, 5\)\): the kernel spans") as told:
         fnbp.models.lenet().init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
     assert "lenet[3].conv(16, (5, 5))" in "\n".join([str(told.value), *told.value.__notes__])
+
+
+def readme_step(net):
+    """The README's training step, as it stands there, for a net."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = re.search(r"<!-- training step -->\n```python\n(.*?)```", readme, re.S)[1]
+    code = block.partition("\n\ntrained")[0]
+    room = {"jax": jax, "fnbp": fnbp, "net": net, "loss": fnbp.softmax_cross_entropy()}
+    exec(compile(code, "README.md", "exec"), room)
+    return room["step"], room["optimizer"]
+
+
+LONG = jax.random.randint(jax.random.key(0), (6, 5), 0, 7)
+STEPS = {
+    "mlp": (fnbp.models.mlp(5, 3), (6, 4)),
+    "lenet": (fnbp.models.lenet(3), (6, 28, 28, 1)),
+    "resnet": (fnbp.models.resnet(8, 3, 2), (6, 8, 8, 3)),
+    "lstm_classifier": (fnbp.models.lstm_classifier(4, 3, 2, rate=0.5), (6, 5, 2)),
+    "gru_classifier": (fnbp.models.gru_classifier(4, 3, 2, rate=0.5), (6, 5, 2)),
+    "gpt": (fnbp.models.gpt(7, 5, 1, 1, 4, rate=0.5), None),
+}
+
+
+def test_every_model_has_a_training_step():
+    own = {name: f for name, f in vars(fnbp.models).items() if getattr(f, "__module__", "") == "fnbp.models"}
+    assert set(STEPS) == {name for name in own if name != "classifier" and inspect.isfunction(own[name])}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_readmes_training_step_trains_every_model(name):
+    net, shape = STEPS[name]
+    x = LONG if shape is None else jax.random.normal(jax.random.key(1), shape)
+    y = jnp.roll(x, -1, 1) if shape is None else jnp.arange(6) % 3
+    params, state = net.init(jax.random.key(0), x)
+    step, optimizer = readme_step(net)
+    opt_state = optimizer.init(params)
+    draws = any(leaf.traits.draws for _, leaf in fnbp.leaves(net))
+    values = {}
+    for key in (2, 3):
+        after, new, _, value = step(params, state, opt_state, x, y, jax.random.key(key))
+        assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((after, new, value)))
+        values[key] = float(value)
+    assert (values[2] != values[3]) == draws

@@ -139,7 +139,10 @@ class Unregistered(fnbp.Sum):
 
 
 FACTORS = [
-    (lambda dy, x: fnbp.Sum((dy * x).reshape(5, 2, 1) * jnp.ones(2)), r"table: params\['g'\] has shape \(2, 2\), its gradient \(2,\)"),
+    (
+        lambda dy, x: fnbp.Sum((dy * x).reshape(5, 2, 1) * jnp.ones(2)),
+        r"table: params\['g'\] has shape \(2, 2\), its gradient \(2,\)",
+    ),
     (lambda dy, x: fnbp.Outer(dy[:3], x[:3]), r"per_example of its Outer \(3, 2, 2\): expected \(5, 2, 2\)"),
     (lambda dy, x: Crossed(dy, x), r"per_example of its Crossed \(2, 5, 2\): expected \(5, 2, 2\): is the example"),
     (lambda dy, x: fnbp.PerExample(dy), r"table: params\['g'\] has shape \(2, 2\), its gradient \(2,\)"),
@@ -160,7 +163,7 @@ def test_a_factor_that_does_not_fit_is_refused_by_every_contraction(contract, ma
 def test_a_factor_that_jax_does_not_know_is_told_how():
     net = fnbp.serial(fnbp.bias()._replace(backward=lambda params, res, dy: ({"b": Unregistered(dy)}, dy)))
     x = jnp.ones((5, 2))
-    with pytest.raises(TypeError, match="register Unregistered with @jax.tree_util.register_dataclass"):
+    with pytest.raises(TypeError, match=r"register Unregistered with @jax.tree_util.register_dataclass"):
         fnbp.per_example_norms(net, MSE)(*net.init(jax.random.key(0), x), x, x)
 
 
@@ -172,13 +175,13 @@ def test_a_factor_without_d_or_methods_says_what_it_lacks():
             pass
 
     with pytest.raises(TypeError, match=r"Nameless: a Factor needs a field d, the error, \(m, ...\), or a property"):
-        Nameless().examples
+        assert Nameless().examples
 
     class Half(fnbp.Factor):
         def total(self):
             return 0
 
-    with pytest.raises(TypeError, match="abstract methods? .*per_example.*scaled.*sq_norms"):
+    with pytest.raises(TypeError, match=r"abstract methods? .*per_example.*scaled.*sq_norms"):
         Half()
 
 

@@ -19,6 +19,8 @@ def dropout(rate: float) -> Layer:
 
         y = x keep / (1 - rate)      keep ~ Bernoulli(1 - rate)      dx = dy keep / (1 - rate)
 
+    Within shard_map each device draws by its key: fold in jax.lax.axis_index.
+
     Shapes: x, y (...); saved keep, one truth value for each x, in training alone.
     Source: Srivastava et al. 2014, JMLR 15, section 4, scaled in training as in section 10 of the same.
     Raises: ValueError for a rate outside [0, 1), and in training without Context.key; TypeError for a key that is none.
