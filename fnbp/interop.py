@@ -101,7 +101,8 @@ class Automatic(Factor):
         return jax.tree.leaves(self.d)[0].shape[0]
 
     def total(self) -> jax.Array:
-        return self.pull(*self.inputs, self.d) if self.gradient is None else self.gradient
+        params, state, x, ctx = self.inputs
+        return self.pull(params, state, x, ctx, self.d) if self.gradient is None else self.gradient
 
     @each_example
     def per_example(self) -> jax.Array:

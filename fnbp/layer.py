@@ -12,7 +12,8 @@ import numpy as np
 from fnbp.checks import check_key, check_params, check_returned, choose
 from fnbp.masks import RULES, Rule, kept, refused
 
-MIXES = ("never", "training", "always")
+Mixes = Literal["never", "training", "always"]
+MIXES: tuple[Mixes, ...] = ("never", "training", "always")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Traits:
     """
 
     mask: Rule = refused
-    mixes: Literal["never", "training", "always"] = "never"
+    mixes: Mixes = "never"
     draws: bool = False
     alone: bool = False
     carries: bool = False
@@ -167,7 +168,7 @@ def parameterless(forward: Callable, backward: Callable, name: str, mask: str | 
 def traits_of(layer: Layer, mask: Rule, carries: bool = False) -> Traits:
     """The traits of a layer made of one other, with a rule of its own for the mask."""
     inside = [leaf.traits for _, leaf in leaves(layer)]
-    mixes = max((traits.mixes for traits in inside), key=MIXES.index, default="never")
+    mixes = MIXES[max((MIXES.index(traits.mixes) for traits in inside), default=0)]
     return Traits(mask, mixes, any(traits.draws for traits in inside), layer.traits.alone and not carries, carries)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from fnbp.checks import as_arrays, check_finite, check_is, check_key, check_size, describe
 from fnbp.layer import Context, Layer, mask_behind
@@ -26,7 +27,7 @@ def check_traced(*trees: Any) -> None:
                 f"fit: training data: x must be an array that holds all examples, got {type(tree).__name__}: fit takes "
                 "no iterable of batches"
             )
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
         raise TypeError(
             "fit: it is a Python loop, which cannot run under jit or vmap; for an ensemble write a training step with "
             "fnbp.value_and_grad and vmap that"

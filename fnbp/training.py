@@ -137,12 +137,12 @@ def fit(
         check_optimizer(optimizer)
         check_request(net, loss, params, key, batch_size, patience, validation)
         check_callables(gradient=gradient, callback=callback, on_epoch=on_epoch)
-        resume = resumed(resume, opt_state, start)
+        begun = resumed(resume, opt_state, start)
         data, held_out = data_of(net, loss, params, state, (x, y), validation, key, batch_size)
-        rule = rule_of(resume.step, steps, epochs, threshold, patience, examples_of(data) // batch_size)
+        rule = rule_of(begun.step, steps, epochs, threshold, patience, examples_of(data) // batch_size)
         run = once(compiled_loop, net, loss, gradient, optimizer, int(batch_size), rule.batches, CAPACITY)
-        at, data = set_out(params, state, optimizer, resume, data, key, rule)
-        reached.begin(at[0], resume)
+        at, data = set_out(params, state, optimizer, begun, data, key, rule)
+        reached.begin(at[0], begun)
         evaluate = evaluation(net, loss, *held_out) if held_out is not None else None
         return drive(run, at, data, rule, Watch(evaluate, on_epoch, callback, progress), reached, stop)
 
@@ -151,14 +151,14 @@ def data_of(
     net: Layer, loss: Loss, params: Any, state: Any, data: Any, validation: Any, key: Any, batch_size: int
 ) -> tuple[Any, Any]:
     """The data and those held out, as arrays that fit net and loss."""
-    data = arrays_of("training data", *data)
-    examples = check_data("training data", net, loss, params, state, *data, Context(key, train=True))
+    x, y = arrays_of("training data", *data)
+    examples = check_data("training data", net, loss, params, state, x, y, Context(key, train=True))
     if batch_size > examples:
         raise ValueError(f"fit: batch_size {batch_size} is more than the {examples} examples")
     if validation is not None:
-        validation = arrays_of("validation data", *validation)
-        check_data("validation data", net, loss, params, state, *validation, Context())
-    return data, validation
+        validation = at, due = arrays_of("validation data", *validation)
+        check_data("validation data", net, loss, params, state, at, due, Context())
+    return (x, y), validation
 
 
 def examples_of(data: Any) -> int:
@@ -248,7 +248,11 @@ class Reached:
 
     def __init__(self, params: Any, state: Any, opt_state: Any, start: Any):
         self.began, self.training = time.perf_counter(), False
-        self.now = ((params, state, opt_state), start, 0)  # values; their step; how many calls brought them
+        self.now: tuple[Any, int, int] = (
+            (params, state, opt_state),
+            start,
+            0,
+        )  # values; their step; how many calls brought them
         self.losses: list[np.ndarray] = []
         self.validations: list[tuple[int, float]] = []
         self.best: Best | None = None
