@@ -119,9 +119,9 @@ def check_factors(path: str, factors: Any, params: Any, m: int) -> None:
 def contracted(contract: Contraction, later: frozenset[str] = frozenset()) -> Callable[[str, Layer], Layer]:
     """For map_layers: a layer whose backward contracts its factors as soon as they exist; but for those at later, the
     paths of layers whose factors are still to be added to others. Only total can be added when it is done."""
-    for c in contract if isinstance(contract, tuple) else (contract,):
-        if not callable(c) and not isinstance(c, (tuple, WithPath)):
-            raise TypeError(f"contract must be a function of a factor, or a tuple of such, got {c!r}")
+    for c in contract if isinstance(contract, tuple) and not isinstance(contract, Layer) else (contract,):
+        if isinstance(c, Layer) or not (callable(c) or isinstance(c, (tuple, WithPath))):
+            raise TypeError(f"contract must be a function of a factor, or a tuple of such, got {describe(c)}")
 
     def at(path, layer):
         layer = checked(path, layer)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from fnbp.chain import serial
-from fnbp.checks import check_size
+from fnbp.checks import check_each, check_is, check_rate, check_size, describe
 from fnbp.combinators import parallel, skip
 from fnbp.layer import Layer
 from fnbp.layers.activation import gelu, identity, relu, silu
@@ -31,6 +31,8 @@ def residual(n_out: int, stride: int = 1, project: bool | None = None) -> Layer:
     Raises: ValueError where f and s do not return the same shape.
     """
     name = f"residual({n_out})" if stride == 1 else f"residual({n_out}, {stride})"
+    if project is not None:
+        check_is(name, "project", project, bool)
     normed = lambda *size: (conv(n_out, *size, W="he_normal", b=None), batch_norm())  # noqa: E731
     f = serial(*normed((3, 3), stride), relu(), *normed((3, 3)))
     s = serial(*normed((1, 1), stride)) if project or (project is None and stride > 1) else identity()
@@ -48,7 +50,9 @@ def gelu_mlp(
     Source:  Vaswani et al. 2017, arXiv:1706.03762, section 3.3; gelu: Hendrycks & Gimpel 2016, arXiv:1606.08415.
     Options: W, b, W_out: initialisers, of W1 and the biases, and of W2 where it is another; b=None: without.
     """
-    return serial(dense(hidden, W, b), gelu(), dense(n_out, W_out or W, b), name=f"gelu_mlp({hidden}, {n_out})")
+    return serial(
+        dense(hidden, W, b), gelu(), dense(n_out, W if W_out is None else W_out, b), name=f"gelu_mlp({hidden}, {n_out})"
+    )
 
 
 def swiglu(hidden: int, n_out: int, W: Maker = "glorot_uniform", W_out: Maker | None = None) -> Layer:
@@ -62,7 +66,7 @@ def swiglu(hidden: int, n_out: int, W: Maker = "glorot_uniform", W_out: Maker | 
     """
     gate = serial(dense(hidden, W, None), silu())
     both = parallel(gate, dense(hidden, W, None), join="product")
-    return serial(both, dense(n_out, W_out or W, None), name=f"swiglu({hidden}, {n_out})")
+    return serial(both, dense(n_out, W if W_out is None else W_out, None), name=f"swiglu({hidden}, {n_out})")
 
 
 def transformer_block(
@@ -94,8 +98,14 @@ def transformer_block(
         raise TypeError(
             f"transformer_block: norm must make a layer each time, layer_norm and not layer_norm(); got {norm.name}"
         )
+    if not callable(norm):
+        raise TypeError(f"transformer_block: norm must be a constructor, such as fnbp.layer_norm, got {describe(norm)}")
+    check_rate("transformer_block", rate)
+    check_is("transformer_block", "causal", causal, bool)
+    if mlp is not None:
+        check_is("transformer_block", "mlp", mlp, Layer)
     mlp = gelu_mlp(4 * width, width, W, b, W_out) if mlp is None else mlp
-    attend = attention(heads, kv_heads, causal, rotary, W, b, W_out or W)
+    attend = attention(heads, kv_heads, causal, rotary, W, b, W if W_out is None else W_out)
     noise = (dropout(rate),) if rate else ()
     branches = (skip(serial(norm(), layer, *noise)) for layer in (attend, mlp))
     return serial(*branches, name=f"transformer_block({width}, {heads})")
@@ -110,7 +120,7 @@ def bidirectional(cell: Layer, back: Layer | None = None) -> Layer:
     Source: Schuster & Paliwal 1997, IEEE Transactions on Signal Processing 45, Bidirectional recurrent neural networks.
     Options: back: the cell from last to first, one like the other where none is given. Its weights are its own.
     """
-    return parallel(scan(cell), scan(back or cell, reverse=True), join="concat")
+    return parallel(scan(cell), scan(cell if back is None else back, reverse=True), join="concat")
 
 
 def stacked(*cells: Layer, rate: float = 0.0) -> Layer:
@@ -125,5 +135,7 @@ def stacked(*cells: Layer, rate: float = 0.0) -> Layer:
     """
     if not cells:
         raise ValueError("stacked: at least one cell is due")
+    check_each("stacked", "stacked", cells, Layer)
+    check_rate("stacked", rate)
     scans = [layer for cell in cells for layer in (scan(cell), dropout(rate))]
     return serial(*(scans[:-1] if rate else scans[::2]), name="stacked")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fnbp.checks import check_is, check_key, check_parts, describe, located
+from fnbp.checks import check_each, check_key, check_name, check_parts, describe, located
 from fnbp.layer import Layer, Traits, mask_behind, shape_of
 from fnbp.masks import Rule
 
@@ -22,8 +22,8 @@ def serial(*layers: Layer, name: str = "serial") -> Layer:
     Source: the document, section 3.2, steps 1 and 3.
     Raises: ValueError where params or state are not of these layers; TypeError for a key, or a layer, that is none.
     """
-    for i, layer in enumerate(layers):
-        check_is(name, f"part {i}", layer, Layer)
+    check_name("serial", name)
+    check_each(name, "serial", layers, Layer)
     carry = Carry(name, layers)
 
     def init(key, x):

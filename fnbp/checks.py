@@ -1,8 +1,11 @@
 """What bad input meets: one place for the questions, so that every layer asks them in the same words."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -11,6 +14,8 @@ import numpy as np
 from jax.core import Tracer
 
 T = TypeVar("T")
+LARGEST = 2**31 - 1  # of a size: the axes of arrays are counted in int32
+LONGEST = 80  # characters of a value in a message
 
 
 @contextmanager
@@ -38,17 +43,34 @@ def check_key(name: str, key: Any) -> None:
 
 
 def check_size(name: str, what: str, value: Any) -> None:
-    """ValueError or TypeError unless value is a whole number of at least 1."""
+    """ValueError or TypeError unless value is a whole number of at least 1 that the axis of an array can have."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: {what} must be a whole number, got {value!r}")
+        raise TypeError(f"{name}: {what} must be a whole number, got {shown(value)}")
     if value < 1:
         raise ValueError(f"{name}: {what} must be at least 1, got {value}")
+    if value > LARGEST:
+        raise ValueError(f"{name}: {what} is too large, it must be at most {LARGEST}, got {value}")
 
 
 def check_number(name: str, what: str, value: Any) -> None:
-    """TypeError unless value is a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"{name}: {what} must be a number, got {value!r}")
+    """TypeError unless value is a number, ValueError unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: {what} must be a number, got {shown(value)}")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name}: {what} must be a finite number, got {shown(value)}")
+
+
+def check_rate(name: str, rate: Any) -> None:
+    """ValueError or TypeError unless rate, the probability that a number is dropped, is in [0, 1)."""
+    check_number(name, "rate", rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name}: rate must be in [0, 1), got {rate}")
+
+
+def check_name(name: str, given: Any) -> None:
+    """TypeError unless what a layer is to be called is a str."""
+    if not isinstance(given, str):
+        raise TypeError(f"{name}: name must be a str, got {describe(given)}")
 
 
 def check_positive(name: str, what: str, value: Any) -> None:
@@ -59,17 +81,102 @@ def check_positive(name: str, what: str, value: Any) -> None:
 
 
 def check_is(name: str, what: str, value: Any, kind: type) -> None:
-    """TypeError unless value is of that kind; a constructor that was not called is told so."""
+    """TypeError unless value is of that kind; the message says how to make one of what came."""
     if not isinstance(value, kind):
-        hint = f"; call it: {value.__name__}()" if callable(value) and hasattr(value, "__name__") else ""
-        raise TypeError(f"{name}: {what} must be a {kind.__name__}, got {describe(value)}{hint}")
+        raise TypeError(f"{name}: {what} must be a {kind.__name__}, got {describe(value)}{how_to_make(kind, value)}")
+
+
+def check_each(name: str, maker: str, values: tuple, kind: type) -> None:
+    """TypeError unless all values are of that kind; one list of them is told how the maker takes them."""
+    for i, value in enumerate(values):
+        if isinstance(value, (tuple, list, Iterator)) and value and not isinstance(value, kind):
+            plural = f"{kind.__name__.lower()}s"
+            raise TypeError(
+                f"{name}: part {i} must be a {kind.__name__}, got {describe(value)}; {maker} takes {plural} one by "
+                f"one: {maker}(*{plural})"
+            )
+        check_is(name, f"part {i}", value, kind)
+
+
+FROM_JAX = {
+    "Layer": "fnbp.from_jax(f) makes a Layer of a JAX function apply(params, x)",
+    "Loss": "fnbp.loss_from_jax(f) makes a Loss of a function (prediction, target) -> losses (m,)",
+}
+
+
+def how_to_make(kind: type, value: Any) -> str:
+    """For a function that came where a Layer or a Loss is expected: how to make one of it."""
+    name = getattr(value, "__name__", None)
+    if not callable(value) or not isinstance(name, str):
+        return ""
+    if makes(value, kind):
+        return f"; call it: {name}({'' if takes(value, 0) else '...'})"
+    hints = []
+    if makes(getattr(sys.modules.get("fnbp"), name, None), kind):
+        hints.append(f"fnbp.{name}() is the {kind.__name__.lower()} of that name")
+    elif kind.__name__ in FROM_JAX and inspect.isfunction(value) and not takes(value, 2):
+        hints.append(f"if it makes one, call it: {name}({'' if takes(value, 0) else '...'})")
+    hints += [FROM_JAX[kind.__name__]] if kind.__name__ in FROM_JAX else []
+    return "".join(f"; {hint}" for hint in hints)
+
+
+def makes(f: Any, kind: type) -> bool:
+    """True where f is that kind itself, or a function that says that it returns one."""
+    if isinstance(f, type):
+        return issubclass(f, kind)
+    returned = getattr(f, "__annotations__", {}).get("return")
+    return issubclass(returned, kind) if isinstance(returned, type) else returned == kind.__name__
+
+
+def takes(f: Callable, n: int) -> bool:
+    """True where f can be called with n positional arguments, and where nobody can tell."""
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*[None] * n)
+    except TypeError:
+        return False
+    return True
 
 
 def check_floating(name: str, what: str, x: Any) -> None:
     """TypeError unless x is an array of floating point numbers."""
-    dtype = getattr(x, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    if not of_kind(x, jnp.floating):
         raise TypeError(f"{name}: {what} must be a floating point array, got {describe(x)}")
+
+
+def check_array(name: str, what: str, x: Any) -> None:
+    """TypeError unless x is an array of numbers, or truth values, that JAX knows."""
+    if not (of_kind(x, np.number) or of_kind(x, np.bool_)):
+        raise TypeError(f"{name}: {what} must be an array, got {describe(x)}")
+
+
+def of_kind(x: Any, kind: Any) -> bool:
+    """True where x is an array, or the shape of one, and its numbers are of that kind."""
+    if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+        return False
+    try:
+        return bool(jnp.issubdtype(x.dtype, kind))
+    except TypeError:  # a dtype that NumPy does not know, such as PyTorch's
+        return False
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """TypeError unless dtype is one of floating point numbers."""
+    try:
+        floating = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(f"{name}: dtype must be a floating point dtype, got {shown(dtype)}")
+
+
+def check_last_axis(name: str, x: Any) -> None:
+    """ValueError unless an array has a last axis, of at least 1."""
+    if not x.shape or not x.shape[-1]:
+        raise ValueError(f"{name}: x must have a last axis of at least 1, got shape {tuple(x.shape)}")
 
 
 def check_finite(name: str, what: str, x: Any) -> None:
@@ -86,21 +193,33 @@ def check_finite(name: str, what: str, x: Any) -> None:
             raise ValueError(f"{name}: {what} has {len(bad)} non-finite values, the first {value} at index {first}")
 
 
-def check_params(name: str, params: Any, x: Any, due: Mapping[str, tuple[int, ...]]) -> None:
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_params(name: str, params: Any, x: Any, due: Shapes | Callable[[Any], Shapes]) -> None:
     """ValueError unless params is a dict of exactly these names and shapes, which are due for this x. TypeError unless
-    x is an array of floating point numbers."""
+    x is an array of floating point numbers. due may be a function of x, for an x that has a last axis."""
     check_floating(name, "x", x)
-    check_held(name, "params", params, due, f"x of shape {x.shape} needs")
+    if callable(due):
+        check_last_axis(name, x)
+        due = due(x)
+    check_held(name, "params", params, due, f"x of shape {x.shape} needs", first_channels(x.shape))
 
 
-def check_held(name: str, what: str, held: Any, due: Mapping[str, tuple[int, ...]], why: str = "it must be") -> None:
+def check_held(name: str, what: str, held: Any, due: Shapes, why: str = "it must be", hint: str = "") -> None:
     """ValueError unless what is held is a dict of exactly these names and shapes."""
     if not isinstance(held, Mapping) or set(held) != set(due):
-        came = sorted(held) if isinstance(held, Mapping) else type(held).__name__
+        came = sorted(map(str, held)) if isinstance(held, Mapping) else type(held).__name__
         raise ValueError(f"{name}: {what} must hold {sorted(due)}, got {came}: are these the {what} of another net?")
     for key, shape in due.items():
-        if jnp.shape(held[key]) != shape:
-            raise ValueError(f"{name}: {what}[{key!r}] has shape {jnp.shape(held[key])}, {why} {shape}")
+        if np.shape(held[key]) != shape:
+            raise ValueError(f"{name}: {what}[{key!r}] has shape {np.shape(held[key])}, {why} {shape}{hint}")
+
+
+def first_channels(shape: tuple[int, ...]) -> str:
+    """A hint for images that look as if their channels came first: (m, 3, 32, 32)."""
+    looks = len(shape) == 4 and 1 <= shape[1] <= 4 and shape[1] < shape[-1]
+    return "; channels are last: (m, height, width, channels)" if looks else ""
 
 
 def check_parts(name: str, what: str, tree: Any, count: int) -> None:
@@ -110,13 +229,13 @@ def check_parts(name: str, what: str, tree: Any, count: int) -> None:
         raise ValueError(f"{name}: {what} must have {count} entries, one a layer, got {came}: is it of another net?")
 
 
-def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
-    """table[name]; ValueError with the nearest names where there is none."""
+def choose(kind: str, name: Any, table: Mapping[str, T], where: str = "") -> T:
+    """table[name]; ValueError with the nearest names where there is none, and with who asks: "parallel: "."""
     if isinstance(name, str) and name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name).lower(), table, n=1)
+    near = difflib.get_close_matches(name.lower(), table, n=1) if isinstance(name, str) else []
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"unknown {kind} {name!r}{hint} There are: {', '.join(sorted(table))}")
+    raise ValueError(f"{where}unknown {kind} {shown(name)}{hint} There are: {', '.join(sorted(table))}")
 
 
 def check_returned(name: str, what: str, returned: Any, due: str) -> Any:
@@ -129,12 +248,34 @@ def check_returned(name: str, what: str, returned: Any, due: str) -> Any:
 
 def describe(x: Any) -> str:
     """A value in few words: dtype and shape of an array, the parts of a tuple, else type and name or value."""
+    return cut(described(x), 2 * LONGEST)
+
+
+def described(x: Any) -> str:
+    """As describe, at any length."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{x.dtype} of shape {tuple(x.shape)}"
-    if isinstance(x, (tuple, list)):
-        parts = ", ".join(map(describe, x[:3])) + (", ..." if len(x) > 3 else "")
+    if isinstance(x, Mapping):
+        keys = ", ".join(map(repr, list(x)[:3])) + (", ..." if len(x) > 3 else "")
+        return f"a {type(x).__name__} of {len(x)}: {keys}" if x else f"an empty {type(x).__name__}"
+    named = getattr(x, "__name__", None) or getattr(x, "name", None)
+    if isinstance(x, (tuple, list)) and not isinstance(named, str):
+        parts = ", ".join(map(described, x[:3])) + (", ..." if len(x) > 3 else "")
         return f"a {type(x).__name__} of {len(x)}: {parts}" if x else f"an empty {type(x).__name__}"
-    return f"{type(x).__name__} {getattr(x, '__name__', None) or getattr(x, 'name', None) or repr(x)}"
+    if is_dataclass(x) and not isinstance(x, type) and not named:
+        return f"{type(x).__name__} of {', '.join(f.name for f in fields(x)) or 'nothing'}"
+    return f"{type(x).__name__} {cut(str(named or repr(x)))}"
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, where that is short."""
+    return cut(repr(value))
+
+
+def cut(text: str, most: int = LONGEST) -> str:
+    """On one line, and no longer than a message bears."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def as_arrays(name: str, what: str, tree: Any) -> Any:

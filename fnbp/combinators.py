@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_floating, check_is, check_key, check_parts, choose, located
+from fnbp.checks import check_each, check_floating, check_is, check_key, check_parts, choose, located, shown
 from fnbp.compound import Added
 from fnbp.factor import Factor
 from fnbp.layer import Layer, Traits, counting, mask_behind, mask_of, shape_of, traits_of
@@ -75,12 +75,11 @@ def parallel(*layers: Layer, join: str = "sum") -> Layer:
     Raises: ValueError without layers, for an unknown join, results that cannot be joined, params or state of another
             net; TypeError for a key, or a layer, that is none.
     """
+    joined = choose("join", join, JOINS, "parallel: ")
     name = f"parallel({join})"
-    joined = choose("join", join, JOINS)
     if not layers:
         raise ValueError(f"{name}: at least one layer is due")
-    for i, layer in enumerate(layers):
-        check_is(name, f"part {i}", layer, Layer)
+    check_each(name, "parallel", layers, Layer)
 
     def init(key, x):
         check_key(name, key)
@@ -233,7 +232,7 @@ def check_keys(source: Keys, target: Keys) -> None:
     for keys in (source, target):
         whole = isinstance(keys, tuple) and all(isinstance(key, (int, str)) for key in keys)
         if not whole or any(isinstance(key, int) and key < 0 for key in keys):
-            raise TypeError(f"tie: keys must be a tuple of names and whole numbers from 0, (2, 'W'), got {keys!r}")
+            raise TypeError(f"tie: keys must be a tuple of names and whole numbers from 0, (2, 'W'), got {shown(keys)}")
     if source == target or not source or not target:
         raise ValueError(f"tie: source and target must be two parameters, got {source} and {target}")
 

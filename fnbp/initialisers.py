@@ -1,12 +1,15 @@
 """Initialisers of jax.nn.initializers by name, for weights whose fans stand where fnbp puts them."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from fnbp.checks import check_floating, choose
+from fnbp.checks import check_floating, check_last_axis, choose, describe, shown
+
+MOST_NUMBERS = 2**36  # of one parameter: 256 GiB in float32
 
 FANNED = {
     "glorot_normal": initializers.glorot_normal,
@@ -46,11 +49,45 @@ def initialiser(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> 
 
     Raises: ValueError, with the nearest name, where there is none of that name.
     """
-    if callable(name):
+    if callable(name) and not hasattr(name, "backward"):  # a Layer is callable, to say that it is not
         return name
-    if name in FANNED:
+    if isinstance(name, str) and name in FANNED:
         return FANNED[name](in_axis=in_axis, out_axis=out_axis)
     return choose("initialiser", name, {**PLAIN, **FANNED})()
+
+
+def initialiser_of(
+    layer: str, leaf: str, given: str | Callable, in_axis: int = -1, out_axis: int = -2, hint: str = ""
+) -> Callable:
+    """initialiser, for a parameter of a layer. ValueError, with the names of both, for what is none, or makes another
+    shape; hint: what else a person may have meant by it."""
+    if isinstance(given, str):
+        try:
+            return initialiser(given, in_axis, out_axis)
+        except ValueError as error:
+            raise ValueError(f"{layer}: {leaf}: {error}") from None
+    if not callable(given) or hasattr(given, "backward"):
+        raise ValueError(
+            f"{layer}: {leaf} must be an initialiser, a name or a function (key, shape, dtype) -> array, got "
+            f"{describe(given) if callable(given) else shown(given)}{hint}"
+        )
+
+    def init(key, shape, dtype):
+        made = given(key, shape, dtype)
+        if callable(made):
+            name = getattr(given, "__name__", "f")
+            raise TypeError(f"{layer}: {leaf}: {name} makes an initialiser; call it: {leaf}={name}()")
+        if jnp.shape(made) != tuple(shape):
+            raise ValueError(f"{layer}: the initialiser of {leaf} must make shape {tuple(shape)}, got {describe(made)}")
+        return made
+
+    return init
+
+
+def check_numbers(name: str, leaf: str, shape: tuple[int, ...]) -> None:
+    """ValueError for more numbers in one parameter than any device holds."""
+    if math.prod(shape) > MOST_NUMBERS:
+        raise ValueError(f"{name}: {leaf} of shape {shape} is too large: {math.prod(shape):,} numbers")
 
 
 def weights(name: str, shapes: Callable, makers: dict[str, Callable]) -> Callable:
@@ -61,9 +98,11 @@ def weights(name: str, shapes: Callable, makers: dict[str, Callable]) -> Callabl
 
     def init(key, x):
         check_floating(name, "x", x)
-        if not x.shape or not x.shape[-1]:
-            raise ValueError(f"{name}: x must have a last axis of at least 1, got shape {x.shape}")
+        check_last_axis(name, x)
+        due = shapes(x)
+        for leaf, shape in due.items():
+            check_numbers(name, leaf, shape)
         keys = dict(zip(makers, jax.random.split(key, len(makers)), strict=True))
-        return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in shapes(x).items()}
+        return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in due.items()}
 
     return init

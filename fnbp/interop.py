@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.backpropagation import check_batch, conform, contracted
-from fnbp.checks import as_arrays, check_is, check_key, choose, describe
+from fnbp.checks import as_arrays, check_is, check_key, check_name, choose, describe, takes
 from fnbp.factor import CHUNK, Factor, Mixed, along_examples, total
 from fnbp.layer import (
     MIXES,
@@ -165,13 +165,16 @@ def from_jax(
              y depends on other examples; say so, since nothing else can tell. A Layer brings both along.
     Raises:  TypeError for what is neither a Layer nor a function; ValueError for an unknown mixes.
     """
+    if name is not None:
+        check_name("from_jax", name)
     if isinstance(apply, Layer):
         layer = apply
     elif callable(apply):
         label = name or getattr(apply, "__name__", "from_jax")
+        check_functions(getattr(apply, "__name__", label), apply, init)
         layer = lifted(apply, init or (lambda key, x: {}), label, mask or refused, mixes)
     else:
-        raise TypeError(f"from_jax: a Layer or a function apply(params, x) is due, got {apply!r}")
+        raise TypeError(f"from_jax: a Layer or a function apply(params, x) is due, got {describe(apply)}")
 
     def forward(params, state, x, ctx):
         def differentiated(params, x):
@@ -233,6 +236,15 @@ def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, r
         return pull(share(at, ones))[0]
 
     return Loss(forward, backward, label, takes_mask=True)
+
+
+def check_functions(name: str, apply: Callable, init: Any) -> None:
+    """TypeError unless apply can be called with params and x, and init, where there is one, with a key and x."""
+    if not takes(apply, 2):
+        alone = f"; for a function of x alone: from_jax(lambda params, x: {name}(x))" if takes(apply, 1) else ""
+        raise TypeError(f"from_jax: {name} must take (params, x){alone}")
+    if init is not None and (isinstance(init, Layer) or not callable(init) or not takes(init, 2)):
+        raise TypeError(f"from_jax: init must be a function (key, x) -> params, got {describe(init)}")
 
 
 def lifted(apply: Callable, init: Callable, name: str, mask: str | Rule, mixes: Any) -> Layer:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_key, check_params, check_returned, choose
+from fnbp.checks import check_key, check_name, check_params, check_returned, choose
 from fnbp.masks import RULES, Rule, kept, refused
 
 Mixes = Literal["never", "training", "always"]
@@ -59,6 +59,12 @@ class Layer(NamedTuple):
     parts: tuple["Layer", ...] = ()
     rebuild: Callable[..., "Layer"] | None = None
     traits: Traits = Traits()
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """TypeError: a Layer is a value that holds functions."""
+        raise TypeError(
+            f"{self.name}: a Layer is not called; its forward is net.forward(params, state, x, ctx) -> y, state, res"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -138,6 +144,8 @@ def mask_aware(
     init: Callable, forward: Callable, backward: Callable, name: str, rule: Rule, alone: bool = True
 ) -> Layer:
     """As stateless, of a layer that takes the mask into account: forward (params, x, mask) -> y, res."""
+
+    check_name("stateless", name)
 
     def init_lifted(key, x):
         check_key(name, key)

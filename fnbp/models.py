@@ -7,11 +7,10 @@ from jax.nn import initializers
 
 from fnbp.blocks import residual, stacked, transformer_block
 from fnbp.chain import serial
-from fnbp.checks import check_size
+from fnbp.checks import check_rate, check_size, choose
 from fnbp.combinators import tie
 from fnbp.layer import Layer
-from fnbp.layers.activation import activation as activation_of
-from fnbp.layers.activation import relu
+from fnbp.layers.activation import ACTIVATIONS, relu
 from fnbp.layers.convolution import conv
 from fnbp.layers.dense import dense
 from fnbp.layers.dropout import dropout
@@ -32,7 +31,8 @@ def mlp(*widths: int, activation: str = "relu", W: str | Callable = "he_normal")
     """
     if not widths:
         raise ValueError("mlp: at least one width is due, mlp(128, 10)")
-    layers = [layer for n in widths for layer in (dense(n, W), activation_of(activation))]
+    f = choose("activation", activation, ACTIVATIONS, "mlp: ")
+    layers = [layer for n in widths for layer in (dense(n, W), f())]
     return serial(*layers[:-1], name="mlp")
 
 
@@ -46,7 +46,7 @@ def lenet(classes: int = 10, activation: str = "relu", pool: Callable[[int], Lay
             and the output is a distance; here all maps are seen, and the output are scores.
     Raises: ValueError for classes below 1.
     """
-    f = lambda: activation_of(activation)  # noqa: E731
+    f = choose("activation", activation, ACTIVATIONS, "lenet: ")
     features = (
         conv(6, (5, 5), W="he_normal"),
         f(),
@@ -108,6 +108,7 @@ def gru_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0)
 def classifier(name: str, cell: Callable[[int], Layer], units: int, classes: int, layers: int, rate: float) -> Layer:
     """Recurrent layers, their last position, scores."""
     check_size(name, "layers", layers)
+    check_rate(name, rate)
     return serial(stacked(*(cell(units) for _ in range(layers)), rate=rate), last(), dense(classes), name=name)
 
 
@@ -126,6 +127,7 @@ def gpt(vocabulary: int, length: int, layers: int, heads: int, width: int, rate:
     Raises: ValueError for sizes below 1, heads that do not divide width.
     """
     check_size("gpt", "layers", layers)
+    check_rate("gpt", rate)
     check_size("gpt", "heads", heads)
     check_size("gpt", "width", width)
     if width % heads:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnbp.checks import check_is, check_key, check_parts, check_size, concrete, located
+from fnbp.checks import check_array, check_is, check_key, check_parts, check_size, concrete, located
 from fnbp.compound import Shared, Stacked, is_open
 from fnbp.factor import Lookup, Mixed, Outer, Product, Sum
 from fnbp.layer import Context, Layer, mask_of, shape_of, traits_of
@@ -94,6 +94,7 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
              is no Layer, a mask not of bool.
     """
     check_is("scan", "the cell", cell, Layer)
+    check_is("scan", "reverse", reverse, bool)
     name = f"scan({cell.name}, reverse)" if reverse else f"scan({cell.name})"
 
     def init(key, x):
@@ -156,8 +157,9 @@ def check_values(layer: Layer, params: Any, state: Any, x: Any, ctx: Context) ->
 def check_sequence(name: str, x: Any) -> tuple[Any, Any]:
     """h_0, or None, and x; ValueError unless x is a sequence of at least one position."""
     if isinstance(x, tuple) and len(x) != 2:
-        raise ValueError(f"{name}: x, or (h_0, x), is due; got a tuple of {len(x)}")
+        raise ValueError(f"{name}: x, or (h_0, x), is expected; got a tuple of {len(x)}")
     h, x = x if isinstance(x, tuple) else (None, x)
+    check_array(name, "x", x)
     if len(x.shape) < 2 or not x.shape[1]:
         raise ValueError(f"{name}: x must be (m, T, ...) with T at least 1, got shape {tuple(x.shape)}")
     return h, x

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fnbp.checks import check_size
+from fnbp.checks import LARGEST, check_size, first_channels, shown
 
 Sizes = int | Sequence[int]
 Padding = str | int | Sequence[Any]
@@ -185,9 +185,9 @@ class Sliding:
                 check_size(self.name, what, one)
         told = self.padding if not isinstance(self.padding, str) else 0 if self.padding in ("SAME", "VALID") else None
         for one in np.ravel(np.asarray(told, object)):
-            if isinstance(one, bool) or not isinstance(one, (int, np.integer)) or one < 0:
+            if isinstance(one, bool) or not isinstance(one, (int, np.integer)) or not 0 <= one <= LARGEST:
                 raise ValueError(
-                    f"{self.name}: padding must be 'SAME', 'VALID', or numbers of at least 0, got {self.padding!r}"
+                    f"{self.name}: padding must be 'SAME', 'VALID', or numbers of at least 0, got {shown(self.padding)}"
                 )
 
     def over(self, shape: tuple[int, ...]) -> Windows:
@@ -204,7 +204,7 @@ class Sliding:
         if any(n + sum(p) < e for n, p, e in at.each("size", "padding", "extent")):
             raise ValueError(
                 f"{self.name}: the kernel spans {at.extent} positions, x of shape {shape} has {at.size}, "
-                f"padded by {at.padding}"
+                f"padded by {at.padding}{first_channels(shape)}"
             )
         return at
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_held, check_is, check_parts, concrete, describe, located
+from fnbp.checks import check_array, check_held, check_is, check_parts, concrete, describe, located, shown
 from fnbp.compound import Cast, Contracted, Stacked, is_contracted, is_open
 from fnbp.factor import Factor
 from fnbp.layer import Layer, map_layers, mask_behind, mask_of, shape_of, traits_of
@@ -70,7 +70,7 @@ def cast(layer: Layer, dtype: Any) -> Layer:
     try:
         low = jnp.dtype("None" if dtype is None else dtype)  # None is float64 to NumPy
     except TypeError as error:
-        raise TypeError(f"cast: a floating point dtype is due, got {dtype!r}") from error
+        raise TypeError(f"cast: a floating point dtype is due, got {shown(dtype)}") from error
     if not jnp.issubdtype(low, jnp.floating):
         raise TypeError(f"cast: a floating point dtype is due, got {low}")
     name = f"cast({low})"
@@ -201,8 +201,7 @@ def check_lengths(x: Any) -> tuple[Any, Any]:
         raise ValueError(f"ragged: a pair (x, lengths) is due, got {describe(x)}")
     x, lengths = x
     for what, a in (("x", x), ("lengths", lengths)):
-        if not hasattr(a, "dtype"):
-            raise TypeError(f"ragged: {what} must be an array, got {describe(a)}")
+        check_array("ragged", what, a)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"ragged: lengths must be integers, got {describe(lengths)}")
     if len(x.shape) < 2 or lengths.shape != x.shape[:1]:

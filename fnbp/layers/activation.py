@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_is, check_number, choose
+from fnbp.checks import check_is, check_last_axis, check_number, choose
 from fnbp.layer import Layer, parameterless
 from fnbp.sums import log_total, wide
 
@@ -99,6 +99,7 @@ def leaky_relu(slope: float = 0.01) -> Layer:
     Shapes:  x, y (...); saved x >= 0, one byte an element.
     Kink:    dx = dy at x = 0, as jax.nn.leaky_relu has it.
     """
+    check_number("leaky_relu", "slope", slope)
 
     def forward(x: X) -> tuple[X, tuple]:
         positive = x >= 0
@@ -219,6 +220,7 @@ def log_softmax() -> Layer:
     """
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
+        check_last_axis("log_softmax", x)
         M, r = log_total(wide(x))
         y = (wide(x) - M) - jnp.log1p(r)
         return y.astype(x.dtype), (y,)
@@ -243,6 +245,7 @@ def softmax() -> Layer:
     """
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
+        check_last_axis("softmax", x)
         y = jax.nn.softmax(wide(x), -1)
         return y.astype(x.dtype), (y,)
 

@@ -1,5 +1,6 @@
 """Attention: every position a weighted mean of what others hold, the weights by how well they match."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from fnbp.checks import (
     describe,
 )
 from fnbp.factor import Outer, Sum
-from fnbp.initialisers import initialiser
+from fnbp.initialisers import check_numbers, initialiser_of
 from fnbp.layer import Layer, Traits, counting
 from fnbp.masks import check_mask, kept
 from fnbp.placement import reshaped
@@ -68,14 +69,13 @@ def attention(
     shapes = shapes_of(name, heads, kv, causal, rotary, "" if b is None else "QVO" if rotary is None else "QKVO")
 
     def forward(params: dict, state: dict, x: Any, ctx: Any) -> tuple[Sequence, dict, tuple]:
-        check_params(name, params, x[0] if isinstance(x, tuple) else x, shapes(x))
+        due = shapes(x)
+        check_params(name, params, x[0] if isinstance(x, tuple) else x, due)
         apart = () if isinstance(x, tuple) else None  # told by the structure of res, which no transformation touches
         x, z = check_pair(name, x, heads, rotary)
-        seen = visible(x, z, ctx.mask, causal)
-        z = of_use(z, ctx.mask)
+        seen, z = visible(x, z, ctx.mask, causal), of_use(z, ctx.mask)
         q, k, v = affine(params, "Q", x), affine(params, "K", z), affine(params, "V", z)
-        q = turned(reshaped(q, *q.shape[:2], kv, heads // kv, -1), rotary)
-        k, v = turned(reshaped(k, *k.shape[:2], kv, -1), rotary), reshaped(v, *v.shape[:2], kv, -1)
+        q, k, v = turned(by_head(q, kv, heads // kv), rotary), turned(by_head(k, kv), rotary), by_head(v, kv)
         o, p = attend(q, k, v, seen)
         return affine(params, "O", merged(o)), state, (x, z, q, k, v, p, o, apart)
 
@@ -144,9 +144,14 @@ def attend_back(q: Queries, k: Keys, v: Keys, p: Weights, do: Queries) -> tuple[
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
+def by_head(a: jax.Array, *heads: int) -> jax.Array:
+    """The features of each head apart: (m, T, n) as (m, T, *heads, d)."""
+    return reshaped(a, *a.shape[:2], *heads, a.shape[-1] // math.prod(heads))
+
+
 def merged(a: jax.Array) -> jax.Array:
     """All heads side by side: (m, T, ...) as (m, T, n)."""
-    return reshaped(a, *a.shape[:2], -1)
+    return reshaped(a, *a.shape[:2], math.prod(a.shape[2:]))
 
 
 def turned(a: jax.Array, base: float | None, back: bool = False) -> jax.Array:
@@ -212,9 +217,9 @@ def init_of(
 ) -> Callable:
     """(key, x) -> params, state."""
     init_W, init_b, init_O = (
-        initialiser(W),
-        initialiser("zeros" if b is None else b),
-        initialiser(W if W_out is None else W_out),
+        initialiser_of(name, "W", W),
+        initialiser_of(name, "b", "zeros" if b is None else b),
+        initialiser_of(name, "W_out", W if W_out is None else W_out),
     )
 
     def init(key, x):
@@ -223,6 +228,7 @@ def init_of(
         keys = jax.random.split(key, len(due))
         made = {}
         for k, (leaf, shape) in zip(keys, due.items(), strict=True):
+            check_numbers(name, leaf, shape)
             make = init_b if len(shape) == 1 else init_O if leaf == "O" else init_W
             made[leaf] = make(k, shape, dtype)
         return made, {}

@@ -6,9 +6,9 @@ from jaxtyping import Array, Float
 
 from fnbp.checks import check_params, check_size
 from fnbp.factor import Correlation, Sum
-from fnbp.initialisers import initialiser, weights
+from fnbp.initialisers import initialiser_of, weights
 from fnbp.layer import Layer, stateless, without
-from fnbp.masks import by_position
+from fnbp.masks import Rule, by_position
 from fnbp.windows import Padding, Sizes, Sliding, convolve, convolve_back
 
 
@@ -53,7 +53,7 @@ def conv(
         return due if b is not None else {"W": due["W"]}
 
     def forward(params: dict, x: Float[Array, "m *s n_in"]) -> tuple[Float[Array, "m *t n_out"], tuple]:
-        check_params(name, params, x, shapes(x))
+        check_params(name, params, x, shapes)
         y = convolve(x, params["W"], over(x), groups)
         return y + params["b"] if "b" in params else y, (x,)
 
@@ -61,17 +61,26 @@ def conv(
         (x,) = res
         return {"W": Correlation(dy, x, over(x), groups), "b": Sum(dy)}, convolve_back(dy, params["W"], over(x), groups)
 
+    init_b = initialiser_of(name, "b", "zeros" if b is None else b)
+    init = weights(name, shapes, {"W": initialiser_of(name, "W", W, out_axis=0), "b": init_b})
+    backward = backward if b is not None else without("b", backward)
+    return stateless(init, forward, backward, name, mask=a_window_for_each(over), alone=True)
+
+
+def a_window_for_each(over: Callable) -> Rule:
+    """The rule of conv: every position has a window, in which the positions that do not count are padding."""
+
     def rule(name, x, mask):
-        if mask is not None and x is not None and (over(x).count != over(x).size or set(over(x).stride) != {1}):
-            raise TypeError(
-                f"{name}: under a mask (Context.mask, or ragged) every position needs a window: stride 1 and "
-                f"as many windows as positions, as with padding='SAME'; got stride {stride}, padding {padding!r}"
-            )
+        if mask is not None and len(getattr(x, "shape", ())) > 2:
+            at = over(x)
+            if at.count != at.size or set(at.stride) != {1}:
+                raise TypeError(
+                    f"{name}: under a mask (Context.mask, or ragged) every position needs a window: stride 1 and as "
+                    f"many windows as positions, as with padding='SAME'; got stride {at.stride}, padding {at.padding}"
+                )
         return by_position(name, x, mask)
 
-    init = weights(name, shapes, {"W": initialiser(W, out_axis=0), "b": initialiser("zeros" if b is None else b)})
-    backward = backward if b is not None else without("b", backward)
-    return stateless(init, forward, backward, name, mask=rule, alone=True)
+    return rule
 
 
 def conv_transpose(
@@ -115,7 +124,7 @@ def conv_transpose(
         return due if b is not None else {"W": due["W"]}
 
     def forward(params: dict, x: Float[Array, "m *s n_in"]) -> tuple[Float[Array, "m *t n_out"], tuple]:
-        check_params(name, params, x, shapes(x))
+        check_params(name, params, x, shapes)
         y = convolve_back(x, params["W"], over(x), groups)
         return y + params["b"] if "b" in params else y, (x,)
 
@@ -124,7 +133,8 @@ def conv_transpose(
         factors = {"W": Correlation(dy, x, over(x), groups, spread=True), "b": Sum(dy)}
         return factors, convolve(dy, params["W"], over(x), groups)
 
-    init = weights(name, shapes, {"W": initialiser(W, 0, -1), "b": initialiser("zeros" if b is None else b)})
+    init_b = initialiser_of(name, "b", "zeros" if b is None else b)
+    init = weights(name, shapes, {"W": initialiser_of(name, "W", W, 0, -1), "b": init_b})
     backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, alone=True)
 
@@ -143,13 +153,13 @@ def bias(b: str | Callable = "zeros") -> Layer:
         return {"b": x.shape[-1:]}
 
     def forward(params: dict, x: Float[Array, "*m n"]) -> tuple[Float[Array, "*m n"], tuple]:
-        check_params("bias", params, x, shapes(x))
+        check_params("bias", params, x, shapes)
         return x + params["b"], ()
 
     def backward(params: dict, res: tuple, dy: Float[Array, "*m n"]) -> tuple[dict, Float[Array, "*m n"]]:
         return {"b": Sum(dy)}, dy
 
-    init = weights("bias", shapes, {"b": initialiser(b)})
+    init = weights("bias", shapes, {"b": initialiser_of("bias", "b", b)})
     return stateless(init, forward, backward, "bias", mask="position", alone=True)
 
 

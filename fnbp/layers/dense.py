@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from fnbp.checks import check_params, check_size
 from fnbp.factor import Outer, Sum
-from fnbp.initialisers import initialiser, weights
+from fnbp.initialisers import initialiser_of, weights
 from fnbp.layer import Layer, stateless, without
 
 
@@ -32,7 +32,7 @@ def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | 
         return due if b is not None else {"W": due["W"]}
 
     def forward(params: dict, x: Float[Array, "*m n_in"]) -> tuple[Float[Array, "*m n_out"], tuple]:
-        check_params(name, params, x, shapes(x))
+        check_params(name, params, x, shapes)
         z = x @ params["W"].T
         return z + params["b"] if "b" in params else z, (x,)
 
@@ -40,6 +40,8 @@ def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | 
         (x,) = res
         return {"W": Outer(dz, x), "b": Sum(dz)}, dz @ params["W"]
 
-    init = weights(name, shapes, {"W": initialiser(W), "b": initialiser("zeros" if b is None else b)})
+    hint = "; the number of inputs is inferred from x"
+    makers = {"W": initialiser_of(name, "W", W, hint=hint), "b": initialiser_of(name, "b", "zeros" if b is None else b)}
+    init = weights(name, shapes, makers)
     backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, mask="position", alone=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_key, check_number, check_params
+from fnbp.checks import check_key, check_params, check_rate
 from fnbp.layer import Layer, Traits, counting
 from fnbp.masks import elementwise
 
@@ -44,9 +44,7 @@ def drop_path(rate: float) -> Layer:
 
 def dropping(name: str, rate: float, drawn: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Layer:
     """A Layer that keeps some numbers. drawn: the shape of x -> the shape of keep."""
-    check_number(name, "rate", rate)
-    if not 0 <= rate < 1:
-        raise ValueError(f"{name}: rate must be in [0, 1), got {rate}")
+    check_rate(name, rate)
 
     def init(key, x):
         check_key(name, key)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from fnbp.checks import (
+    check_dtype,
     check_floating,
     check_held,
     check_key,
@@ -17,9 +18,10 @@ from fnbp.checks import (
     check_size,
     concrete,
     describe,
+    of_kind,
 )
 from fnbp.factor import Lookup, Rows
-from fnbp.initialisers import initialiser, weights
+from fnbp.initialisers import check_numbers, initialiser_of, weights
 from fnbp.layer import Layer, parameterless, stateless
 from fnbp.placement import by_example
 
@@ -43,7 +45,10 @@ def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = 
     name = f"embedding({size}, {width})"
     check_size(name, "size", size)
     check_size(name, "width", width)
-    make = initialiser(E)
+    check_numbers(name, "E", (size, width))
+    if dtype is not None:
+        check_dtype(name, dtype)
+    make = initialiser_of(name, "E", E)
 
     def init(key, x):
         check_key(name, key)
@@ -71,8 +76,7 @@ def rows_of(x: jax.Array, E: jax.Array) -> jax.Array:
 
 def check_tokens(name: str, x: Any, size: int) -> None:
     """TypeError unless x is of integers; ValueError, outside jit, for one outside 0..size-1."""
-    dtype = getattr(x, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+    if not of_kind(x, jnp.integer):
         raise TypeError(f"{name}: x must be an array of integers, got {describe(x)}")
     if concrete(x):
         x = np.asarray(x)
@@ -100,13 +104,13 @@ def positions(length: int, P: str | Callable = "normal") -> Layer:
         return {"P": (length, x.shape[-1])}
 
     def forward(params: dict, x: Tokens) -> tuple[Tokens, tuple]:
-        check_params(name, params, x, shapes(x))
+        check_params(name, params, x, shapes)
         return x + params["P"][: x.shape[1]], ()
 
     def backward(params: dict, res: tuple, dy: Tokens) -> tuple[dict, Tokens]:
         return {"P": Rows(dy, length)}, dy
 
-    init = weights(name, shapes, {"P": initialiser(P)})
+    init = weights(name, shapes, {"P": initialiser_of(name, "P", P)})
     return stateless(init, forward, backward, name, mask="position", alone=True)
 
 

@@ -1,5 +1,6 @@
 """Normalisation: over the features of a position, over groups of channels, over the batch."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from fnbp.checks import (
     check_floating,
     check_held,
     check_key,
+    check_last_axis,
     check_number,
     check_params,
     check_positive,
@@ -50,7 +52,7 @@ def layer_norm(eps: float = 1e-5) -> Layer:
     check_positive("layer_norm", "eps", eps)
 
     def forward(params: dict, x: Features) -> tuple[Features, tuple]:
-        check_params("layer_norm", params, x, gain_and_shift(x))
+        check_params("layer_norm", params, x, gain_and_shift)
         mu = centre(wide(x), -1)
         x_left = left(wide(x), mu)
         rstd = jax.lax.rsqrt(mean(x_left**2, -1) + eps)
@@ -86,7 +88,7 @@ def rms_norm(eps: float = 1e-6) -> Layer:
         return {"gamma": x.shape[-1:]}
 
     def forward(params: dict, x: Features) -> tuple[Features, tuple]:
-        check_params("rms_norm", params, x, shapes(x))
+        check_params("rms_norm", params, x, shapes)
         rstd = jax.lax.rsqrt(mean(wide(x) ** 2, -1) + eps)
         return (wide(params["gamma"]) * wide(x) * rstd).astype(x.dtype), (x, rstd)
 
@@ -126,14 +128,14 @@ def group_norm(groups: int, eps: float = 1e-5) -> Layer:
         return gain_and_shift(x)
 
     def grouped(x):
-        return reshaped(wide(x), x.shape[0], -1, groups, x.shape[-1] // groups)
+        return reshaped(wide(x), x.shape[0], math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups)
 
     def those_that_count(x, mask):
         counts = of_positions(name, x, mask)
         return None if counts is None else grouped(jnp.broadcast_to(counts, x.shape).astype(wide(x).dtype)) > 0
 
     def forward(params: dict, x: Channels, mask) -> tuple[Channels, tuple]:
-        check_params(name, params, x, shapes(x))
+        check_params(name, params, x, shapes)
         counts = those_that_count(x, mask)
         mu = centre(grouped(x), axes, counts)
         x_left = left(grouped(x), mu, counts)
@@ -170,7 +172,8 @@ def of_batch(x: jax.Array, state: dict, momentum: float, counts: Any) -> tuple[t
         else jnp.sum(counts, dtype=x.dtype) * (x.size // x.shape[-1] // counts.size)
     )
     if counts is None and n < 2:
-        raise ValueError(f"batch_norm: x of shape {x.shape} has one number a channel, which has no variance")
+        came = "one number a channel, which has no variance" if n else "no number, and no mean"
+        raise ValueError(f"batch_norm: x of shape {x.shape} has {came}")
     mu = over_batch(x, n)
     mu = mu, over_batch(left(x, (mu, jnp.zeros((), x.dtype)), counts), n)
     var = over_batch(left(x, mu, counts) ** 2, n)
@@ -220,11 +223,12 @@ def batch_norm(momentum: float = 0.1, eps: float = 1e-5) -> Layer:
     def init(key, x):
         check_key("batch_norm", key)
         check_floating("batch_norm", "x", x)
+        check_last_axis("batch_norm", x)
         zeros = jnp.zeros(x.shape[-1:], wide(jnp.zeros((), x.dtype)).dtype)
         return init_params(key, x), {"mean": zeros, "var": zeros + 1, "count": jnp.zeros((), jnp.int32)}
 
     def forward(params: dict, state: dict, x: Channels, ctx) -> tuple[Channels, dict, tuple]:
-        check_params("batch_norm", params, x, gain_and_shift(x))
+        check_params("batch_norm", params, x, gain_and_shift)
         check_held("batch_norm", "state", state, {"mean": x.shape[-1:], "var": x.shape[-1:], "count": ()})
         counts = of_positions("batch_norm", x, ctx.mask)
         seen = of_batch(wide(x), state, momentum, counts) if ctx.train else of_state(state)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_is, check_key, check_params
+from fnbp.checks import check_is, check_key, check_params, shown
 from fnbp.layer import Layer, Traits, mask_aware, parameterless
 from fnbp.masks import by_position, check_mask, of_positions
 from fnbp.placement import reshaped
@@ -16,10 +16,13 @@ from fnbp.windows import Padding, Sizes, Sliding, Windows
 
 X = Float[Array, "m *s c"]
 Y = Float[Array, "m *t c"]
+MOST_OFFSETS = 2**16  # in one window: each is a slice of its own
 
 
 def covered(name: str, at: Windows, x: Any) -> Windows:
-    """The same windows; ValueError where one of them holds nothing but padding."""
+    """The same windows; ValueError where one of them holds nothing but padding, or more than anyone slides."""
+    if math.prod(at.kernel) > MOST_OFFSETS:
+        raise ValueError(f"{name}: kernel {at.kernel} is too large: {math.prod(at.kernel):,} numbers a window")
     if not at.inside().all():
         raise ValueError(f"{name}: padding {at.padding} leaves windows without a number of x, of shape {x.shape}")
     return at
@@ -114,7 +117,7 @@ def global_avg_pool() -> Layer:
 
     def forward(params: dict, x: X, mask: Any) -> tuple[Float[Array, "m c"], tuple]:
         check_params("global_avg_pool", params, x, {})
-        if not positions(x) or not x.size:
+        if x.ndim < 3 or not all(x.shape[1:]):
             raise ValueError(f"global_avg_pool: x must be (m, *positions, channels), got shape {x.shape}")
         counts = of_positions("global_avg_pool", x, mask)
         n = math.prod(x.shape[1:-1]) if counts is None else how_many(counts, x)
@@ -192,7 +195,7 @@ def reshaping(name: str, shape: tuple[int, ...]) -> Layer:
     """reshape under that name."""
     for size in shape:
         if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: sizes must be whole numbers, got {size!r}")
+            raise TypeError(f"{name}: sizes must be whole numbers, got {shown(size)}")
     if shape.count(-1) > 1 or any(size < -1 or size == 0 for size in shape):
         raise ValueError(f"{name}: sizes must be at least 1, or -1 once")
 
@@ -205,6 +208,8 @@ def reshaping(name: str, shape: tuple[int, ...]) -> Layer:
         return tuple(have // known if size == -1 else size for size in shape)
 
     def forward(x: Float[Array, "m *s"]) -> tuple[Any, tuple]:
+        if not x.ndim:
+            raise ValueError(f"{name}: x must have a first axis, the examples, got shape ()")
         return reshaped(x, x.shape[0], *fit(x)), (like(x),)
 
     def backward(res: tuple, dy: Float[Array, "m *t"]) -> Any:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_floating, check_params, check_size
+from fnbp.checks import check_floating, check_params, check_size, describe
 from fnbp.factor import Outer, Sum
-from fnbp.initialisers import initialiser
+from fnbp.initialisers import check_numbers, initialiser, initialiser_of
 from fnbp.layer import Layer, stateless
 from fnbp.placement import zeros_beside
 
@@ -141,13 +141,16 @@ def due(n: int, gates: int, x: Any) -> dict[str, tuple[int, ...]]:
 def init_of(name: str, n: int, gates: int, W: str | Callable, U: str | Callable) -> Callable:
     """(key, (h, x)) -> params."""
     check_size(name, "n", n)
-    makers = {"W": initialiser(W), "U": initialiser(U), "b": initialiser("zeros"), "c": initialiser("zeros")}
+    zeros = initialiser("zeros")
+    makers = {"W": initialiser_of(name, "W", W), "U": initialiser_of(name, "U", U), "b": zeros, "c": zeros}
 
     def init(key, hx):
         _, x = check_pair(name, hx)
         check_floating(name, "x", x)
         if len(x.shape) != 2 or not x.shape[1]:
             raise ValueError(f"{name}: x must be (m, d) with d at least 1, got shape {x.shape}")
+        for leaf, shape in due(n, gates, x).items():
+            check_numbers(name, leaf, shape)
         keys = dict(zip(makers, jax.random.split(key, 4), strict=True))
         return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in due(n, gates, x).items()}
 
@@ -158,7 +161,8 @@ def check_pair(name: str, hx: Any) -> tuple[Any, Any]:
     """h and x; TypeError for what is no pair."""
     if not isinstance(hx, tuple) or len(hx) != 2:
         raise TypeError(
-            f"{name}: a cell takes a pair (h, x), h=None for zeros; for a whole sequence: fnbp.scan({name})"
+            f"{name}: a cell takes a pair (h, x), h=None for zeros, got {describe(hx)}; for a whole sequence: "
+            f"fnbp.scan({name})"
         )
     return hx
 
@@ -166,6 +170,7 @@ def check_pair(name: str, hx: Any) -> tuple[Any, Any]:
 def check_turn(name: str, params: Any, hx: Any, n: int, gates: int) -> tuple[tuple, jax.Array]:
     """The parts of h, zeros for None, and x; ValueError where params or h do not fit."""
     h, x = check_pair(name, hx)
+    check_floating(name, "x", x)
     if len(x.shape) != 2:
         raise ValueError(f"{name}: x must be (m, d), got shape {x.shape}; for a whole sequence: fnbp.scan({name})")
     check_params(name, params, x, due(n, gates, x))
@@ -173,7 +178,11 @@ def check_turn(name: str, params: Any, hx: Any, n: int, gates: int) -> tuple[tup
     if h is None:
         return (zeros_beside(x, (x.shape[0], n), x.dtype),) * count, x
     parts = h if count == 2 else (h,)
-    shapes = [jnp.shape(part) for part in parts] if isinstance(parts, tuple) else [type(parts).__name__]
-    if shapes != [(x.shape[0], n)] * count:
-        raise ValueError(f"{name}: h must be {count} of shape {(x.shape[0], n)}, got {shapes}")
+    shape = (x.shape[0], n)
+    shapes = [getattr(part, "shape", None) for part in parts] if isinstance(parts, tuple) else []
+    if shapes != [shape] * count:
+        expected = f"one array of shape {shape}" if count == 1 else f"a tuple (h, s), both arrays of shape {shape}"
+        raise ValueError(f"{name}: h must be {expected}, or None for zeros; got {describe(h)}")
+    for part in parts:
+        check_floating(name, "h", part)
     return parts, x
