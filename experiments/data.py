@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import urllib.request
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,10 @@ SOURCES = {"mnist": MNIST, "fashion": FASHION}
 TEXT = "tinyshakespeare.txt"
 TEXT_SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+LARGEST = 64 << 20  # bytes of a file unpacked: the largest here, 60,000 images, holds 47 million
+SECONDS = 30  # how long a server may be silent
 
 
 class Data(NamedTuple):
@@ -102,6 +107,7 @@ def shakespeare(folder: Path | None = None, download: bool = False) -> tuple[str
             f"tinyshakespeare is not there: no {path}. Give its folder with --data-folder or $FNBP_DATA, download it "
             f"with --download, or fetch it yourself from {TEXT_SOURCE}"
         )
+    check_length(path, path.stat().st_size, TEXT_SOURCE)
     raw = path.read_bytes()
     check_sum(path, raw, TEXT_SHA256, TEXT_SOURCE)
     codes, numbers = np.unique(np.frombuffer(raw, np.uint8), return_inverse=True)
@@ -124,11 +130,13 @@ def read_idx(folder: Path, name: str, source: Source) -> np.ndarray:
             f"--data-folder or $FNBP_DATA, download it with --download, or fetch it yourself from {source.url}"
         )
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"{path} cannot be unpacked ({error}). Delete it, and fetch it anew from {source.url}"
         ) from error
+    check_length(path, len(raw), source.url)
     for other in SOURCES.values():
         if other is not source and hashlib.sha256(raw).hexdigest() == other.sha256[name]:
             raise InputError(
@@ -138,6 +146,14 @@ def read_idx(folder: Path, name: str, source: Source) -> np.ndarray:
     dimensions = raw[3]
     shape = np.frombuffer(raw, ">i4", dimensions, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def check_length(path: Path, length: int, source: str) -> None:
+    """InputError for more bytes than any of these files holds."""
+    if length > LARGEST:
+        raise InputError(
+            f"{path} is corrupt: it holds more than {LARGEST >> 20} MiB. Delete it, and fetch it anew from {source}"
+        )
 
 
 def check_sum(path: Path, raw: bytes, due: str, source: str) -> None:
@@ -162,10 +178,11 @@ def fetch_file(source: str, target: Path) -> None:
     if target.exists():
         return
     try:
-        with urllib.request.urlopen(source) as response:
-            content = response.read()
+        with urllib.request.urlopen(source, timeout=SECONDS) as response:
+            content = response.read(LARGEST + 1)
     except OSError as error:
         raise InputError(f"{source} cannot be fetched: {error}") from error
+    check_length(target, len(content), source)
     partial = target.with_suffix(".partial")
     partial.write_bytes(content)
     partial.rename(target)

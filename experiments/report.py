@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 import fnbp
 
@@ -139,7 +140,7 @@ def network_table(net: fnbp.Layer, params: Any, state: Any, x: Any, notes: dict[
     shapes = jax.eval_shape(
         fnbp.trace(net, fnbp.mean_squared_error()), params, state, x, prediction_of(net, params, state, x)
     )
-    table = Table(title=f"{net.name}: {count(params):,} parameters", title_justify="left")
+    table = Table(title=Text(f"{net.name}: {count(params):,} parameters"), title_justify="left")
     for name in ("layer", "output", "parameters", *(("formula",) if notes else ())):
         table.add_column(name, no_wrap=name != "parameters")
     nested = any(part.parts for part in net.parts)
@@ -149,10 +150,10 @@ def network_table(net: fnbp.Layer, params: Any, state: Any, x: Any, notes: dict[
         if layer.rebuild is None:
             held = "  ".join(f"{name} {'x'.join(map(str, leaf.shape))}" for name, leaf in p.items())
             output = "x".join(map(str, ("m", *shapes.outputs[path].shape[loops + 1 :])))
-            table.add_row(shown, output, held, *([notes.get(path, "")] if notes else []))
+            table.add_row(Text(shown), output, Text(held), *([Text(notes.get(path, ""))] if notes else []))
             return
         if nested:
-            table.add_row(shown)
+            table.add_row(Text(shown))
         loops += hasattr(layer.rebuild, "turns")
         indent = " " * (len(shown) - len(shown.lstrip()) + 2)
         for i, (part, each) in enumerate(zip(layer.parts, p, strict=True)):

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import json
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from fnbp.comparison import compare
 from fnbp.layer import Layer
@@ -112,10 +114,13 @@ def run(settings: Compare, console: Console) -> int:
     except (TypeError, ValueError) as error:
         raise InputError("; ".join([str(error), *getattr(error, "__notes__", [])])) from error
     console.print(report)
-    if settings.json:
-        settings.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-    if settings.plot:
-        report.plot(settings.plot)
+    try:
+        if settings.json:
+            settings.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        if settings.plot:
+            report.plot(settings.plot)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"the report cannot be written: {error}") from error
     return 0 if report.ok else 1
 
 
@@ -127,8 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(settings, Console(width=None if sys.stdout.isatty() else 120))
     except InputError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
-        return 2
+        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), highlight=False)
+    except Exception:  # of the subject's own code: it is neither right nor wrong
+        traceback.print_exc()
+    return 2
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from fnbp.chain import serial
-from fnbp.checks import check_each, check_is, check_rate, check_size, describe
+from fnbp.checks import check_each, check_is, check_rate, check_size, describe, located
 from fnbp.combinators import parallel, skip
 from fnbp.layer import Layer
 from fnbp.layers.activation import gelu, identity, relu, silu
@@ -17,6 +17,7 @@ from fnbp.scanning import scan
 Maker = str | Callable
 
 
+@located("residual")
 def residual(n_out: int, stride: int = 1, project: bool | None = None) -> Layer:
     """Two convolutions, and a path around them.
 
@@ -39,6 +40,7 @@ def residual(n_out: int, stride: int = 1, project: bool | None = None) -> Layer:
     return serial(parallel(f, s), relu(), name=name)
 
 
+@located("gelu_mlp")
 def gelu_mlp(
     hidden: int, n_out: int, W: Maker = "glorot_uniform", b: Maker | None = "zeros", W_out: Maker | None = None
 ) -> Layer:
@@ -55,6 +57,7 @@ def gelu_mlp(
     )
 
 
+@located("swiglu")
 def swiglu(hidden: int, n_out: int, W: Maker = "glorot_uniform", W_out: Maker | None = None) -> Layer:
     """A gated layer, and a dense one behind it.
 
@@ -69,6 +72,7 @@ def swiglu(hidden: int, n_out: int, W: Maker = "glorot_uniform", W_out: Maker | 
     return serial(both, dense(n_out, W if W_out is None else W_out, None), name=f"swiglu({hidden}, {n_out})")
 
 
+@located("transformer_block")
 def transformer_block(
     width: int,
     heads: int,
@@ -111,6 +115,7 @@ def transformer_block(
     return serial(*branches, name=f"transformer_block({width}, {heads})")
 
 
+@located("bidirectional")
 def bidirectional(cell: Layer, back: Layer | None = None) -> Layer:
     """A cell turned from first to last, another from last to first, side by side.
 
@@ -123,6 +128,7 @@ def bidirectional(cell: Layer, back: Layer | None = None) -> Layer:
     return parallel(scan(cell), scan(cell if back is None else back, reverse=True), join="concat")
 
 
+@located("stacked")
 def stacked(*cells: Layer, rate: float = 0.0) -> Layer:
     """Recurrent layers, each reading what the one below puts out.
 

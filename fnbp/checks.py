@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,8 +57,16 @@ def check_number(name: str, what: str, value: Any) -> None:
     """TypeError unless value is a number, ValueError unless it is finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: {what} must be a number, got {shown(value)}")
-    if not abs(value) <= sys.float_info.max:
+    if not is_finite(value):
         raise ValueError(f"{name}: {what} must be a finite number, got {shown(value)}")
+
+
+def is_finite(value: Any) -> bool:
+    """True if a number is finite, as a float is."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def check_rate(name: str, rate: Any) -> None:

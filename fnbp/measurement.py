@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from fnbp.backpropagation import value_and_grad
 from fnbp.checks import check_size
@@ -68,7 +69,7 @@ class Cost(Tabular):
         return asdict(self) | ratios
 
     def __rich__(self) -> Table:
-        table = Table(title=f"cost of one gradient on {self.device}", title_justify="left")
+        table = Table(title=Text(f"cost of one gradient on {self.device}"), title_justify="left")
         for name in ("", "manual", "automatic", "ratio"):
             table.add_column(name, justify="left" if not name else "right", no_wrap=True)
         low, high = self.time_quartiles

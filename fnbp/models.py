@@ -7,7 +7,7 @@ from jax.nn import initializers
 
 from fnbp.blocks import residual, stacked, transformer_block
 from fnbp.chain import serial
-from fnbp.checks import check_rate, check_size, choose
+from fnbp.checks import check_rate, check_size, choose, located
 from fnbp.combinators import tie
 from fnbp.layer import Layer
 from fnbp.layers.activation import ACTIVATIONS, relu
@@ -21,6 +21,7 @@ from fnbp.layers.recurrent import gru_cell, lstm_cell
 from fnbp.scanning import repeat
 
 
+@located("mlp")
 def mlp(*widths: int, activation: str = "relu", W: str | Callable = "he_normal") -> Layer:
     """Dense layers with an activation between each two.
 
@@ -36,6 +37,7 @@ def mlp(*widths: int, activation: str = "relu", W: str | Callable = "he_normal")
     return serial(*layers[:-1], name="mlp")
 
 
+@located("lenet")
 def lenet(classes: int = 10, activation: str = "relu", pool: Callable[[int], Layer] = max_pool) -> Layer:
     """LeNet-5: two convolutions, each with a pooling, then three dense layers.
 
@@ -59,6 +61,7 @@ def lenet(classes: int = 10, activation: str = "relu", pool: Callable[[int], Lay
     return serial(*features, flatten(), *scores, name="lenet")
 
 
+@located("resnet")
 def resnet(depth: int = 20, classes: int = 10, width: int = 16) -> Layer:
     """The residual network for small images: three stages of residual blocks, each at half the size of the last.
 
@@ -81,6 +84,7 @@ def resnet(depth: int = 20, classes: int = 10, width: int = 16) -> Layer:
     return serial(*stem, *stages, global_avg_pool(), dense(classes), name=f"resnet({depth})")
 
 
+@located("lstm_classifier")
 def lstm_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0) -> Layer:
     """LSTM layers over a sequence, and scores from where it ends.
 
@@ -93,6 +97,7 @@ def lstm_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0
     return classifier("lstm_classifier", lstm_cell, units, classes, layers, rate)
 
 
+@located("gru_classifier")
 def gru_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0) -> Layer:
     """GRU layers over a sequence, and scores from where it ends.
 
@@ -112,6 +117,7 @@ def classifier(name: str, cell: Callable[[int], Layer], units: int, classes: int
     return serial(stacked(*(cell(units) for _ in range(layers)), rate=rate), last(), dense(classes), name=name)
 
 
+@located("gpt")
 def gpt(vocabulary: int, length: int, layers: int, heads: int, width: int, rate: float = 0.0) -> Layer:
     """A decoder of text: what comes after each token, from that token and those before it.
 

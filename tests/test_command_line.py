@@ -20,6 +20,9 @@ def make():
 def not_a_layer():
     return 3
 
+def crashes():
+    raise RuntimeError("out of order")
+
 def needs(n):
     return fnbp.dense(n)
 
@@ -106,6 +109,17 @@ def test_a_slip_ends_with_2_and_a_sentence(name, capsys):
     assert run(*words) == 2
     said = capsys.readouterr()
     assert said.out == "" and message in " ".join(said.err.split()) and "Traceback" not in said.err
+
+
+def test_a_crash_of_the_subject_ends_with_2_and_its_traceback(capsys):
+    assert run("written_here:crashes") == 2
+    said = capsys.readouterr()
+    assert "RuntimeError: out of order" in said.err and said.out == ""
+
+
+def test_a_report_that_cannot_be_written_ends_with_2(capsys):
+    assert run("written_here:right", "--inputs", "3x7", "--json", "/nowhere/report.json") == 2
+    assert "the report cannot be written" in " ".join(capsys.readouterr().err.split())
 
 
 def test_it_runs_as_a_module(module):

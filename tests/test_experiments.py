@@ -279,6 +279,41 @@ def test_corrupt_mnist_is_refused(fake_mnist):
         data.load("mnist", fake_mnist)
 
 
+def test_a_bomb_is_refused_before_it_is_unpacked(fake_mnist, monkeypatch):
+    path = fake_mnist / "mnist" / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes(5000)))
+    monkeypatch.setattr(data, "LARGEST", 1000)
+    read = []
+    monkeypatch.setattr(
+        data, "check_length", lambda *args, check=data.check_length: (read.append(args[1]), check(*args))
+    )
+    with pytest.raises(report.InputError, match=r"is corrupt: it holds more than 0 MiB"):
+        data.read_idx(fake_mnist, "t10k-labels-idx1-ubyte", data.SOURCES["mnist"])
+    assert read == [1001]
+
+
+def test_a_corrupt_stream_is_refused(fake_mnist):
+    path = fake_mnist / "mnist" / "t10k-labels-idx1-ubyte.gz"
+    whole = bytearray(gzip.compress(bytes(range(256)) * 40))
+    whole[10:40] = b"\xff" * 30
+    path.write_bytes(whole)
+    with pytest.raises(report.InputError, match=r"t10k-labels-idx1-ubyte.gz cannot be unpacked"):
+        data.read_idx(fake_mnist, "t10k-labels-idx1-ubyte", data.SOURCES["mnist"])
+
+
+def test_downloads_end(tmp_path, monkeypatch):
+    asked = []
+
+    def urlopen(source, timeout):
+        asked.append(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    with pytest.raises(report.InputError, match="cannot be fetched: timed out"):
+        data.fetch_file("http://nowhere", tmp_path / "file")
+    assert asked == [data.SECONDS]
+
+
 def test_fashion_mnist_is_not_mnist(fake_mnist):
     assert (data.load("fashion", fake_mnist).train_x != data.load("mnist", fake_mnist).train_x).any()
     with pytest.raises(report.InputError, match=r"is of MNIST, not of Fashion-MNIST: that belongs in .*fashion-mnist"):

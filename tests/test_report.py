@@ -1,10 +1,15 @@
 """The report: rows and faults, the table in a terminal and in a log, the figure."""
 
+import io
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 import fnbp
+from experiments import report as report_of_experiments
 from fnbp.comparison.report import FAULTS, Row
 
 RIGHT = Row("serial[0].dense(3)", "W", (3, 7), "float32", error=1e-16, limit=7e-15, z=1.2, rho=0.9, whole=2e-16)
@@ -107,3 +112,23 @@ def test_errors_of_zero_and_infinity_stay_on_the_figure():
     low, high = figure.axes[0].get_xlim()
     for line in figure.axes[0].lines:
         assert all(low < x < high for x in line.get_xdata())
+
+
+ODD_NAMES = ["d[/x]", "block[encoder]", "[bold]", "a\\[b]", "$x_1$", ":smile:"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_is_printed_as_it_is(name, tmp_path):
+    layer = fnbp.tanh()._replace(name=name)
+    net = fnbp.serial(fnbp.dense(3), layer, name=name)
+    x = jnp.ones((5, 2))
+    wrong = fnbp.map_layers(
+        lambda path, leaf: leaf._replace(backward=lambda p, res, dy: ({}, -dy)) if leaf.name == name else leaf, net
+    )
+    report = fnbp.compare(wrong, x, probes=("given",), transforms=())
+    assert name in str(report) and name in report.first_fault.path
+    report.plot(tmp_path / "figure.png")
+    params, state = net.init(jax.random.key(0), x)
+    out = io.StringIO()
+    Console(file=out, width=200).print(report_of_experiments.network_table(net, params, state, x))
+    assert name in out.getvalue()

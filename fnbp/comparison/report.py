@@ -150,7 +150,8 @@ class Report(Tabular):
             cells = [f"{row.error:.1e}", short(row.z), "-" if row.rho is None else f"{row.rho:.2g}"]
             if whole:
                 cells.append("-" if row.whole is None else f"{row.whole:.1e}")
-            table.add_row(row.path, row.leaf, shape, *cells, row.verdict, style=style)
+            # as Text: what a name holds in brackets is no markup
+            table.add_row(Text(row.path), Text(row.leaf), shape, *cells, row.verdict, style=style)
         return table
 
     def lines(self) -> list[Text]:

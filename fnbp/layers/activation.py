@@ -267,4 +267,4 @@ def activation(name: str, **options: Any) -> Layer:
 
     Raises: ValueError, with the nearest name, where there is none of that name.
     """
-    return choose("activation", name, ACTIVATIONS)(**options)
+    return choose("activation", name, ACTIVATIONS, "activation: ")(**options)

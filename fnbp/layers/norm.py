@@ -159,6 +159,17 @@ def over_batch(a: jax.Array, n: Any) -> jax.Array:
     return jnp.sum(a, range(a.ndim - 1)) / n
 
 
+def how_many(x: jax.Array, counts: Any) -> Any:
+    """n, how many numbers a channel has that count."""
+    n = x.size // x.shape[-1]
+    if counts is None:
+        return n
+    each = n // counts.size  # positions that one truth value speaks of
+    if not concrete(counts):
+        return jnp.sum(counts, dtype=x.dtype) * each
+    return int(np.sum(counts)) * each
+
+
 def of_batch(x: jax.Array, state: dict, momentum: float, counts: Any) -> tuple[tuple, jax.Array, Any, dict]:
     """Mean and variance of a batch, of how many numbers a channel, and the state that has followed them."""
     if in_shard_map():
@@ -166,19 +177,16 @@ def of_batch(x: jax.Array, state: dict, momentum: float, counts: Any) -> tuple[t
             "batch_norm: within shard_map it would see the examples of one device only; train it under jit, on a batch "
             "that is sharded over the mesh"
         )
-    n = (
-        x.size // x.shape[-1]
-        if counts is None
-        else jnp.sum(counts, dtype=x.dtype) * (x.size // x.shape[-1] // counts.size)
-    )
-    if counts is None and n < 2:
+    n = how_many(x, counts)
+    if concrete(n) and n < 2:
         came = "one number a channel, which has no variance" if n else "no number, and no mean"
-        raise ValueError(f"batch_norm: x of shape {x.shape} has {came}")
+        counting = "" if counts is None else ", of those that count"
+        raise ValueError(f"batch_norm: x of shape {x.shape} has {came}{counting}")
     mu = over_batch(x, n)
     mu = mu, over_batch(left(x, (mu, jnp.zeros((), x.dtype)), counts), n)
     var = over_batch(left(x, mu, counts) ** 2, n)
     new = {"mean": mu[0] + mu[1], "var": var * (n / (n - 1))}
-    if counts is not None:  # a batch of padding has no variance: NaN, as under jit nothing can be raised
+    if not concrete(n):  # a batch of padding has no variance: NaN, as under jit nothing can be raised
         var, new = jax.tree.map(lambda a: jnp.where(n >= 2, a, jnp.nan), (var, new))
     followed = {k: ((1 - momentum) * state[k] + momentum * new[k]).astype(state[k].dtype) for k in new}
     return mu, var, n, followed | {"count": state["count"] + 1}
