@@ -19,6 +19,7 @@ from fnbp.factor import (
     Sum,
     keep,
     per_example,
+    register_factor,
     sq_norms,
     total,
 )
@@ -67,7 +68,7 @@ __all__ = [  # in the order in which the README teaches them
     "loss_from_jax",
     # backpropagation, and what is made of the factors
     "backprop", "Pass", "value_and_grad", "per_example_norms", "trace", "Trace",
-    "Factor", "Outer", "Sum", "Product", "PerExample", "Rows", "Correlation", "Lookup", "Mixed",
+    "Factor", "register_factor", "Outer", "Sum", "Product", "PerExample", "Rows", "Correlation", "Lookup", "Mixed",
     "Stacked", "Shared", "Added", "Cast",
     "total", "keep", "sq_norms", "per_example", "with_path",
     # prove, measure, train, exchange

@@ -104,12 +104,10 @@ def check_factors(path: str, factors: Any, params: Any, m: int) -> None:
             continue
         kind, name = type(factor).__name__, f"params{jax.tree_util.keystr(where)}"
         if jax.tree_util.all_leaves([factor]):
-            raise TypeError(
-                f"{path}: register {kind} with @jax.tree_util.register_dataclass, so that JAX sees its arrays"
-            )
+            raise TypeError(f"{path}: register {kind} with @fnbp.register_factor, so that JAX sees its arrays")
         shape = jnp.shape(p)
         for made, due in ((total, shape), (per_example, (m, *shape)), (sq_norms, (m,))):
-            came = jax.eval_shape(made, factor).shape
+            came = jax.eval_shape(lambda made=made, factor=factor: made(factor)).shape
             if came != due:
                 what = "its gradient" if made is total else f"{made.__name__} of its {kind}"
                 hint = "is its backward wrong?" if made is total else f"expected {due}: is the example its first axis?"

@@ -41,6 +41,8 @@ def serial(*layers: Layer, name: str = "serial") -> Layer:
     def forward(params, state, x, ctx):
         check_parts(name, "params", params, len(layers))
         check_parts(name, "state", state, len(layers))
+        if ctx.key is not None:
+            check_key(name, ctx.key)
         states, saved, mask = [], [], ctx.mask
         h, x = carry.split(x)
         for i, (layer, p, s, c) in enumerate(zip(layers, params, state, ctx.split(len(layers)), strict=True)):

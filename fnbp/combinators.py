@@ -96,6 +96,8 @@ def parallel(*layers: Layer, join: str = "sum") -> Layer:
     def forward(params, state, x, ctx):
         check_parts(name, "params", params, len(layers))
         check_parts(name, "state", state, len(layers))
+        if ctx.key is not None:
+            check_key(name, ctx.key)
         ys, states, saved = [], [], []
         for i, (layer, p, s, c) in enumerate(zip(layers, params, state, ctx.split(len(layers)), strict=True)):
             with located(f"{name}[{i}].{layer.name}"):

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.factor import CHUNK, Factor, keep, per_example, sq_norms, total
+from fnbp.factor import CHUNK, Factor, keep, per_example, register_factor, sq_norms, total
 from fnbp.placement import each_example
 from fnbp.sums import wide
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Stacked(Factor):
     """The factors of n layers of one shape, from a loop over depth: all their arrays have the depth as first axis.
@@ -47,7 +47,7 @@ class Stacked(Factor):
         return Stacked(jax.vmap(lambda factor: factor.scaled(c))(self.factor))
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Shared(Factor):
     """The factors of one parameter in every turn of a loop over time: all their arrays have the time as first axis.
@@ -80,7 +80,7 @@ class Shared(Factor):
         return Shared(jax.vmap(lambda factor: factor.scaled(c))(self.factor))
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Added(Factor):
     """The sum of two factors of one parameter that is used in two places.
@@ -117,7 +117,7 @@ class Added(Factor):
             rows = jax.tree.map(jnp.expand_dims, both, axes).per_example()[0]
             return jnp.sum(wide(rows) ** 2)
 
-        elements = int(np.prod(jax.eval_shape(total, self).shape))
+        elements = int(np.prod(jax.eval_shape(self.total).shape))
         examples = jax.tree.map(lambda a, axis: jnp.moveaxis(a, axis, 0), self, axes)
         return jax.lax.map(alone, examples, batch_size=min(self.examples, max(1, CHUNK // elements)))
 
@@ -125,7 +125,7 @@ class Added(Factor):
         return Added(self.one.scaled(c), self.other.scaled(c))
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Cast(Factor):
     """A factor in one dtype of a parameter in another: what is made of it is in the other."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import jax
@@ -17,6 +17,33 @@ CHUNK = 1 << 22  # elements of per-example matrices formed at once, where sq_nor
 MIXED = "it mixes the examples of a batch, so none has a gradient of its own: only total is defined"
 
 
+def register_factor(kind: type) -> type:
+    """Register a frozen dataclass as a pytree; fields with metadata={"static": True} are no arrays.
+
+    As jax.tree_util.register_dataclass, but for the type: to that, two classes with the same fields are one tree, so a
+    function that JAX has traced for an Outer can be found in its cache for a Product.
+    """
+    names = [f.name for f in fields(kind) if f.init]
+    static = [f.name for f in fields(kind) if f.init and f.metadata.get("static")]
+    data = [name for name in names if name not in static]
+
+    def flatten(node):
+        return [getattr(node, name) for name in data], tuple(getattr(node, name) for name in static)
+
+    def flatten_with_keys(node):
+        children, rest = flatten(node)
+        return [(jax.tree_util.GetAttrKey(name), child) for name, child in zip(data, children, strict=True)], rest
+
+    def unflatten(rest, children):
+        node = object.__new__(kind)  # not by __init__: JAX puts other things than arrays in their places
+        for name, value in zip((*data, *static), (*children, *rest), strict=True):
+            object.__setattr__(node, name, value)
+        return node
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
+    return kind
+
+
 class Factor(ABC):
     """What a backward returns for one parameter: an unfinished sum over examples, linear in the error d.
 
@@ -29,8 +56,8 @@ class Factor(ABC):
         y = p x, a number a feature        Product(dy, x)       y[t] = x[t] + p[t]           Rows(dy, length)
         anything else: a scalar, a table, a tensor of any rank  PerExample(g), g (m, *shape of p)
 
-    A factor of your own is a frozen dataclass, registered by jax.tree_util.register_dataclass, with the four methods
-    below and a field d, the error, whose first axis is the example; or with a property examples in place of d.
+    A factor of your own is a frozen dataclass, registered by fnbp.register_factor, with the four methods below
+    and a field d, the error, whose first axis is the example; or with a property examples in place of d.
     """
 
     d: jax.Array
@@ -62,7 +89,7 @@ class Factor(ABC):
         """The factor with d times c: a number, or one number for each example, (m,)."""
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Outer(Factor):
     """dW = sum_i d_i x_i^T, the gradient of W in x @ W.T.
@@ -101,7 +128,7 @@ class Outer(Factor):
         return Outer(along_examples(c, self.d), self.x)
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Sum(Factor):
     """db = sum_i d_i, the gradient of b in x + b.
@@ -128,7 +155,7 @@ class Sum(Factor):
         return Sum(along_examples(c, self.d))
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Product(Factor):
     """dg = sum_i d_i x_i, element by element: the gradient of g in g x.
@@ -156,7 +183,7 @@ class Product(Factor):
         return Product(along_examples(c, self.d), self.x)
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Rows(Factor):
     """dP[t] = sum_i d_i[t]: the gradient of a table that is added position by position, 0 beyond the last position.
@@ -184,7 +211,7 @@ class Rows(Factor):
         return Rows(along_examples(c, self.d), self.size)
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Lookup(Factor):
     """dE[id] = the sum of d where x was id: the gradient of a table E in E[x].
@@ -225,7 +252,7 @@ class Lookup(Factor):
         return Lookup(along_examples(c, self.d), self.x, self.size)
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Correlation(Factor):
     """dW[k] = sum_i sum_p d_i[p] x_i[p stride + k dilation - low]^T: the gradient of the kernel of a convolution.
@@ -271,7 +298,7 @@ class Correlation(Factor):
         return replace(self, d=along_examples(c, self.d))
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class PerExample(Factor):
     """dp = sum_i d_i, the gradient of each example formed already: for scalars, tables, tensors of any rank.
@@ -298,7 +325,7 @@ class PerExample(Factor):
         return PerExample(along_examples(c, self.d))
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Mixed(Factor):
     """A finished gradient of a layer that mixes the examples: none of them has a gradient of its own.

@@ -63,9 +63,10 @@ def initialiser_of(
     shape; hint: what else a person may have meant by it."""
     if isinstance(given, str):
         try:
-            return initialiser(given, in_axis, out_axis)
+            make = initialiser(given, in_axis, out_axis)
         except ValueError as error:
             raise ValueError(f"{layer}: {leaf}: {error}") from None
+        return make if given in ("zeros", "ones", "normal") else of_matrices(layer, leaf, given, make)
     if not callable(given) or hasattr(given, "backward"):
         raise ValueError(
             f"{layer}: {leaf} must be an initialiser, a name or a function (key, shape, dtype) -> array, got "
@@ -80,6 +81,19 @@ def initialiser_of(
         if jnp.shape(made) != tuple(shape):
             raise ValueError(f"{layer}: the initialiser of {leaf} must make shape {tuple(shape)}, got {describe(made)}")
         return made
+
+    return init
+
+
+def of_matrices(layer: str, leaf: str, name: str, make: Callable) -> Callable:
+    """An initialiser that counts the inputs and outputs of a matrix. ValueError, with both names, for anything less."""
+
+    def init(key, shape, dtype):
+        if len(shape) < 2:
+            raise ValueError(
+                f"{layer}: {leaf}: {name} is for matrices, {leaf} has shape {tuple(shape)}; use normal, ones or zeros"
+            )
+        return make(key, shape, dtype)
 
     return init
 

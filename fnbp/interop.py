@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.backpropagation import check_batch, conform, contracted
-from fnbp.checks import as_arrays, check_is, check_key, check_name, choose, describe, takes
-from fnbp.factor import CHUNK, Factor, Mixed, along_examples, total
+from fnbp.checks import as_arrays, check_held, check_is, check_key, check_name, choose, describe, takes
+from fnbp.factor import CHUNK, Factor, Mixed, along_examples, register_factor, total
 from fnbp.layer import (
     MIXES,
     Context,
@@ -78,7 +78,7 @@ def to_jax(layer: Layer, state: Any = None, ctx: Context = Context(), with_state
     return lambda params, x: apply(params, empty_state(layer, params, x) if state is None else state, x, ctx)[0]
 
 
-@jax.tree_util.register_dataclass
+@register_factor
 @dataclass(frozen=True)
 class Automatic(Factor):
     """The gradient of one parameter of a function that JAX differentiates.
@@ -168,11 +168,15 @@ def from_jax(
     if name is not None:
         check_name("from_jax", name)
     if isinstance(apply, Layer):
+        if init is not None or mask is not None or mixes != "never":
+            raise TypeError(
+                f"from_jax: init, mask and mixes go with a function; {apply.name} is a Layer, which has its own"
+            )
         layer = apply
     elif callable(apply):
         label = name or getattr(apply, "__name__", "from_jax")
         check_functions(getattr(apply, "__name__", label), apply, init)
-        layer = lifted(apply, init or (lambda key, x: {}), label, mask or refused, mixes)
+        layer = lifted(apply, init, label, mask or refused, mixes)
     else:
         raise TypeError(f"from_jax: a Layer or a function apply(params, x) is due, got {describe(apply)}")
 
@@ -247,16 +251,18 @@ def check_functions(name: str, apply: Callable, init: Any) -> None:
         raise TypeError(f"from_jax: init must be a function (key, x) -> params, got {describe(init)}")
 
 
-def lifted(apply: Callable, init: Callable, name: str, mask: str | Rule, mixes: Any) -> Layer:
+def lifted(apply: Callable, init: Callable | None, name: str, mask: str | Rule, mixes: Any) -> Layer:
     """A Layer around a function apply(params, x) -> y, without a backward of its own."""
     rule = mask if callable(mask) else choose(f"rule for a mask of {name}", mask, RULES)
     choose(f"mixes of {name}", mixes, dict.fromkeys(MIXES, 0))
 
     def init_lifted(key, x):
         check_key(name, key)
-        return init(key, x), {}
+        return init(key, x) if init is not None else {}, {}
 
     def forward(params, state, x, ctx):
+        if init is None:
+            check_held(name, "params", params, {})
         return apply(params, x), state, ()
 
     def backward(params, res, dy):

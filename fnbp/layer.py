@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_key, check_name, check_params, check_returned, choose
+from fnbp.checks import check_key, check_name, check_returned, choose
 from fnbp.masks import RULES, Rule, kept, refused
 
 Mixes = Literal["never", "training", "always"]
@@ -82,9 +82,10 @@ class Context:
     train: bool = field(default=False, metadata={"static": True})
 
     def split(self, n: int) -> tuple["Context", ...]:
-        """One context for each of n parts, each with a key of its own."""
+        """One context for each of n parts, each with a key of its own. TypeError if the key is not a random key."""
         if self.key is None:
             return (self,) * n
+        check_key("Context", self.key)
         return tuple(replace(self, key=jax.random.fold_in(self.key, i)) for i in range(n))
 
 
@@ -158,19 +159,6 @@ def mask_aware(
 
     lifted = counting(name, rule, forward_lifted, backward)
     return Layer(init_lifted, *lifted, name, traits=Traits(rule, alone=alone))
-
-
-def parameterless(forward: Callable, backward: Callable, name: str, mask: str | Rule = refused) -> Layer:
-    """A Layer without parameters: forward x -> y, res and backward (res, dy) -> dx."""
-
-    def forward_lifted(params, x):
-        check_params(name, params, x, {})
-        return forward(x)
-
-    def backward_lifted(params, res, dy):
-        return {}, backward(res, dy)
-
-    return stateless(lambda key, x: {}, forward_lifted, backward_lifted, name, mask, alone=True)
 
 
 def traits_of(layer: Layer, mask: Rule, carries: bool = False) -> Traits:

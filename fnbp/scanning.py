@@ -180,7 +180,9 @@ def mask_in_time(name: str, ctx: Context, x: jax.Array) -> jax.Array | None:
 
 
 def keys_of(ctx: Context, n: int) -> jax.Array | None:
-    """A key for each of n turns."""
+    """A key for each of n turns. TypeError if the key is not a random key."""
+    if ctx.key is not None:
+        check_key("Context", ctx.key)
     return None if ctx.key is None else jax.vmap(lambda i: jax.random.fold_in(ctx.key, i))(jnp.arange(n))
 
 

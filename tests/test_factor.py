@@ -206,3 +206,13 @@ def test_clipping_in_one_pass_is_the_sum_of_clipped_gradients(x64, positions):
     scale = np.minimum(1, limit / norms)
     expected = jax.tree.map(lambda row: np.tensordot(scale, row, 1), each)
     assert relative(clipped(params, x, y, limit), (norms, expected)) <= 1e-12
+
+
+def test_two_kinds_of_factors_with_the_same_fields_are_two_trees():
+    a = jnp.ones((2, 3))
+    pairs = ((fnbp.Outer(a, a), fnbp.Product(a, a)), (fnbp.Sum(a), fnbp.PerExample(a)), (fnbp.Sum(a), fnbp.Mixed(a)))
+    stacked = (fnbp.Stacked(fnbp.Sum(a)), fnbp.Shared(fnbp.Sum(a)))
+    for one, other in (*pairs, stacked):
+        assert jax.tree.structure(one) != jax.tree.structure(other)
+        assert jax.tree.structure(one) == jax.tree.structure(jax.tree.map(jnp.zeros_like, one))
+    assert [str(where[0]) for where, _ in jax.tree_util.tree_leaves_with_path(fnbp.Lookup(a, a, 5))] == [".d", ".x"]

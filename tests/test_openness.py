@@ -163,7 +163,7 @@ def test_a_factor_that_does_not_fit_is_refused_by_every_contraction(contract, ma
 def test_a_factor_that_jax_does_not_know_is_told_how():
     net = fnbp.serial(fnbp.bias()._replace(backward=lambda params, res, dy: ({"b": Unregistered(dy)}, dy)))
     x = jnp.ones((5, 2))
-    with pytest.raises(TypeError, match=r"register Unregistered with @jax.tree_util.register_dataclass"):
+    with pytest.raises(TypeError, match=r"register Unregistered with @fnbp.register_factor"):
         fnbp.per_example_norms(net, MSE)(*net.init(jax.random.key(0), x), x, x)
 
 

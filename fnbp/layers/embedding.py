@@ -22,7 +22,8 @@ from fnbp.checks import (
 )
 from fnbp.factor import Lookup, Rows
 from fnbp.initialisers import check_numbers, initialiser_of, weights
-from fnbp.layer import Layer, parameterless, stateless
+from fnbp.layer import Layer, stateless
+from fnbp.layers.activation import parameterless
 from fnbp.placement import by_example
 
 Tokens = Float[Array, "m t d"]
@@ -71,7 +72,7 @@ def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = 
 
 def rows_of(x: jax.Array, E: jax.Array) -> jax.Array:
     """E[x]; NaN for a token outside of the table, a negative one among them."""
-    return E.at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return jnp.asarray(E).at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def check_tokens(name: str, x: Any, size: int) -> None:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fnbp.checks import check_is, check_key, check_params, shown
-from fnbp.layer import Layer, Traits, mask_aware, parameterless
+from fnbp.layer import Layer, Traits, mask_aware
+from fnbp.layers.activation import parameterless
 from fnbp.masks import by_position, check_mask, of_positions
 from fnbp.placement import reshaped
 from fnbp.sums import like, wide
