@@ -1,40 +1,22 @@
 """Mistakes planted in the hand-written backwards: every backward of the library, every mistake of it.
 
 A backward is a function backward* or dloss* inside a constructor (or a lambda that is passed for one), a helper that
-only backwards call, the total of a Factor, or the tuple that a forward saves. A mutant is the library's own source with
-one expression of it replaced.
+backwards call, the total of a Factor, or the tuple that a forward saves. A mutant is the library's own source with one
+expression of it replaced.
 """
 
 import ast
-import importlib
-import inspect
 import re
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import fnbp
-from experiments.mutations_operators import NO_ARRAYS, Scope, changes, parsed
+from experiments.mutations_operators import changes, parsed
+from experiments.mutations_sites import Module, Site, files, read, scope_at, sites
 from experiments.mutations_wrappers import COTANGENTS, RESULTS, SAVED, TREES
 
-PACKAGE = Path(inspect.getfile(fnbp)).parent
-BACKWARDS = ("backward", "dloss")
 SHORT = 16  # characters: what is so short may stand twice in a line
 PASSIVE = ("annotation", "returns", "decorator_list", "targets", "target", "func")
-
-
-class Site(NamedTuple):
-    """A place that can be wrong: the backward, the total or the saved tuple of owner, a top-level function or class."""
-
-    file: str  # below fnbp, "layers/dense.py"
-    owner: str
-    name: str  # "gelu.backward_tanh"
-    kind: str  # "backward", "total", "saved"
-    statement: int  # of the module
-    node: Any  # FunctionDef, Lambda, or the Return of a forward
-    function: Any  # the function around it, for what is in scope
 
 
 class Mutant(NamedTuple):
@@ -47,116 +29,7 @@ class Mutant(NamedTuple):
     kind: str
     statement: int
     code: str
-
-
-class Module(NamedTuple):
-    """A source file of the library."""
-
-    file: str
-    tree: ast.Module  # without docstrings
-    live: types.ModuleType
-    functions: tuple[str, ...]
-
-
-OTHERS = (
-    "losses.py",
-    "reduction.py",
-    "chain.py",
-    "combinators.py",
-    "scanning.py",
-    "wrappers.py",
-    "factor.py",
-    "compound.py",
-)
-
-
-def files() -> list[str]:
-    """The files of the library that hold backwards: the layers by glob, losses, combinators, loops, factors."""
-    layers = sorted(path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "layers").rglob("*.py"))
-    return [*(file for file in layers if not file.endswith("__init__.py")), *OTHERS]
-
-
-def read(file: str) -> Module:
-    """A file as its tree and as it is imported."""
-    name = "fnbp." + file.removesuffix(".py").replace("/", ".")
-    tree = ast.parse((PACKAGE / file).read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            node.body[0] = ast.Pass()
-    helpers = tuple(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-    return Module(file, tree, importlib.import_module(name), helpers)
-
-
-# --- where backwards are ---
-
-
-def sites(module: Module) -> list[Site]:
-    """Every backward, total and saved tuple of a file, in its order."""
-    found = []
-    helpers = helpers_of_backwards(module)
-    for i, top in enumerate(module.tree.body):
-        if isinstance(top, ast.ClassDef):
-            for node in top.body:
-                if isinstance(node, ast.FunctionDef) and node.name == "total" and not abstract(node):
-                    found.append(Site(module.file, top.name, f"{top.name}.total", "total", i, node, node))
-        if isinstance(top, ast.FunctionDef):
-            if top.name in helpers:
-                found.append(Site(module.file, top.name, top.name, "backward", i, top, top))
-            for name, kind, node, function in inside(module, top):
-                found.append(Site(module.file, top.name, f"{top.name}.{name}", kind, i, node, function))
-    return found
-
-
-def inside(module: Module, top: ast.FunctionDef) -> Iterator[tuple[str, str, Any, Any]]:
-    """Name, kind, node, function of the backwards and saved tuples in one constructor."""
-    for node in ast.walk(top):
-        if isinstance(node, ast.FunctionDef) and node is not top:
-            if node.name.startswith(BACKWARDS):
-                yield node.name, "backward", node, node
-            if node.name.startswith("forward"):
-                for part in ast.walk(node):
-                    value = part.value if isinstance(part, ast.Return) else None
-                    if isinstance(value, ast.Tuple) and isinstance(value.elts[-1], (ast.Tuple, ast.Call)):
-                        yield f"{node.name} saves", "saved", part, node
-        if isinstance(node, ast.Call):
-            for name, argument in bound(module, node):
-                if name.startswith(BACKWARDS) and isinstance(argument, ast.Lambda):
-                    yield name, "backward", argument, argument
-
-
-def bound(module: Module, call: ast.Call) -> list[tuple[str, ast.expr]]:
-    """The arguments of a call by the names of its parameters."""
-    f = getattr(module.live, ast.unparse(call.func), None)
-    if not callable(f):
-        return []
-    try:
-        names = list(inspect.signature(f).parameters)
-    except (TypeError, ValueError):
-        return []
-    named = [(word.arg or "", word.value) for word in call.keywords]
-    return [*zip(names, call.args, strict=False), *named]
-
-
-def abstract(node: ast.FunctionDef) -> bool:
-    """True for a method that subclasses must write."""
-    return any("abstractmethod" in ast.unparse(decorator) for decorator in node.decorator_list)
-
-
-def helpers_of_backwards(module: Module) -> set[str]:
-    """Functions of the module that its backwards call, and nothing else does."""
-    functions = {node.name: node for node in module.tree.body if isinstance(node, ast.FunctionDef)}
-    backwards = set()
-    for top in module.tree.body:
-        if isinstance(top, ast.FunctionDef):
-            for _, kind, node, _ in inside(module, top):
-                backwards |= {id(part) for part in ast.walk(node)} if kind == "backward" else set()
-    found: set[str] = set()
-    for _ in functions:  # a helper may call helpers
-        within = backwards | {id(part) for name in found for part in ast.walk(functions[name])}
-        uses = [node for node in ast.walk(module.tree) if isinstance(node, ast.Name) and node.id in functions]
-        called = {node.id for node in uses if id(node) in within}
-        found = called - {node.id for node in uses if id(node) not in within}
-    return found
+    shared: bool = False  # a helper that is spoilt for backwards alone
 
 
 # --- mistakes ---
@@ -176,7 +49,7 @@ def catalogue() -> list[Mutant]:
                 name = f"{site.file}:{site.name}:{line}:{kind}: {what}"
                 taken[name] = taken.get(name, 0) + 1
                 name += f" #{taken[name]}" if taken[name] > 1 else ""
-                mutant = Mutant(name, site.file, site.owner, site.name, kind, site.statement, code)
+                mutant = Mutant(name, site.file, site.owner, site.name, kind, site.statement, code, site.shared)
                 found[site.file, site.statement, code] = mutant
     return [mutant for mutant in found.values() if mutant is not None]
 
@@ -199,17 +72,18 @@ def backward(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, s
         if isinstance(parent, ast.If) and field == "test":
             with replaced(parent, field, index, ast.UnaryOp(ast.Not(), node)):
                 yield "branch", f"not {ast.unparse(node)}", node.lineno, ast.unparse(top)
-    for label, parent, field, index, node, tree in results(site.node) if returns_array(site.node) else ():
+    for label, parent, field, index, node, tree in results(site.node) if returns_array(site) else ():
         for kind, words, text in spoilt(label, scope_at(site, top, module, node.lineno).arrays, tree):
             with replaced(parent, field, index, applied(text, node)):
                 yield kind, f"{label}: {words}", node.lineno, ast.unparse(top)
     yield from cotangents(site, top)
 
 
-def returns_array(node: Any) -> bool:
-    """False for a helper that is said to return a number."""
-    stated = getattr(node, "returns", None)
-    return stated is None or ast.unparse(stated) not in ("int", "float", "bool", "str")
+def returns_array(site: Site) -> bool:
+    """False for a helper that is said to return a number, and for a shared one that is not said to return an array."""
+    stated = getattr(site.node, "returns", None)
+    said = "" if stated is None else ast.unparse(stated)
+    return "Array" in said if site.shared else said not in ("int", "float", "bool", "str")
 
 
 def spoilt(label: str, arrays: tuple[str, ...], tree: bool) -> Iterator[tuple[str, str, str]]:
@@ -363,22 +237,3 @@ def entries(label: str, parent: ast.Tuple, index: int) -> Iterator[tuple[str, An
     for i, entry in enumerate(node.elts):
         if not isinstance(entry, ast.Constant):
             yield from entries(f"{label}[{i}]", node, i)
-
-
-def scope_at(site: Site, top: Any, module: Module, line: int) -> Scope:
-    """What can be named at a line: arrays of the function, numbers of the constructor, functions of the module."""
-    arguments = [a.arg for a in site.function.args.args if a.arg not in NO_ARRAYS]
-    assigned = [
-        part.id
-        for node in ast.walk(site.function)
-        if isinstance(node, ast.Assign) and node.lineno < line
-        for part in ast.walk(node.targets[0])
-        if isinstance(part, ast.Name) and part.id not in NO_ARRAYS
-    ]
-    numbers = []
-    if isinstance(top, ast.FunctionDef):
-        defaults = dict(zip([a.arg for a in top.args.args][::-1], top.args.defaults[::-1], strict=False))
-        numbers = [
-            name for name, d in defaults.items() if isinstance(d, ast.Constant) and type(d.value) in (int, float)
-        ]
-    return Scope(tuple(dict.fromkeys(arguments + assigned)), tuple(numbers), module.functions)

@@ -1,6 +1,7 @@
 """A mutant as code: its module made anew, and what is built of it."""
 
 import ast
+import inspect
 import sys
 import types
 from typing import Any
@@ -9,40 +10,72 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import fnbp
-from experiments.mutations import PACKAGE, Mutant
+from experiments.mutations import Mutant
+from experiments.mutations_sites import callers, live, read, within_backwards
 
 FRESH = "fnbp_mutant"  # what a mutant's module is called
+LIFT = "layer.py"  # what every layer is made with; its classes are the library's own in a fresh module too
 
 
-def run(file: str, code: str = "", statement: int = -1, label: str = FRESH) -> types.ModuleType:
-    """The source of a file as a fresh module, with one statement of it replaced by code."""
-    tree = ast.parse((PACKAGE / file).read_text())
+def run(file: str, code: str = "", statement: int = -1, label: str = FRESH, alias: str = "") -> types.ModuleType:
+    """The source of a file as a fresh module, with one statement of it replaced by code.
+
+    alias: a function that its backwards, and they alone, are to find under the name spoilt_name(alias).
+    """
+    source = read(file)
     if code:
-        (tree.body[statement],) = ast.parse(code).body
+        (source.tree.body[statement],) = ast.parse(code).body
+    for name in within_backwards(source) if alias else ():
+        name.id = spoilt_name(alias) if name.id == alias else name.id
     module = types.ModuleType(FRESH)
     module.__dict__.update({"jax": jax, "jnp": jnp, "np": np})
     sys.modules[FRESH] = module  # dataclasses look their module up
     try:
-        exec(compile(tree, label, "exec"), module.__dict__)
+        exec(compile(ast.fix_missing_locations(source.tree), label, "exec"), module.__dict__)
     finally:
         del sys.modules[FRESH]
+    for name, real in vars(source.live).items() if file == LIFT else ():
+        module.__dict__[name] = real if isinstance(real, type) else module.__dict__[name]
     return module
+
+
+def spoilt_name(name: str) -> str:
+    """What backwards call a helper that is right elsewhere."""
+    return f"{name}_of_backwards"
 
 
 def build(mutant: Mutant, file: str, name: str) -> Any:
     """The constructor of that name, of that file, with the mistake in it or in what it uses."""
     spoilt_module = run(mutant.file, mutant.code, mutant.statement, mutant.id)
-    if file == mutant.file:
-        return getattr(spoilt_module, name)
-    user, part = run(file, label=mutant.id), getattr(spoilt_module, mutant.owner)
-    user.__dict__[mutant.owner] = factor_of(part, mutant.owner) if isinstance(part, type) else part
+    part = getattr(spoilt_module, mutant.owner)
+    part = factor_of(part, mutant.file, mutant.owner) if isinstance(part, type) else part
+    if mutant.shared:
+        user = run(file, label=mutant.id, alias=mutant.owner)
+        user.__dict__[spoilt_name(mutant.owner)] = part
+        if LIFT in callers()[mutant.file, mutant.owner] and file != LIFT:
+            lift = run(LIFT, label=mutant.id, alias=mutant.owner)
+            lift.__dict__[spoilt_name(mutant.owner)] = part
+            wire(lift, LIFT, user)
+    elif file == mutant.file:
+        return part if name == mutant.owner else getattr(spoilt_module, name)
+    else:
+        user = run(file, label=mutant.id)
+        user.__dict__[mutant.owner] = part
+        if not isinstance(part, type):
+            wire(spoilt_module, mutant.file, user)
     return getattr(user, name)
 
 
-def factor_of(changed: type, name: str) -> type:
+def wire(fresh: types.ModuleType, file: str, user: types.ModuleType) -> None:
+    """user with the functions of a fresh module in place of those that it imported from that file."""
+    for name, real in vars(live(file)).items():
+        if inspect.isfunction(real) and user.__dict__.get(name) is real:
+            user.__dict__[name] = fresh.__dict__[name]
+
+
+def factor_of(changed: type, file: str, name: str) -> type:
     """The library's own factor of that name, with the total of the mutant: what is no Factor is taken for an array."""
-    real = getattr(fnbp, name)
+    real = getattr(live(file), name)
     factor = type(name, (real,), {"total": changed.total})  # type: ignore[attr-defined]
     fields = tuple(real.__dataclass_fields__)
     jax.tree_util.register_pytree_node(

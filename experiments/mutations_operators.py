@@ -64,6 +64,7 @@ SAME_SHAPE = {  # f(a, ...) has the shape of a, so a can stand in its place
     *("rsqrt", "square", "abs", "sign", "clip", "wide", "reversed", "flip", "stop_gradient", "cos", "sin", "roll"),
     *("nan_to_num", "conj", "where"),
 }
+OF_SECOND = {"share", "kept"}  # f(which, a) has the shape of a
 REDUCTIONS = {"sum", "mean", "max", "min", "var", "std", "softmax", "log_softmax", "prod", "cumsum", "logsumexp"}
 TERMS = (ast.Add, ast.Sub)
 NO_ARRAYS = {"self", "params", "res", "state", "ctx", "key", "name", "factors", "parts"}
@@ -236,6 +237,8 @@ def arguments(node: ast.Call, name: str, method: bool, scope: Scope) -> Iterator
             yield Change("precision", args[0])
         elif (name in SAME_SHAPE and name != "where") or (name in scope.helpers and len(args) == 1):
             yield Change("dropped", args[0])
+        elif name in OF_SECOND:
+            yield Change("dropped", args[1])
     if name == "where" and len(args) == 3:
         yield Change("branch", ast.Call(node.func, [args[0], args[2], args[1]], keywords))
         yield Change("branch", args[1])

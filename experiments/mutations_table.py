@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 import fnbp
@@ -13,8 +14,9 @@ class Trial(NamedTuple):
 
     x      "normal", "unit" (between 0 and 1), "tokens" (integers below 13), "many tokens" (below 4,099: more than
            a float16 tells apart)
-    y      of a loss: "labels", "soft" (distributions), "unit", "normal"
+    y      of a loss: "labels", "soft" (distributions), "unit", "yes or no" (1, 0, or -1 for neither), "normal"
     train  with Context(key, train=True); otherwise a layer with state has had one training step before
+    mask   how many of the first axes a Context.mask has; 0 for none
     """
 
     make: Callable[[Any], Any] = lambda constructor: constructor()
@@ -22,6 +24,7 @@ class Trial(NamedTuple):
     x: str = "normal"
     y: str = ""
     train: bool = False
+    mask: int = 0
 
 
 LENGTHS = np.array([3, 5, 1, 0, 7])
@@ -93,7 +96,25 @@ def finished(layer: fnbp.Layer) -> fnbp.Layer:
     return layer._replace(backward=backward)
 
 
+def gain(per_example: type) -> fnbp.Layer:
+    """One number times all of x, its gradient formed for each example already."""
+
+    def init(key, x):
+        return {"s": jnp.ones((), x.dtype)}
+
+    def forward(params, x):
+        return params["s"] * x, (x,)
+
+    def backward(params, res, dy):
+        axes = range(1, dy.ndim)
+        return {"s": per_example(jnp.sum(dy * res[0], axes))}, params["s"] * dy
+
+    return fnbp.stateless(init, forward, backward, "gain")
+
+
 WITH_MEMORY = fnbp.parallel(fnbp.identity(), fnbp.conv(7, 2, padding="VALID"), join="tuple")
+WITH_SAME = fnbp.parallel(fnbp.identity(), fnbp.dense(7), join="tuple")
+WEIGHTS = np.linspace(0.5, 1.5, 11)
 
 TABLE: dict[str, tuple[Trial, ...]] = {
     "leaky_relu": (Trial(lambda f: f(0.2)),),
@@ -106,12 +127,14 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(5), (5, 3, 11)),
         Trial(lambda f: f(1)),
         Trial(lambda f: f(5, b=None)),
+        Trial(lambda f: f(5), (5, 3, 11), mask=2),
     ),
     "conv": (
         Trial(lambda f: f(7, 3), (3, 11, 5)),
         Trial(lambda f: f(7, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1)), (3, 7, 5, 2)),
         Trial(lambda f: f(10, 3, groups=5, padding="VALID"), (3, 7, 5)),
         Trial(lambda f: f(1, 1), (3, 11, 5)),
+        Trial(lambda f: f(7, 3), (3, 11, 5), mask=2),
     ),
     "conv_transpose": (
         Trial(lambda f: f(7, 3, stride=2, padding=1), (3, 5, 2)),
@@ -122,19 +145,43 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(3, stride=2, padding="SAME"), (3, 7, 5, 2)),
         Trial(lambda f: f(2, padding=1, count_padding=True), (3, 7, 2)),
     ),
-    "global_avg_pool": (Trial(shape=(3, 7, 5, 2)),),
-    "last": (Trial(shape=(3, 5, 7)), Trial(lambda f: of_lengths(fnbp.ragged(f())), (5, 7, 3))),
+    "global_avg_pool": (
+        Trial(shape=(3, 7, 5, 2)),
+        Trial(shape=(3, 7, 5, 2), mask=3),
+    ),
+    "last": (
+        Trial(shape=(3, 5, 7)),
+        Trial(lambda f: of_lengths(fnbp.ragged(f())), (5, 7, 3)),
+        Trial(shape=(3, 5, 7), mask=2),
+    ),
     "reshape": (Trial(lambda f: f(-1, 5), (3, 5, 7)),),
     "flatten": (Trial(shape=(3, 5, 7)),),
     "serial": (Trial(lambda f: f(fnbp.dense(5), fnbp.dense(3), fnbp.tanh())),),
-    "skip": (Trial(lambda f: f(fnbp.dense(11))),),
+    "skip": (
+        Trial(lambda f: f(fnbp.dense(11))),
+        Trial(lambda f: f(fnbp.dense(7)), (3, 5, 7), mask=2),
+    ),
     "layer_norm": (Trial(), Trial(shape=(5, 3, 11))),
     "rms_norm": (Trial(), Trial(shape=(5, 3, 11))),
-    "group_norm": (Trial(lambda f: f(3), (2, 5, 6)), Trial(lambda f: f(1), (5, 11))),
-    "batch_norm": (Trial(train=True), Trial(shape=(2, 5, 7), train=True), Trial()),
+    "group_norm": (
+        Trial(lambda f: f(3), (2, 5, 6)),
+        Trial(lambda f: f(1), (5, 11)),
+        Trial(lambda f: f(3), (2, 5, 6), mask=2),
+    ),
+    "batch_norm": (
+        Trial(train=True),
+        Trial(shape=(2, 5, 7), train=True),
+        Trial(),
+        Trial(shape=(2, 5, 7), train=True, mask=2),
+        Trial(shape=(2, 5, 7), mask=2),
+    ),
     "dropout": (Trial(lambda f: f(0.3), train=True), Trial(lambda f: f(0.3))),
     "drop_path": (Trial(lambda f: f(0.3), (7, 5, 3), train=True),),
-    "embedding": (Trial(lambda f: f(13, 3), (5, 11), "tokens"), Trial(lambda f: f(4_099, 3), (7,), "many tokens")),
+    "embedding": (
+        Trial(lambda f: f(13, 3), (5, 11), "tokens"),
+        Trial(lambda f: f(4_099, 3), (7,), "many tokens"),
+        Trial(lambda f: f(13, 3), (5, 11), "tokens", mask=2),
+    ),
     "positions": (
         Trial(lambda f: f(17), (7, 5, 3)),
         Trial(lambda f: f(5), (7, 5, 3)),
@@ -145,6 +192,8 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(3, causal=True), (2, 5, 6)),
         Trial(lambda f: f(4, 2, rotary=100.0, b=None), (2, 5, 8)),
         Trial(lambda f: fnbp.serial(WITH_MEMORY, f(3)), (2, 5, 6)),
+        Trial(lambda f: f(3), (2, 5, 6), mask=2),
+        Trial(lambda f: fnbp.serial(WITH_SAME, f(3)), (2, 5, 6), mask=2),
     ),
     "rnn_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
     "lstm_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
@@ -194,10 +243,39 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(y="labels"),
         Trial(y="soft"),
         Trial(shape=(5, 3, 11), y="labels"),
+        Trial(lambda f: f(weights=WEIGHTS, label_smoothing=0.1), y="labels"),
+        Trial(lambda f: f(weights=WEIGHTS), y="soft"),
+        Trial(lambda f: f(ignore_index=0, reduce="tokens"), (5, 3, 11), y="labels"),
+        Trial(shape=(5, 3, 11), y="soft", mask=2),
     ),
-    "binary_cross_entropy": (Trial(x="unit", y="unit"), Trial(lambda f: f(from_logits=True), y="unit")),
-    "mean_squared_error": (Trial(y="normal"),),
-    "half_squared_error": (Trial(y="normal"),),
+    "binary_cross_entropy": (
+        Trial(x="unit", y="unit"),
+        Trial(lambda f: f(from_logits=True), y="unit"),
+        Trial(lambda f: f(pos_weight=3, label_smoothing=0.1), x="unit", y="unit"),
+        Trial(lambda f: f(from_logits=True, pos_weight=WEIGHTS, label_smoothing=0.1), y="unit"),
+        Trial(lambda f: f(from_logits=True, ignore_index=-1, reduce="tokens"), y="yes or no"),
+    ),
+    "mean_squared_error": (
+        Trial(y="normal"),
+        Trial(lambda f: f(reduce="tokens"), (5, 3, 7), y="normal", mask=2),
+    ),
+    "checked": (Trial(lambda f: f("dense(5)", fnbp.dense(5))),),
+    "PerExample": (Trial(gain),),
+    "half_squared_error": (
+        Trial(y="normal"),
+        Trial(shape=(5, 3, 7), y="normal", mask=2),
+    ),
 }
 
-FOR = {"parameterless": ("identity", "tanh")}  # of a helper of many constructors, those that it is tried with
+INNER = {"checked": "layer.py", "PerExample": "factor.py"}  # beside the public constructors: their files
+FOR = {  # of a helper of many constructors, those that it is tried with
+    "parameterless": ("identity", "tanh"),
+    "counting": ("dense", "skip", "group_norm", "global_avg_pool", "embedding"),
+    "without": ("dense",),
+    "share": ("softmax_cross_entropy", "binary_cross_entropy", "mean_squared_error", "half_squared_error"),
+    "along": ("last",),
+    "turned": ("attention",),
+    "kept": ("dense", "global_avg_pool", "ragged"),
+    "wide": ("log_softmax", "layer_norm"),
+    "reshaped": ("group_norm", "reshape"),
+}

@@ -15,9 +15,10 @@ import jax.test_util
 import numpy as np
 
 import fnbp
-from experiments.mutations import PACKAGE, Mutant, files
-from experiments.mutations_code import build
-from experiments.mutations_table import FOR, TABLE, Trial
+from experiments.mutations import Mutant
+from experiments.mutations_code import LIFT, build
+from experiments.mutations_sites import PACKAGE, file_of, files, live
+from experiments.mutations_table import FOR, INNER, TABLE, Trial
 from experiments.report import InputError
 from fnbp.backpropagation import contracted
 
@@ -29,18 +30,23 @@ NARROW = ("bfloat16", "float16")
 
 @cache
 def constructors() -> dict[str, str]:
-    """The public functions that make a Layer or a Loss and hold a backward, with their file."""
-    held = set(files())
-    found = {}
+    """The public functions that make a Layer or a Loss and hold a backward, with their file; and INNER."""
+    held = set(files()) - {LIFT}
+    found = dict(INNER)
     for name in fnbp.__all__:
         f = getattr(fnbp, name)
         if not inspect.isfunction(f):
             continue
-        file = (f.__module__.removeprefix("fnbp.") + ".py").replace(".", "/", f.__module__.count(".") - 1)
+        file = file_of(f)
         made = getattr(inspect.signature(f).return_annotation, "__name__", "")
         if made in ("Layer", "Loss") and file in held:
             found[name] = file
     return found
+
+
+def unspoilt(name: str) -> Any:
+    """The library's own constructor of that name."""
+    return getattr(live(constructors()[name]), name)
 
 
 @cache
@@ -74,7 +80,7 @@ def trials_of(name: str) -> tuple[Trial, ...]:
     """The trials of a public constructor; where TABLE has none, a layer that needs no arguments is called without."""
     if name in TABLE:
         return TABLE[name]
-    signature = inspect.signature(getattr(fnbp, name))
+    signature = inspect.signature(unspoilt(name))
     due = [p for p in signature.parameters.values() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
     return () if due or "Loss" in str(signature.return_annotation) else (Trial(),)
 
@@ -97,6 +103,11 @@ class Subject(NamedTuple):
     state: Any = None
     ctx: fnbp.Context = fnbp.Context()
 
+    @property
+    def data(self) -> tuple:
+        """What a Loss takes beside the prediction."""
+        return (self.y,) if self.ctx.mask is None else (self.y, self.ctx.mask)
+
 
 def draw(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Data of a kind, in float32."""
@@ -104,6 +115,8 @@ def draw(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
         return rng.integers(0, shape[-1], shape[:-1]).astype(np.int32)
     if kind in TOKENS:
         return rng.integers(0, TOKENS[kind], shape).astype(np.int32)
+    if kind == "yes or no":
+        return rng.integers(-1, 2, shape).astype(np.float32)
     a = rng.random(shape) * 0.9 + 0.05 if kind in ("unit", "soft") else rng.standard_normal(shape)
     return np.asarray(a / a.sum(-1, keepdims=True) if kind == "soft" else a, np.float32)
 
@@ -114,15 +127,16 @@ def subject(constructor: Any, trial: Trial, dtype: str = "float32") -> Subject:
     x = draw(trial.x, rng, trial.shape)
     x = x if trial.x in TOKENS else np.asarray(x, jnp.dtype(dtype))
     made = trial.make(constructor)
+    counts = np.random.default_rng(2).random(trial.shape[: trial.mask]) < 0.7 if trial.mask else None
     if not isinstance(made, fnbp.Layer):  # a Loss, of a class of its own where its module is fresh
-        return Subject(fnbp.Loss(*made), None, x, draw(trial.y, rng, trial.shape))
+        return Subject(fnbp.Loss(*made), None, x, draw(trial.y, rng, trial.shape), None, fnbp.Context(mask=counts))
     params, state = made.init(jax.random.key(0), x)
     wanted = jnp.dtype(dtype)
     moved = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape) / 2, wanted), params)
-    training = fnbp.Context(jax.random.key(1), train=True)
+    training = fnbp.Context(jax.random.key(1), counts, train=True)
     if jax.tree.leaves(state) and not trial.train:
         state = made.forward(moved, state, jnp.asarray(x), training)[1]
-    return Subject(made, moved, x, None, state, training if trial.train else fnbp.Context())
+    return Subject(made, moved, x, None, state, training if trial.train else fnbp.Context(mask=counts))
 
 
 # --- the two checkers ---
@@ -131,7 +145,7 @@ def subject(constructor: Any, trial: Trial, dtype: str = "float32") -> Subject:
 def compared(s: Subject, **options: Any) -> fnbp.Report:
     """fnbp.compare on it: a Layer at its x, a Loss on what identity returns."""
     if isinstance(s.made, fnbp.Loss):
-        return fnbp.compare(fnbp.identity(), s.x, loss=s.made, y=s.y, **options)
+        return fnbp.compare(fnbp.identity(), s.x, loss=s.made, y=s.y, ctx=s.ctx, **options)
     return fnbp.compare(s.made, s.x, params=s.params, state=s.state, ctx=s.ctx, **options)
 
 
@@ -141,10 +155,10 @@ def alone(s: Subject) -> fnbp.Report:
     if isinstance(made, fnbp.Loss):
 
         def loss(p):
-            return jnp.sum(made.forward(p, s.y)[0])
+            return jnp.sum(made.forward(p, *s.data)[0])
 
         def vjp_of_loss(args, dy):
-            d = made.backward(made.forward(args[0], s.y)[1])
+            d = made.backward(made.forward(args[0], *s.data)[1])
             return ((dy * d).astype(d.dtype),)
 
         return fnbp.compare(loss, s.x, vjp=vjp_of_loss, probes=QUICK, transforms=())
@@ -192,7 +206,9 @@ def peer(s: Subject) -> str:
     """What jax.test_util.check_grads says at its defaults, "" for no complaint."""
     try:
         if isinstance(s.made, fnbp.Loss):
-            jax.test_util.check_grads(partial(of_prediction(s.made), s.y), (jnp.asarray(s.x),), order=1, modes=["rev"])
+            jax.test_util.check_grads(
+                partial(of_prediction(s.made), s.data), (jnp.asarray(s.x),), order=1, modes=["rev"]
+            )
         else:
             jax.test_util.check_grads(*differentiable(s, s.params, jnp.asarray(s.x)), order=1, modes=["rev"])
     except Exception as error:
@@ -203,21 +219,21 @@ def peer(s: Subject) -> str:
 @cache
 def fair(name: str, trial: Trial) -> bool:
     """False where check_grads calls the library itself wrong: there its word on a mutant counts for nothing."""
-    return not peer(subject(getattr(fnbp, name), trial))
+    return not peer(subject(unspoilt(name), trial))
 
 
 def of_prediction(loss: fnbp.Loss) -> Callable[[Any, Any], Any]:
-    """The losses of the examples as a jax.custom_vjp of (target, prediction)."""
+    """The losses of the examples as a jax.custom_vjp of (data, prediction)."""
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def losses_of(y, p):
-        return loss.forward(p, y)[0]
+    def losses_of(data, p):
+        return loss.forward(p, *data)[0]
 
-    def backward(y, res, g):
+    def backward(data, res, g):
         d = loss.backward(res)
         return ((g.reshape(-1, *[1] * (d.ndim - 1)) * d).astype(d.dtype),)
 
-    losses_of.defvjp(lambda y, p: loss.forward(p, y), backward)
+    losses_of.defvjp(lambda data, p: loss.forward(p, *data), backward)
     return losses_of
 
 
@@ -263,7 +279,7 @@ def distance(constructor: Any, name: str, trial: Trial) -> float:
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
         for size in (1.0, 0.0, 1e-3, 30.0, 1e4) if trial.x == "normal" else (1.0,):
-            one, other = (subject(f, trial) for f in (constructor, getattr(fnbp, name)))
+            one, other = (subject(f, trial) for f in (constructor, unspoilt(name)))
             x = np.asarray(one.x * size, np.float64) if trial.x == "normal" else one.x
             dy = rng.standard_normal(999)
             ours, theirs = (jax.tree.leaves(cotangents(s, x, dy)) for s in (one, other))
@@ -277,7 +293,7 @@ def distance(constructor: Any, name: str, trial: Trial) -> float:
 def cotangents(s: Subject, x: np.ndarray, dy: np.ndarray) -> Any:
     """What the backward returns at x in float64, its factors summed."""
     if isinstance(s.made, fnbp.Loss):
-        return s.made.backward(s.made.forward(jnp.asarray(x), jnp.asarray(s.y))[1])
+        return s.made.backward(s.made.forward(jnp.asarray(x), *map(jnp.asarray, s.data))[1])
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), s.params)
     f, args = differentiable(s, params, jnp.asarray(x))
     y, pull = jax.vjp(f, *args)
@@ -308,7 +324,7 @@ def original_tasks() -> list[tuple[str, int, str]]:
 def original(task: tuple[str, int, str]) -> dict[str, Any]:
     """What the two checkers say of the unmutated constructor on one trial."""
     name, i, dtype = task
-    s = subject(getattr(fnbp, name), trials_of(name)[i], dtype)
+    s = subject(unspoilt(name), trials_of(name)[i], dtype)
     report = compared(s)
     words = "" if report.ok else f"{report.first_fault}"
     return {"name": name, "trial": i, "dtype": dtype, "fault": words, "peer": peer(s) if dtype == "float32" else ""}
