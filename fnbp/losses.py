@@ -202,7 +202,7 @@ def at_label(a: jax.Array, y: jax.Array) -> jax.Array:
 # --- of numbers ---
 
 
-def elementwise(
+def of_pairs(
     name: str, loss: Callable, dloss: Callable, reduce: str, check_values: Callable, ignore_index: int | None = None
 ) -> Loss:
     """A Loss of pairs of numbers; reduce: "examples", "tokens", or "sum" over an example's outputs."""
@@ -272,7 +272,7 @@ def binary_cross_entropy(
         return y if given is None else jnp.asarray(given, p.dtype) * y, 1 - y
 
     formulas = of_logits(yes_and_no) if from_logits else of_probabilities(yes_and_no)
-    return elementwise(name, *formulas, reduce, check, ignore_index)
+    return of_pairs(name, *formulas, reduce, check, ignore_index)
 
 
 def of_probabilities(yes_and_no: Callable) -> tuple[Callable, Callable]:
@@ -318,7 +318,7 @@ def mean_squared_error(reduce: str = "examples") -> Loss:
     Raises:  ValueError for a target of another shape; TypeError for a prediction that is not floating point.
     """
     check_reduce("mean_squared_error", reduce)
-    return elementwise("mean_squared_error", lambda p, t: (p - t) ** 2, lambda p, t: 2 * (p - t), reduce, accept)
+    return of_pairs("mean_squared_error", lambda p, t: (p - t) ** 2, lambda p, t: 2 * (p - t), reduce, accept)
 
 
 def half_squared_error() -> Loss:
@@ -330,7 +330,7 @@ def half_squared_error() -> Loss:
     Source: Nielsen, Neural Networks and Deep Learning, chapter 1, the quadratic cost.
     Raises: ValueError for a target of another shape; TypeError for a prediction that is not floating point.
     """
-    return elementwise("half_squared_error", lambda p, t: (p - t) ** 2 / 2, lambda p, t: p - t, "sum", accept)
+    return of_pairs("half_squared_error", lambda p, t: (p - t) ** 2 / 2, lambda p, t: p - t, "sum", accept)
 
 
 def accept(p: Any, t: Any, counts: Any) -> None:

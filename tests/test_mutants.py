@@ -41,7 +41,7 @@ HELPED = {  # their backward is another function's, which is held to have mutant
     "drop_path": "dropping",
     "binary_cross_entropy": "of_logits",
 }
-OTHERS = {"dropping", "Outer", "Sum", "elementwise", "parameterless", "counting", "of_logits", "of_probabilities"}
+OTHERS = {"dropping", "Outer", "Sum", "of_pairs", "parameterless", "counting", "of_logits", "of_probabilities"}
 SHARED = {"share", "left", "mean", "complement", "kept", "where", "over_batch", "convolve_back"}
 
 
@@ -93,7 +93,7 @@ CAUGHT = (
     ("layers/activation.py:sigmoid.backward:traced: result: needs its values", "jit"),
     ("layers/dense.py:dense.backward:zeroed: Outer[0] of 'W': one element zeroed", "formula"),
     ("losses.py:half_squared_error.dloss:stray term: result: a stray 1e-8", "formula"),
-    ("losses.py:elementwise.backward:dropped: share(at, dloss(wide(p), t)) -> dloss(wide(p), t)*", "formula"),
+    ("losses.py:of_pairs.backward:dropped: share(at, dloss(wide(p), t)) -> dloss(wide(p), t)*", "formula"),
     ("combinators.py:skip.backward:dropped: dy + dx -> dx in *", "formula"),
     ("factor.py:Sum.total:scaled: result: divided by its last axis", "formula"),
 )
