@@ -60,16 +60,16 @@ def build(mutant: Mutant, file: str, name: str) -> Any:
         return part if name == mutant.owner else getattr(spoilt_module, name)
     else:
         user = run(file, label=mutant.id)
-        user.__dict__[mutant.owner] = part
-        if not isinstance(part, type):
-            wire(spoilt_module, mutant.file, user)
+        spoilt_module.__dict__[mutant.owner] = part
+        wire(spoilt_module, mutant.file, user, (mutant.owner,) if isinstance(part, type) else ())
     return getattr(user, name)
 
 
-def wire(fresh: types.ModuleType, file: str, user: types.ModuleType) -> None:
-    """user with the functions of a fresh module in place of those that it imported from that file."""
-    for name, real in vars(live(file)).items():
-        if inspect.isfunction(real) and user.__dict__.get(name) is real:
+def wire(fresh: types.ModuleType, file: str, user: types.ModuleType, only: tuple[str, ...] = ()) -> None:
+    """user with the functions of a fresh module, or only these names, in place of those it imported from that file."""
+    real = vars(live(file))
+    for name in only or [name for name, f in real.items() if inspect.isfunction(f)]:
+        if user.__dict__.get(name) is real[name]:
             user.__dict__[name] = fresh.__dict__[name]
 
 
