@@ -48,7 +48,7 @@ def once(maker: Callable, *args: Any) -> Any:
     return made(maker, *args)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16, typed=True)  # a NamedTuple equals another of the same functions, whatever its type
 def made(maker: Callable, *args: Any) -> Any:
     """maker(*args), of the last calls."""
     return maker(*args)
@@ -119,7 +119,7 @@ def compiled_loop(
                 return carry, losses.at[at].set(J), J.astype(losses.dtype)
 
             def within(loop):
-                return goes_on(loop) & (loop[0].step < (number + 1) * batches)
+                return goes_on(loop) & (loop[0].step // batches == number)
 
             return jax.lax.while_loop(within, one, (carry, losses, J)), order
 
