@@ -14,9 +14,12 @@ DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SI
 
 
 class Stop:
-    """Whether a signal has asked for the end: reason is "", "interrupt" or "terminated"."""
+    """Whether a signal has asked for the end: reason is "", "interrupt" or "terminated".
 
-    reason = ""
+    closing  what was reached is being handed out, and no further signal may come in between
+    """
+
+    reason, closing = "", False
 
 
 @contextmanager
@@ -28,9 +31,9 @@ def stoppable() -> Iterator[Stop]:
     stop = Stop()
 
     def handler(signum, frame):
-        if stop.reason:
+        if stop.reason and not stop.closing:
             raise KeyboardInterrupt
-        stop.reason = STOPS[signum]
+        stop.reason = stop.reason or STOPS[signum]
 
     ours = threading.current_thread() is threading.main_thread()
     handled = [number for number in STOPS if ours and signal.getsignal(number) is DEFAULTS[number]]
@@ -39,6 +42,7 @@ def stoppable() -> Iterator[Stop]:
     try:
         yield stop
     finally:
+        stop.closing = True
         for number in handled:
             signal.signal(number, DEFAULTS[number])
 

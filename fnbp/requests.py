@@ -1,6 +1,6 @@
 """What fit is asked for: every question that is answered before the first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,7 +27,8 @@ def check_traced(*trees: Any) -> None:
                 f"fit: training data: x must be an array that holds all examples, got {type(tree).__name__}: fit takes "
                 "no iterable of batches"
             )
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+    leaves = jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Iterator))
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise TypeError(
             "fit: it is a Python loop, which cannot run under jit or vmap; for an ensemble write a training step with "
             "fnbp.value_and_grad and vmap that"
@@ -53,7 +54,10 @@ def check_request(net: Layer, loss: Loss, params: Any, key: Any, batch_size: Any
     check_is("fit", "loss", loss, Loss)
     check_key("fit", key)
     check_size("fit", "batch_size", batch_size)
-    check_finite("fit", "params", params)
+    for leaf in jax.tree.leaves(params):
+        if not isinstance(leaf, (int, float)) and not hasattr(leaf, "dtype"):
+            raise TypeError(f"fit: params must be a tree of arrays, got a leaf {describe(leaf)}")
+    check_finite("fit", "params", jax.tree.map(jnp.asarray, params))
     if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2):
         raise TypeError(f"fit: validation must be a pair (x, y), got {describe(pair)}")
     if patience is not None:
@@ -89,6 +93,8 @@ def check_threshold(threshold: Any) -> float:
     """threshold, -inf for None; TypeError or ValueError unless it is a number."""
     if threshold is None:
         return -np.inf
+    if isinstance(threshold, jax.Array) and threshold.ndim == 0:
+        threshold = threshold.item()
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)):
         raise TypeError(f"fit: threshold must be a number, got {describe(threshold)}")
     if np.isnan(threshold):
@@ -96,14 +102,18 @@ def check_threshold(threshold: Any) -> float:
     return float(threshold)
 
 
-def check_opt_state(optimizer: optax.GradientTransformation, params: Any, opt_state: Any) -> Any:
-    """opt_state; ValueError where it is of another optimizer, or of other params."""
+def check_opt_state(
+    optimizer: optax.GradientTransformation, params: Any, opt_state: Any, must: tuple[bool, ...]
+) -> Any:
+    """opt_state; ValueError where it is of another optimizer, of other params, or not finite where it must be."""
     due = jax.eval_shape(optimizer.init, params)
     if jax.tree.structure(opt_state) != jax.tree.structure(due):
         raise ValueError(f"fit: opt_state is of another optimizer or net: got {kinds(opt_state)}, due {kinds(due)}")
     for a, b in zip(jax.tree.leaves(opt_state), jax.tree.leaves(due), strict=True):
         if jnp.shape(a) != b.shape:
             raise ValueError(f"fit: opt_state is of other params: an entry has shape {jnp.shape(a)}, due {b.shape}")
+    opt_state = jax.tree.map(jnp.asarray, opt_state)
+    check_finite("fit", "opt_state", [a for a, due in zip(jax.tree.leaves(opt_state), must, strict=True) if due])
     return opt_state
 
 
@@ -119,7 +129,7 @@ def arrays_of(what: str, x: Any, y: Any) -> tuple[Any, Any]:
     for name, tree in (("x", x), ("y", y)):
         if isinstance(tree, (bool, int, float)):  # no example at all: check_data says so
             continue
-        for leaf in jax.tree.leaves(tree, is_leaf=lambda node: node is None):
+        for leaf in jax.tree.leaves(tree, is_leaf=lambda node: node is None or isinstance(node, Iterator)):
             if not hasattr(leaf, "dtype") or leaf.dtype == object or leaf.dtype.kind in "SU":
                 came = describe(tree) if isinstance(tree, (list, tuple, dict)) else describe(leaf)
                 raise TypeError(
@@ -153,8 +163,9 @@ def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: An
     return sizes.pop()[0]
 
 
-def check_callables(**functions: Callable | None) -> None:
-    """TypeError unless each of these is a function or None."""
+def check_functions(optimizer: Any, **functions: Callable | None) -> None:
+    """TypeError unless optimizer is one, and each of the others a function or None."""
+    check_optimizer(optimizer)
     for name, f in functions.items():
-        if f is not None and not callable(f):
+        if not callable(f) and (f is not None or name == "gradient"):
             raise TypeError(f"fit: {name} must be a function, got {describe(f)}")

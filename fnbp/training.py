@@ -12,6 +12,7 @@ import optax
 from rich.progress import Progress
 
 from fnbp.backpropagation import value_and_grad
+from fnbp.checks import check_finite
 from fnbp.layer import Context, Layer
 from fnbp.loop import (
     CAPACITY,
@@ -28,10 +29,9 @@ from fnbp.losses import Loss
 from fnbp.progress import Stop, bar, stoppable
 from fnbp.requests import (
     arrays_of,
-    check_callables,
     check_data,
+    check_functions,
     check_opt_state,
-    check_optimizer,
     check_request,
     check_steps,
     check_threshold,
@@ -72,7 +72,8 @@ class Fit(NamedTuple):
     stopped   "steps", "threshold", "patience", "non-finite", "interrupt" (Ctrl-C), "terminated" (SIGTERM), or "error"
     message   the same in a sentence
     best      of the validations, or None without validation
-    waited    how many validations in a row brought no new least loss
+    waited    how many epochs in a row, up to the last, brought no new least validation loss
+    least     the least validation loss at the end of an epoch, with which patience compares
     """
 
     params: Any
@@ -84,6 +85,7 @@ class Fit(NamedTuple):
     message: str
     best: Best | None
     waited: int = 0
+    least: float = np.inf
 
 
 def fit(
@@ -118,33 +120,34 @@ def fit(
     batch sit that epoch out. Many steps run in one compiled call; nothing is recompiled after the first, nor in a later
     fit of the same net, loss, optimizer and gradient.
 
-    Stops:   steps (or epochs) are done; a batch's loss is at most threshold; patience validations in a row bring no
-             new least loss; something is not finite (the last finite parameters are handed back); Ctrl-C or SIGTERM. An
-             exception, of a callback for one, bears what was reached in its attribute fit.
-    Options: validation: (x, y) measured after each epoch. steps, epochs: counted from start, in addition to what was
-             done before. resume: an earlier Fit, from which opt_state, start, best and the validations waited are
-             taken; params and state are usually its own. opt_state, start: the same by hand, but for best. gradient:
-             another maker of gradients, such as fnbp.automatic_value_and_grad. callback: called between compiled calls
-             with the step and its loss. on_epoch: called after each epoch with the step, the params and the state,
-             which the next step overwrites: measure them, or copy them.
+    Stops:   steps (or epochs) are done; a batch's loss is at most threshold; patience epochs in a row bring no new
+             least validation loss; something is not finite (the last finite parameters are handed back); Ctrl-C or
+             SIGTERM. An exception, of a callback for one, bears what was reached in its attribute fit.
+    Options: validation: (x, y) measured after each epoch and at the end. steps, epochs: counted from start, in addition
+             to what was done before. resume: an earlier Fit, from which opt_state, start, best, waited and least are
+             taken; params and state are usually its own. opt_state, start: the same by hand, for these two alone.
+             gradient: another maker of gradients, such as fnbp.automatic_value_and_grad. callback: called between
+             compiled calls with the step and its loss. on_epoch: called after each epoch with the step, the params and
+             the state, which the next step overwrites: measure them, or copy them.
     Memory:  the data, and twice params, state and opt_state: one set is kept to go back to.
     Source:  the document, section 3.2.
     Raises:  ValueError or TypeError before the first step, for sizes, targets, keys or data that do not fit, the values
              of tokens, lengths and labels among them.
     """
-    with nothing_lost(Reached(params, state, opt_state, start)) as reached, stoppable() as stop:
-        check_traced(params, state, x, y, key)
-        check_optimizer(optimizer)
+    with stoppable() as stop, nothing_lost(Reached(params, state, opt_state, start), stop) as reached:
+        check_traced(params, state, x, y, key, opt_state, validation)
         check_request(net, loss, params, key, batch_size, patience, validation)
-        check_callables(gradient=gradient, callback=callback, on_epoch=on_epoch)
+        check_functions(optimizer, gradient=gradient, callback=callback, on_epoch=on_epoch)
         begun = resumed(resume, opt_state, start)
         data, held_out = data_of(net, loss, params, state, (x, y), validation, key, batch_size)
         rule = rule_of(begun.step, steps, epochs, threshold, patience, examples_of(data) // batch_size)
         run = once(compiled_loop, net, loss, gradient, optimizer, int(batch_size), rule.batches, CAPACITY)
         at, data = set_out(params, state, optimizer, begun, data, key, rule)
         reached.begin(at[0], begun)
-        evaluate = evaluation(net, loss, *held_out) if held_out is not None else None
-        return drive(run, at, data, rule, Watch(evaluate, on_epoch, callback, progress), reached, stop)
+        evaluate = None if held_out is None else evaluation(net, loss, *held_out)
+        watch = Watch(evaluate, on_epoch, callback, progress, is_owed(resume, rule.batches))
+        found = drive(run, at, data, rule, watch, reached, stop)
+    return ended(found, stop.reason)
 
 
 def data_of(
@@ -172,11 +175,13 @@ def set_out(
     """Where the compiled loop begins, in buffers of its own, and the data as it takes them."""
     params, state = jax.tree.map(jnp.asarray, (params, state))
     fresh = optimizer.init(params)
-    opt_state = fresh if resume.opt_state is None else check_opt_state(optimizer, params, resume.opt_state)
+    check_finite("fit", "state", state)
+    must = is_finite_by_leaf(fresh)
+    opt_state = fresh if resume.opt_state is None else check_opt_state(optimizer, params, resume.opt_state, must)
     key_order, key_layers = jax.random.split(key)
     order = permuted(key_order, rule.start // rule.batches, examples_of(data))
     carry = copy(Carry(params, state, opt_state, jnp.asarray(rule.start, jnp.int32)))
-    return (carry, order), (*data, key_order, key_layers, jnp.asarray(is_finite_by_leaf(fresh), bool))
+    return (carry, order), (*data, key_order, key_layers, jnp.asarray(must, bool))
 
 
 def rule_of(start: Any, steps: Any, epochs: Any, threshold: Any, patience: int | None, batches: int) -> "Rule":
@@ -186,15 +191,26 @@ def rule_of(start: Any, steps: Any, epochs: Any, threshold: Any, patience: int |
 
 
 @contextmanager
-def nothing_lost(reached: "Reached") -> Iterator["Reached"]:
+def nothing_lost(reached: "Reached", stop: Stop) -> Iterator["Reached"]:
     """An exception of the training, or Ctrl-C before it, bears what was reached in its attribute fit."""
     try:
         yield reached
+        stop.closing = True  # a second Ctrl-C would lose the Fit now
     except BaseException as error:
+        stop.closing = True
         if reached.training or isinstance(error, KeyboardInterrupt):
             error.fit = reached.fit("error", f"{type(error).__name__} after step {reached.step}")  # type: ignore[attr-defined]
             error.add_note(f"fit: what was reached, until step {reached.step}, is in this exception's attribute fit")
         raise
+
+
+def ended(found: Fit, reason: str) -> Fit:
+    """The Fit, with the signal that came meanwhile, if one did, as the reason of its end."""
+    if not reason:
+        return found
+    besides = f"; besides, {found.message}" if found.message else ""
+    word = {"interrupt": "interrupted", "terminated": "terminated"}[reason]
+    return found._replace(stopped=reason, message=f"{word} after step {found.step}{besides}")
 
 
 permuted = jax.jit(permutation, static_argnums=2)
@@ -207,17 +223,25 @@ class Resumed(NamedTuple):
     step: int
     best: Best | None
     waited: int
+    least: float
+
+
+def is_owed(earlier: Fit | None, batches: int) -> bool:
+    """Whether that Fit ended with an epoch, but before its validation, as by an exception of it."""
+    if earlier is None or not len(earlier.history.loss) or earlier.step % batches:
+        return False
+    return earlier.step not in earlier.history.validation_step
 
 
 def resumed(resume: Any, opt_state: Any, start: Any) -> Resumed:
     """Where to go on from; TypeError for what is no Fit, ValueError if the same is told twice."""
     if resume is None:
-        return Resumed(opt_state, start, None, 0)
+        return Resumed(opt_state, start, None, 0, np.inf)
     if not isinstance(resume, Fit):
         raise TypeError(f"fit: resume must be a Fit, what an earlier fit returned; got {type(resume).__name__}")
     if opt_state is not None or not isinstance(start, int) or start:
         raise ValueError("fit: resume brings opt_state and start along; give either resume or these")
-    return Resumed(resume.opt_state, resume.step, resume.best, resume.waited)
+    return Resumed(resume.opt_state, resume.step, resume.best, resume.waited, resume.least)
 
 
 class Rule(NamedTuple):
@@ -237,6 +261,7 @@ class Watch(NamedTuple):
     on_epoch: Callable | None
     callback: Callable | None
     progress: bool
+    owed: bool  # a validation before the first step
 
     @property
     def epochs(self) -> bool:
@@ -256,12 +281,12 @@ class Reached:
         self.losses: list[np.ndarray] = []
         self.validations: list[tuple[int, float]] = []
         self.best: Best | None = None
-        self.waited = 0
+        self.waited, self.least = 0, np.inf
 
     def begin(self, carry: Carry, resume: Resumed) -> None:
         """From here on there is something to lose."""
         self.now = ((carry.params, carry.state, carry.opt_state), int(resume.step), 0)
-        self.best, self.waited, self.training = resume.best, resume.waited, True
+        self.best, self.waited, self.least, self.training = resume.best, resume.waited, resume.least, True
 
     @property
     def step(self) -> int:
@@ -276,13 +301,17 @@ class Reached:
         """The same values in other buffers: those that were handed out are about to be donated."""
         self.now = ((carry.params, carry.state, carry.opt_state), *self.now[1:])
 
-    def measure(self, measured: float) -> None:
-        """A validation is over."""
+    def measure(self, measured: float, whole: bool) -> None:
+        """A validation is over. It is waited for at the end of a whole epoch alone, where an uninterrupted run has
+        one too: patience then runs out at the same step, however often a run was resumed."""
         (params, state, _), step, _ = self.now
+        finite = bool(np.isfinite(measured))
+        if finite and (self.best is None or measured < self.best.loss):
+            self.best = Best(copy(params), copy(state), step, measured)
+        if whole:
+            new = finite and measured < self.least
+            self.waited, self.least = (0, measured) if new else (self.waited + 1, self.least)
         self.validations.append((step, measured))
-        self.waited += 1
-        if np.isfinite(measured) and (self.best is None or measured < self.best.loss):
-            self.best, self.waited = Best(copy(params), copy(state), step, measured), 0
 
     def fit(self, stopped: str, message: str) -> Fit:
         """All of it, as it is handed back."""
@@ -291,16 +320,17 @@ class Reached:
         losses = np.concatenate(self.losses[:calls]) if calls else np.zeros(0, np.float32)
         seconds = time.perf_counter() - self.began
         history = History(losses, np.asarray(steps, int), np.asarray(measured, float), seconds)
-        return Fit(params, state, opt_state, step, history, stopped, message, self.best, self.waited)
+        return Fit(params, state, opt_state, step, history, stopped, message, self.best, self.waited, self.least)
 
 
 def drive(
     run: Callable, at: tuple[Carry, jax.Array], data: Any, rule: Rule, watch: Watch, reached: Reached, stop: Stop
 ) -> Fit:
     """Call the compiled loop until a stopping condition holds, and keep what it brings."""
-    step, pace, final, stopped = rule.start, 1, np.nan, stop.reason
+    step, pace, final = rule.start, 1, np.nan
+    stopped = validate(watch, rule, reached) if watch.owed else ""
     with bar(rule.start, rule.last, watch.progress, Progress) as show:
-        while not stopped:
+        while not stopped and not stop.reason:
             limit = min(step + pace, rule.last)
             if watch.epochs:
                 limit = min(limit, (step // rule.batches + 1) * rule.batches)
@@ -321,7 +351,7 @@ def drive(
             show(step, final, reached.validations)
             if watch.callback is not None:
                 watch.callback(step, final)
-            stopped = stopped or ("steps" if step == rule.last else stop.reason)
+            stopped = stopped or ("steps" if step == rule.last else "")
             if asked == pace and time.perf_counter() - called < CALL_SECONDS:
                 pace = min(2 * pace, CAPACITY)
     return reached.fit(stopped, explain(stopped, step, reached.step, final, rule))
@@ -330,23 +360,29 @@ def drive(
 def end_of_epoch(watch: Watch, rule: Rule, reached: Reached) -> str:
     """Show and measure what an epoch has brought; "patience" if that has run out, else ""."""
     (params, state, _), step, _ = reached.now
+    stopped = validate(watch, rule, reached)  # before on_epoch, whose exception would lose it
     if watch.on_epoch is not None:
         watch.on_epoch(step, params, state)
-    if watch.evaluate is not None:
-        reached.measure(watch.evaluate(params, state))
-        if reached.waited == rule.patience:
-            return "patience"
-    return ""
+    return stopped
+
+
+def validate(watch: Watch, rule: Rule, reached: Reached) -> str:
+    """Measure what was reached; "patience" if that has run out, else ""."""
+    if watch.evaluate is None:
+        return ""
+    (params, state, _), step, _ = reached.now
+    whole = step % rule.batches == 0
+    reached.measure(watch.evaluate(params, state), whole)
+    return "patience" if whole and rule.patience is not None and reached.waited >= rule.patience else ""
 
 
 def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> str:
     """Why training stopped, in a sentence."""
-    cause = "its update is not" if np.isfinite(final) else f"its loss is {final:.6g}"
+    broken, cause = (ended + 1, "its update is not") if np.isfinite(final) else (step, f"its loss is {final:.6g}")
     return {
+        "": "",
         "steps": f"all {step - rule.start} steps done, the last loss is {final:.6g}",
         "threshold": f"the loss of step {step} is {final:.6g}, at most the threshold {rule.threshold:.6g}",
         "patience": f"no new least validation loss in {rule.patience} validations, at step {step}",
-        "interrupt": f"interrupted after step {step}",
-        "terminated": f"terminated after step {step}",
-        "non-finite": f"step {step} is not finite, {cause}; these parameters are of step {ended}",
+        "non-finite": f"step {broken} is not finite, {cause}; these parameters are of step {ended}",
     }[stopped]

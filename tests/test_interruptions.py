@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import optax
 import pytest
 
 import fnbp
+import fnbp.progress
+import fnbp.training
 
 SGD = optax.sgd(0.01)
 LOSS = fnbp.mean_squared_error()
@@ -46,9 +49,8 @@ def uninterrupted(args, steps, **options):
     return fit(*args, steps=steps, **options) if steps else None
 
 
-def ended(args, trigger, **options):
+def ended(args, **options):
     """What fit returned, or what its exception bears."""
-    trigger()
     try:
         return fit(*args, **options)
     except BaseException as error:
@@ -56,14 +58,24 @@ def ended(args, trigger, **options):
         return error.fit
 
 
-def kill_after(seconds, number):
-    """Send a signal from another thread, as the world does."""
+def kill_after(monkeypatch, seconds, number):
+    """Send a signal from another thread, as the world does: so long after fit's handlers stand, and before they go."""
 
     def send():
         time.sleep(seconds)
         os.kill(os.getpid(), number)
 
-    threading.Thread(target=send, daemon=True).start()
+    @contextmanager
+    def stoppable():
+        sender = threading.Thread(target=send)
+        with fnbp.progress.stoppable() as stop:
+            sender.start()
+            try:
+                yield stop
+            finally:
+                sender.join()
+
+    monkeypatch.setattr(fnbp.training, "stoppable", stoppable)
 
 
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminated")])
@@ -154,12 +166,12 @@ def test_refusals_bear_no_fit():
     assert not hasattr(caught.value, "fit")
 
 
-def at_random(seed):
+def at_random(monkeypatch, seed):
     """A signal or an exception at a random moment, from the first to well into the loop."""
     rng = np.random.default_rng(seed)
     kind, after = (
         rng.choice(["int", "term", "callback"]),
-        float(rng.choice([rng.uniform(0.002, 0.3), rng.uniform(0.002, 3.0)])),
+        float(rng.choice([0, rng.uniform(0, 0.3), rng.uniform(0, 3.0)])),
     )
     args, options = task(seed), {"validation": None}
     if rng.random() < 0.5:
@@ -170,23 +182,103 @@ def at_random(seed):
         if kind == "callback" and time.perf_counter() - began > after:
             raise RuntimeError("enough")
 
-    def trigger():
-        if kind != "callback":
-            kill_after(after, signal.SIGTERM if kind == "term" else signal.SIGINT)
-
-    return args, trigger, options | {"callback": callback}
+    if kind != "callback":
+        kill_after(monkeypatch, after, signal.SIGTERM if kind == "term" else signal.SIGINT)
+        options["steps"] = int(rng.choice([1, 30, 2_000_000]))  # a signal after the last step counts too
+    return kind, args, options | {"callback": callback}
 
 
 RANDOM = [pytest.param(seed, marks=[] if seed < 5 else [pytest.mark.slow]) for seed in range(40)]
 
 
 @pytest.mark.parametrize("seed", RANDOM)
-def test_an_end_at_a_random_moment_loses_nothing(seed):
-    args, trigger, options = at_random(seed)
-    found = whole(ended(args, trigger, **options))
-    assert found.stopped in ("interrupt", "terminated", "error")
+def test_an_end_at_a_random_moment_loses_nothing(monkeypatch, seed):
+    kind, args, options = at_random(monkeypatch, seed)
+    found = whole(ended(args, **options))
+    monkeypatch.undo()
+    assert found.stopped == {"int": "interrupt", "term": "terminated", "callback": "error"}[kind]
     if found.step and found.step < 3000:
         straight = uninterrupted(args, found.step)
         assert all(
             (a == b).all() for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(straight.params), strict=True)
         )
+
+
+def pressing(times=1, at=1, number=signal.SIGINT):
+    """A callback that sends the signal so many times at its call of that number."""
+    calls = []
+
+    def callback(*_):
+        calls.append(1)
+        for _ in range(times if len(calls) == at else 0):
+            signal.raise_signal(number)
+
+    return callback
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", [{"steps": 1}, {"epochs": 1, "steps": None}, {"threshold": 1e9}], ids=str)
+def test_a_signal_with_the_last_step_is_not_swallowed(number, options):
+    found = whole(fit(*task(), callback=pressing(number=number, at=options.get("epochs", 0) * 3 or 1), **options))
+    assert found.stopped == {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}[number]
+    assert f"after step {found.step}; besides, " in found.message
+
+
+def test_a_signal_after_the_last_step_is_not_swallowed_either(monkeypatch):
+    drive = fnbp.training.drive
+
+    def pressed(*args):
+        found = drive(*args)
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(fnbp.training, "drive", pressed)
+    found = whole(fit(*task(), steps=3))
+    assert (found.stopped, found.step) == ("interrupt", 3) and "all 3 steps done" in found.message
+
+
+@pytest.mark.parametrize("options", [{"steps": 5}, {"callback": pressing(times=2, at=3)}], ids=["done", "pressed"])
+def test_a_further_ctrl_c_tears_nothing_that_is_handed_out(monkeypatch, options):
+    make = fnbp.training.Reached.fit
+
+    def pressed(*args):
+        signal.raise_signal(signal.SIGINT)
+        found = make(*args)
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(fnbp.training.Reached, "fit", pressed)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(*task(), **options)
+    assert whole(caught.value.fit).step == 5 or "callback" in options
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("where", ["on_epoch", "validation", "callback"])
+def test_what_an_exception_bears_goes_on_as_if_it_had_not_been(monkeypatch, where):
+    args = task()
+    held_out, real, calls = args[4:], fnbp.training.evaluation, []
+    straight = fit(*args, steps=24, validation=held_out)
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("enough")
+
+    def breaking(*given):
+        measure = real(*given)
+        return lambda params, state: fail() or measure(params, state)
+
+    if where == "validation":
+        monkeypatch.setattr(fnbp.training, "evaluation", breaking)
+    with pytest.raises(RuntimeError, match="enough") as caught:
+        fit(*args, validation=held_out, **({} if where == "validation" else {where: fail}))
+    first = whole(caught.value.fit)
+    resumed = fit(
+        *args[:2], first.params, first.state, *held_out, resume=first, steps=24 - first.step, validation=held_out
+    )
+    for part in ("validation_step", "validation_loss"):
+        both = np.concatenate([getattr(one.history, part) for one in (first, resumed)])
+        assert both.tolist() == getattr(straight.history, part).tolist()
+    assert (resumed.best.step, resumed.waited, resumed.least) == (straight.best.step, straight.waited, straight.least)
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (resumed[:3], straight[:3])), strict=True))

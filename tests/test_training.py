@@ -602,3 +602,105 @@ def test_a_threshold_met_at_the_end_of_an_epoch_is_validated_still():
 def test_a_negative_start_is_refused():
     with pytest.raises(ValueError, match="start must be at least 0, got -3"):
         fit(steps=2, start=-3)
+
+
+def test_the_last_steps_that_a_counter_of_32_bits_has_are_made():
+    found = fit(steps=9, start=2**31 - 10)
+    assert (found.stopped, found.step, len(found.history.loss)) == ("steps", 2**31 - 1, 9)
+
+
+def resumed(first, **options):
+    return fit(params=first.params, state=first.state, resume=first, **options)
+
+
+@pytest.mark.parametrize("middle", [3, 7, 10, 14])
+def test_a_resumed_run_is_the_uninterrupted_one_in_every_count(middle):
+    whole = fit(steps=35, validation=VALID)
+    first = fit(steps=middle, validation=VALID)
+    second = resumed(first, steps=35 - middle, validation=VALID)
+    assert same(second[:4], whole[:4]) and (second.waited, second.least) == (whole.waited, whole.least)
+    assert same(np.concatenate([first.history.loss, second.history.loss]), whole.history.loss)
+    # the end of the first run is measured too, within an epoch or not
+    assert same(second.best, min(first.best, whole.best, key=lambda best: best.loss))
+    assert middle % BATCHES or same(second.best, whole.best)
+
+
+@pytest.mark.parametrize("middle", [10, 13, 14, 20, 21, 25])
+def test_patience_runs_out_at_the_same_step_wherever_a_run_was_resumed(monkeypatch, middle):
+    script = {7: 3.0, 14: 2.0, 21: 2.5, 28: 2.2, 35: 2.1}  # within an epoch: 1, the least of all
+
+    def measured(*args):
+        return lambda params, state: script.get(int(state[2]["n"]), 1.0)
+
+    monkeypatch.setattr(fnbp.training, "evaluation", measured)
+    whole = fit(epochs=50, validation=VALID, patience=2)
+    assert (whole.stopped, whole.step, whole.waited, whole.least) == ("patience", 28, 2, 2.0)
+    second = resumed(fit(steps=middle, validation=VALID, patience=2), epochs=50, validation=VALID, patience=2)
+    assert (second.stopped, second.step, second.waited, second.least) == ("patience", 28, 2, 2.0)
+    assert same(second[:3], whole[:3]) and second.best.step == (middle if middle % BATCHES else 14)
+
+
+def test_a_run_whose_patience_ran_out_goes_on_for_an_epoch_at_a_time():
+    given = {"epochs": 9, "validation": VALID, "patience": 1, "optimizer": optax.sgd(0.0)}
+    first = fit(**given)
+    assert (first.stopped, first.step) == ("patience", 2 * BATCHES)
+    second = resumed(first, **given)
+    assert (second.stopped, second.step, second.waited) == ("patience", 3 * BATCHES, 2)
+
+
+def test_the_step_that_is_named_is_the_first_that_is_not_finite():
+    """A step's gradient is about 1e20, its square no float32: Adam would stand still from there on, its loss finite."""
+    net, loss = fnbp.serial(fnbp.dense(1)), fnbp.half_squared_error()
+    params, state = ({"W": np.zeros((1, 3), np.float32), "b": np.zeros(1, np.float32)},), ({},)
+    order = np.asarray(fnbp.loop.permutation(jax.random.split(KEY)[0], 0, M))
+    y = X[:, :1].copy()
+    y[order[4 * BATCH]] = 1e18
+    given = {"params": params, "state": state, "x": X * 1e3, "y": y, "optimizer": optax.adam(1e-3)}
+    found = fit(net, loss, steps=28, **given)
+    assert (found.stopped, found.step) == ("non-finite", 4) and len(found.history.loss) == 7
+    assert np.isfinite(found.history.loss).all() and all_finite((found.params, found.opt_state))
+    assert found.message == "step 5 is not finite, its update is not; these parameters are of step 4"
+
+
+def test_what_begins_non_finite_is_refused(monkeypatch):
+    monkeypatch.setattr(fnbp.training, "drive", lambda *args: pytest.fail("training began"))
+    broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.inf) if a.ndim else a, optax.adam(0.02).init(PARAMS))
+    with pytest.raises(ValueError, match=r"fit: opt_state has \d+ non-finite values, the first inf"):
+        fit(steps=3, opt_state=broken)
+    with pytest.raises(ValueError, match="fit: state has 1 non-finite values, the first nan"):
+        fit(steps=3, state=({}, {}, {"n": jnp.float32(jnp.nan)}, {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gradient": None}, "fit: gradient must be a function, got NoneType"),
+        ({"params": ("a", *PARAMS[1:])}, "fit: params must be a tree of arrays, got a leaf str 'a'"),
+        ({"validation": ((row for row in X), Y)}, "fit: validation data: x must be an array, or a tree of arrays"),
+    ],
+)
+def test_what_is_no_function_and_no_array_is_refused(options, words):
+    with pytest.raises(TypeError, match=words):
+        fit(steps=3, **options)
+
+
+@pytest.mark.parametrize("what", ["opt_state", "validation"])
+def test_an_ensemble_by_another_argument_is_refused_too(what):
+    given = {"opt_state": optax.adam(0.02).init(PARAMS), "validation": VALID}[what]
+    with pytest.raises(TypeError, match="cannot run under jit or vmap"):
+        jax.vmap(lambda a: fit(steps=3, **{what: a}).params)(jax.tree.map(lambda a: jnp.stack([a, a]), given))
+
+
+def test_a_threshold_may_be_a_scalar_of_jax():
+    assert fit(steps=3, threshold=jnp.float32(100)).stopped == "threshold"
+
+
+def test_transformations_of_the_same_functions_and_another_type_are_not_confused():
+    def update(updates, state, params=None, **told):
+        return jax.tree.map(lambda a: -a if told else a, updates), state
+
+    init = optax.identity().init
+    told, untold = optax.GradientTransformationExtraArgs(init, update), optax.GradientTransformation(init, update)
+    assert told == untold
+    one, other = fit(steps=1, optimizer=told), fit(steps=1, optimizer=untold)
+    assert not same(one.params, other.params)
