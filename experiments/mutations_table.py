@@ -272,7 +272,7 @@ FOR = {  # of a helper of many constructors, those that it is tried with
     "parameterless": ("identity", "tanh"),
     "counting": ("dense", "skip", "group_norm", "global_avg_pool", "embedding"),
     "without": ("dense",),
-    "elementwise": ("binary_cross_entropy", "mean_squared_error", "half_squared_error"),
+    "of_pairs": ("binary_cross_entropy", "mean_squared_error", "half_squared_error"),
     "share": ("softmax_cross_entropy", "binary_cross_entropy", "mean_squared_error", "half_squared_error"),
     "along": ("last",),
     "turned": ("attention",),
