@@ -89,6 +89,11 @@ KINDS = {  # values that are sensible, values that are not
     "dtype?": ("None 'bfloat16' jnp.float32", "'bf16' int 'int32' bool 2.5 'a' complex (2,)"),
     "name": ("'net' 'serial'", "None 3 ()"),
     "label": ("None 'mine'", "3 ()"),
+    "ignored": ("None 99", "1.5 'a' True ()"),
+    "class_weights": ("None", "-1.0 inf nan 'a'"),
+    "reduce": ("'examples' 'tokens'", "'sum' None 3 ()"),
+    "rule": ("None", "'a' 3"),
+    "mixes": ("'never'", "'a' 3 None"),
     "activation": ("'relu' 'tanh' 'gelu' 'softmax' 'identity'", "'rely' None 0 () True fnbp.relu"),
     "norm": ("fnbp.layer_norm fnbp.rms_norm", "fnbp.layer_norm() None 'layer_norm' 0"),
     "mlp": ("None fnbp.dense(4) fnbp.swiglu(3,4)", "fnbp.dense 'a' 0 () True"),
@@ -150,7 +155,7 @@ TABLE = {
     "cast": Entry(ANY, "layer:layer dtype:dtype"),
     "freeze": Entry(ANY, "layer:layer"),
     "tie": Entry(ANY, "net:net source:source target:target"),
-    "from_jax": Entry(ANY, "apply:apply init=start name=label"),
+    "from_jax": Entry(ANY, "apply:apply init=start name=label mask=rule mixes=mixes"),
     "residual": Entry("image", "n_out:size stride=stride project=bool?", 0.5),
     "gelu_mlp": Entry(ANY, "hidden:size n_out:size W=init b=init? W_out=out?"),
     "swiglu": Entry(ANY, "hidden:size n_out:size W=init W_out=out?"),
@@ -169,9 +174,13 @@ TABLE = {
     "models.gpt": Entry(
         "tokens", "vocabulary:vocabulary length:length layers:size heads:heads width:width rate=rate", 0.3
     ),
-    "softmax_cross_entropy": Entry("loss"),
-    "binary_cross_entropy": Entry("loss", "from_logits=bool"),
-    "mean_squared_error": Entry("loss"),
+    "softmax_cross_entropy": Entry(
+        "loss", "ignore_index=ignored weights=class_weights label_smoothing=rate reduce=reduce"
+    ),
+    "binary_cross_entropy": Entry(
+        "loss", "from_logits=bool pos_weight=class_weights label_smoothing=rate ignore_index=ignored reduce=reduce"
+    ),
+    "mean_squared_error": Entry("loss", "reduce=reduce"),
     "half_squared_error": Entry("loss"),
 }
 SAME = words(
