@@ -23,7 +23,7 @@ def serial(*layers: Layer, name: str = "serial") -> Layer:
     Raises: ValueError where params or state are not of these layers; TypeError for a key, or a layer, that is none.
     """
     check_name("serial", name)
-    check_each(name, "serial", layers, Layer)
+    check_each("serial", "serial", layers, Layer)
     carry = Carry(name, layers)
 
     def init(key, x):

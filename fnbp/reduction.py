@@ -62,7 +62,7 @@ def only(counts: Any, a: jax.Array) -> jax.Array:
 
 def check_reduce(name: str, reduce: Any) -> None:
     """ValueError unless reduce is "examples" or "tokens"."""
-    choose(f"reduce of {name}", reduce, {"examples": 0, "tokens": 0})
+    choose("reduce", reduce, {"examples": 0, "tokens": 0}, f"{name}: ")
 
 
 def check_smoothing(name: str, label_smoothing: Any) -> None:

@@ -548,10 +548,10 @@ def test_confident_and_right_predictions_keep_their_digits(z):
         (lambda: fnbp.softmax_cross_entropy(label_smoothing=np.nan), ValueError, r"label_smoothing must be"),
         (lambda: fnbp.softmax_cross_entropy(weights=[1, -1]), ValueError, "weights must be one number or a row"),
         (lambda: fnbp.softmax_cross_entropy(weights="a"), TypeError, "weights must be numbers, got str 'a'"),
-        (lambda: fnbp.softmax_cross_entropy(reduce="sum"), ValueError, "unknown reduce of softmax_cross_entropy 'sum'"),
+        (lambda: fnbp.softmax_cross_entropy(reduce="sum"), ValueError, "softmax_cross_entropy: unknown reduce 'sum'"),
         (lambda: fnbp.binary_cross_entropy(pos_weight=np.inf), ValueError, "pos_weight must be one number or a row"),
         (lambda: fnbp.binary_cross_entropy("yes"), TypeError, "from_logits must be a bool"),
-        (lambda: fnbp.mean_squared_error("mean"), ValueError, "unknown reduce of mean_squared_error 'mean'"),
+        (lambda: fnbp.mean_squared_error("mean"), ValueError, "mean_squared_error: unknown reduce 'mean'"),
         (lambda: fnbp.loss_from_jax(MSE), TypeError, "loss_from_jax: a function .* is expected"),
         (
             lambda: fnbp.softmax_cross_entropy(weights=[1, 2]).forward(jnp.zeros((2, 3)), jnp.zeros(2, int)),
