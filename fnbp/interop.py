@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.backpropagation import check_batch, conform, contracted
-from fnbp.checks import as_arrays, check_held, check_is, check_key, check_name, choose, describe, takes
+from fnbp.checks import as_arrays, check_array, check_held, check_is, check_key, check_name, choose, describe, takes
 from fnbp.factor import CHUNK, Factor, Mixed, along_examples, register_factor, total
 from fnbp.layer import (
     MIXES,
@@ -185,6 +185,7 @@ def from_jax(
             y, new_state, _ = layer.forward(params, state, x, ctx)
             return y, new_state
 
+        check_leaves(name or layer.name, x)
         y, pull, new_state = jax.vjp(differentiated, params, x, has_aux=True)
         return y, new_state, (pull, state, x, ctx)
 
@@ -240,6 +241,13 @@ def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, r
         return pull(share(at, ones))[0]
 
     return Loss(forward, backward, label, takes_mask=True)
+
+
+def check_leaves(name: str, x: Any) -> None:
+    """TypeError for what jax.vjp takes for no argument."""
+    for leaf in jax.tree.leaves(x):
+        if not isinstance(leaf, (jax.Array, bool, int, float, complex)):
+            check_array(name, "x", leaf)
 
 
 def check_functions(name: str, apply: Callable, init: Any) -> None:

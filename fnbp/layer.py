@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_key, check_name, check_returned, choose
+from fnbp.checks import check_array, check_key, check_name, check_returned, choose
 from fnbp.masks import RULES, Rule, kept, refused
 
 Mixes = Literal["never", "training", "always"]
@@ -150,7 +150,9 @@ def mask_aware(
 
     def init_lifted(key, x):
         check_key(name, key)
-        x = jnp.asarray(x) if isinstance(x, np.ndarray) else x  # NumPy's float64 is float32 where jax_enable_x64 is off
+        if isinstance(x, np.ndarray):
+            check_array(name, "x", x)
+            x = jnp.asarray(x)  # NumPy's float64 is float32 where jax_enable_x64 is off
         return init(key, x), {}
 
     def forward_lifted(params, state, x, ctx):

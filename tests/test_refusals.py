@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 
 import fnbp
+from tests.cases import CASES, draw
 
 TRAINING = fnbp.Context(jax.random.key(0), train=True)
 
@@ -262,3 +264,39 @@ def test_under_jit_batch_norm_before_training_is_nan():
     assert jnp.isnan(run(params, state, x, fnbp.Context())[0]).all()
     state = run(params, state, x, TRAINING)[1]
     assert jnp.isfinite(run(params, state, x, fnbp.Context())[0]).all()
+
+
+def no_arrays(case):
+    """What stands for x where an array is expected, or is an array of another rank or another kind of numbers."""
+    x = draw(case, case.shapes[0], jnp.float32)[2]
+    return {
+        "rank_0": jnp.zeros((), x.dtype),
+        "none": None,
+        "str": "abc",
+        "list": [1.0, 2.0],
+        "dict": {"a": jnp.zeros(3)},
+        "bool": x.astype(bool),
+        "complex": x.astype(jnp.complex64),
+        "object": np.zeros(x.shape, object),
+        "empty": x[:0],
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+def test_what_is_no_array_for_it_is_refused_by_name(case, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    params, state, _, _ = draw(case, case.shapes[0], jnp.float32)
+    names = {path.rpartition(".")[2] for path, _ in fnbp.leaves(case.layer)} | {case.layer.name}
+    names |= {name.removeprefix("from_jax(").removesuffix(")") for name in names}
+    for what, x in no_arrays(case).items():
+        calls = (case.layer.init, (KEY, x)), (case.layer.forward, (params, state, x, case.context))
+        for i, (call, args) in enumerate(calls):
+            try:
+                made = call(*args)
+            except (ValueError, TypeError) as error:
+                told = "\n".join([str(error), *getattr(error, "__notes__", [])])
+                assert any(name in told for name in names), (what, call.__name__, told)
+                assert len(str(error)) <= 400, (what, str(error))
+            else:
+                y = made[0] if i else jnp.zeros(())
+                assert jnp.issubdtype(y.dtype, jnp.floating) and jnp.isfinite(y).all(), (what, y.dtype)
