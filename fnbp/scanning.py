@@ -157,7 +157,7 @@ def check_values(layer: Layer, params: Any, state: Any, x: Any, ctx: Context) ->
 def check_sequence(name: str, x: Any) -> tuple[Any, Any]:
     """h_0, or None, and x; ValueError unless x is a sequence of at least one position."""
     if isinstance(x, tuple) and len(x) != 2:
-        raise ValueError(f"{name}: x, or (h_0, x), is expected; got a tuple of {len(x)}")
+        raise ValueError(f"{name}: x, or (h_0, x), is due; got a tuple of {len(x)}")
     h, x = x if isinstance(x, tuple) else (None, x)
     check_array(name, "x", x)
     if len(x.shape) < 2 or not x.shape[1]:

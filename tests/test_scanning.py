@@ -195,7 +195,7 @@ REFUSED = [
         ValueError,
         r"repeat\(2\): params must have a first axis of 2, got \[\(3,\)\]: is it of another net\?",
     ),
-    (lambda: fnbp.scan(fnbp.lstm_cell), TypeError, r"scan: the cell must be a Layer, .* call it: lstm_cell\(\)"),
+    (lambda: fnbp.scan(fnbp.lstm_cell), TypeError, r"scan: the cell must be a Layer, .* call it: lstm_cell\(\.\.\.\)"),
     (
         lambda: fnbp.scan(CELLS[0]).init(jax.random.key(0), SEQUENCE[:, :0]),
         ValueError,
@@ -215,9 +215,13 @@ REFUSED = [
     (
         lambda: run(CELLS[1], (jnp.zeros((5, 7)), SEQUENCE[:, 0])),
         ValueError,
-        r"lstm_cell\(7\): h must be 2 of shape \(5, 7\), got \['ArrayImpl'\]",
+        r"lstm_cell\(7\): h must be a tuple \(h, s\), both arrays of shape \(5, 7\), or None",
     ),
-    (lambda: run(CELLS[2], (jnp.zeros((5, 3)), SEQUENCE[:, 0])), ValueError, r"h must be 1 of shape \(5, 7\), got"),
+    (
+        lambda: run(CELLS[2], (jnp.zeros((5, 3)), SEQUENCE[:, 0])),
+        ValueError,
+        r"h must be one array of shape \(5, 7\), or None for zeros; got",
+    ),
     (lambda: run(fnbp.scan(CELLS[2]), (1, 2, SEQUENCE)), ValueError, r"x, or \(h_0, x\), is due; got a tuple of 3"),
     (lambda: fnbp.gru_cell(0), ValueError, r"gru_cell\(0\): n must be at least 1, got 0"),
 ]
