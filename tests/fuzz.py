@@ -103,7 +103,7 @@ def examine(case: Case, seconds: float = SECONDS) -> Outcome:
 def told(error: Exception, case: Case, stage: str) -> tuple[str, str, str]:
     """What an exception says of a case: kind, stage, message."""
     text = " / ".join([str(error).strip(), *getattr(error, "__notes__", ())])
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|Out of memory", text):
         return "memory", stage, text
     plain = isinstance(error, (ValueError, TypeError)) and type(error).__module__ == "builtins"
     names = "|".join(map(re.escape, names_of(case)))
