@@ -21,8 +21,8 @@ import optax
 from rich.table import Table
 
 import fnbp
-from experiments import report
-from experiments.report import console
+from experiments.shared import report
+from experiments.shared.report import console
 
 BOUND = 1e-4  # of the losses' relative difference in float32
 BOUND_64 = 1e-6  # in float64, over STEPS_64 steps

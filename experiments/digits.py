@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 import fnbp
-from experiments import data, report
-from experiments.report import console
+from experiments.shared import data, report
+from experiments.shared.report import console
 
 STEPS = 500  # over which the losses of the two trainings are compared, in float32 and in float64
 FORMULAS = {  # of the document's section 4.1

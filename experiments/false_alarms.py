@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import report
+from experiments.shared import report
 
 
 @dataclass
@@ -36,7 +36,7 @@ def one_call(seed: int, which: int, depth: int) -> dict[str, Any]:
     import jax.numpy as jnp
 
     import fnbp
-    from experiments.random_nets import random_subject
+    from experiments.shared.random_nets import random_subject
 
     rng = np.random.default_rng([7, which])
     dtype = (jnp.float32, jnp.bfloat16)[which % 2]

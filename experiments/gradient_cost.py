@@ -17,8 +17,8 @@ import optax
 from rich.table import Table
 
 import fnbp
-from experiments import report
-from experiments.report import console
+from experiments.shared import report
+from experiments.shared.report import console
 from fnbp.measurement import Cost, flops_of, ratio, temp_bytes_of, versus
 
 NETS = (  # widths, batch, activation

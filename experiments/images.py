@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 import fnbp
-from experiments import data, report
-from experiments.classification import Training, classify
+from experiments.shared import data, report
+from experiments.shared.classification import Training, classify
 
 
 @dataclass(frozen=True)

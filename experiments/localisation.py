@@ -14,8 +14,8 @@ import numpy as np
 from rich.table import Table
 
 import fnbp
-from experiments import report
-from experiments.random_nets import random_net, size
+from experiments.shared import report
+from experiments.shared.random_nets import random_net, size
 
 
 @dataclass

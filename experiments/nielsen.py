@@ -21,9 +21,9 @@ import optax
 from rich.table import Table
 
 import fnbp
-from experiments import data, report
-from experiments.report import console
-from fnbp.loop import permutation
+from experiments.shared import data, report
+from experiments.shared.report import console
+from fnbp.training.loop import permutation
 
 HIS_BEST = {30: 0.9542, 100: 0.9659}
 TRAINING = 50_000  # he trains on the first 50,000 and keeps 10,000 for validation

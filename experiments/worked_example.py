@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import fnbp
-from experiments import report
-from experiments.report import console
+from experiments.shared import report
+from experiments.shared.report import console
 
 ERRATA = (
     """Section 4.3, step 2, calls w2^T dJ/dz2 sigma'(z1) by the name dJ/da1. It already holds sigma'(z1), so it is

@@ -1,23 +1,23 @@
-"""The algorithm of the document's section 3.2: forward, loss, backward, and what is made of the factors."""
+"""Backpropagation: forward, loss, backward, and what is made of the factors."""
 
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fnbp.checks import as_arrays, check_finite, check_is, check_key, describe
-from fnbp.combinators import tied_leaves
-from fnbp.compound import Contracted, is_contracted, is_open, out_of_depth
-from fnbp.factor import MIXED, Factor, Mixed, per_example, sq_norms, total, wide
-from fnbp.layer import Context, Layer, checked, drawing, leaves, map_layers, mask_behind, mixing
-from fnbp.losses import Loss, losses_of
-from fnbp.placement import of_param
+from fnbp.arrays.checks import as_arrays, check_finite, check_is, check_key, describe
+from fnbp.arrays.placement import of_param
+from fnbp.arrays.sums import wide
+from fnbp.contraction import Contracted, Contraction, closed, contract_leaf, contracted, is_open, sq_norms, total
+from fnbp.factor import MIXED
+from fnbp.layer import Around, Context, Layer, drawing, leaves, map_layers, mask_behind, mixing, tied_leaves
+from fnbp.losses.loss import Loss, losses_of
 
-Contraction = Any  # a function of a factor, a WithPath, or a tuple of them
+__all__ = ["Pass", "Trace", "apply", "backprop", "per_example_norms", "trace", "value_and_grad"]
 
 
 class Pass(NamedTuple):
@@ -51,93 +51,6 @@ class Trace(NamedTuple):
     dx: Any
     outputs: OrderedDict[str, Any]
     deltas: OrderedDict[str, Any]
-
-
-@dataclass(frozen=True)
-class WithPath:
-    """A contraction that is told where the factor is."""
-
-    contract: Callable[[str, Factor], Any]
-
-
-def with_path(contract: Callable[[str, Factor], Any]) -> WithPath:
-    """A contraction that sees the path: contract(path, factor), path "serial[0].dense(128).W".
-
-    For what differs by layer: a limit for each, a curvature for one. Under backprop as any contraction of your own.
-
-    Raises: TypeError if contract is not a function.
-    """
-    if not callable(contract):
-        raise TypeError(f"with_path: contract must be a function (path, factor) -> any tree, got {contract!r}")
-    return WithPath(contract)
-
-
-def contract_leaf(contract: Contraction, leaf: Any, path: str, key: str = "") -> Any:
-    """What contract makes of one factor. The error runs down the net as dJ/dy, so the factors hold the 1/m of J;
-    every contraction but total sees each example's own, which is m times that."""
-    if isinstance(contract, tuple):
-        made = (contract_leaf(c, leaf, path, key) for c in contract)
-        return tuple(Contracted(one, c) if c is total else one for one, c in zip(made, contract, strict=True))
-    if not isinstance(leaf, Factor):
-        if contract is total:
-            return leaf
-        name = getattr(contract, "__name__", repr(contract))
-        raise TypeError(f"{path}: its backward returns a finished gradient, so only total is defined, not {name}")
-    if contract is total:
-        return total(leaf)
-    if isinstance(leaf, Mixed):
-        raise TypeError(f"{path}: {MIXED}")
-    own = leaf.scaled(leaf.examples)
-    if isinstance(contract, WithPath):
-        return Contracted(contract.contract(f"{path}.{key}" if key else path, own), contract.contract)
-    return Contracted(contract(own), contract)
-
-
-def check_factors(path: str, factors: Any, params: Any, m: int) -> None:
-    """ValueError unless each factor is of its parameter's shape and of m examples; TypeError if it is not a pytree."""
-    is_factor = lambda node: isinstance(node, Factor)  # noqa: E731
-    found, tree = jax.tree_util.tree_flatten_with_path(factors, is_factor)
-    if tree != jax.tree.structure(params):
-        raise ValueError(f"{path}: backward returns {tree}, params are {jax.tree.structure(params)}")
-    for (where, factor), p in zip(found, jax.tree.leaves(params), strict=True):
-        if not isinstance(factor, Factor) or isinstance(factor, Mixed):
-            continue
-        kind, name = type(factor).__name__, f"params{jax.tree_util.keystr(where)}"
-        if jax.tree_util.all_leaves([factor]):
-            raise TypeError(f"{path}: register {kind} with @fnbp.register_factor, so that JAX sees its arrays")
-        shape = jnp.shape(p)
-        for made, due in ((total, shape), (per_example, (m, *shape)), (sq_norms, (m,))):
-            came = jax.eval_shape(lambda made=made, factor=factor: made(factor)).shape
-            if came != due:
-                what = "its gradient" if made is total else f"{made.__name__} of its {kind}"
-                hint = "is its backward wrong?" if made is total else f"expected {due}: is the example its first axis?"
-                raise ValueError(f"{path}: {name} has shape {shape}, {what} {came}: {hint}")
-
-
-def contracted(contract: Contraction, later: frozenset[str] = frozenset()) -> Callable[[str, Layer], Layer]:
-    """For map_layers: a layer whose backward contracts its factors as soon as they exist; but for those at later, the
-    paths of layers whose factors are still to be added to others. Only total can be added when it is done."""
-    for c in contract if isinstance(contract, tuple) and not isinstance(contract, Layer) else (contract,):
-        if isinstance(c, Layer) or not (callable(c) or isinstance(c, (tuple, WithPath))):
-            raise TypeError(f"contract must be a function of a factor, or a tuple of such, got {describe(c)}")
-
-    def at(path, layer):
-        layer = checked(path, layer)
-
-        def backward(params, res, dy):
-            factors, dx = layer.backward(params, res, dy)
-            if contract is not total:
-                check_factors(path, factors, params, jax.tree.leaves(dy)[0].shape[0])
-                if path in later:
-                    return factors, dx
-            return jax.tree_util.tree_map_with_path(finish, factors, is_leaf=lambda leaf: isinstance(leaf, Factor)), dx
-
-        def finish(where, leaf):
-            return contract_leaf(contract, leaf, path, ".".join(str(getattr(k, "key", k)) for k in where))
-
-        return layer._replace(backward=backward)
-
-    return at
 
 
 def check_batch(x: Any, y: Any) -> None:
@@ -179,8 +92,8 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
     run = one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss)
 
     def finish(node):
-        done = node if is_contracted(node) else contract_leaf(contract, node, net.name)
-        return jax.tree.map(out_of_depth, done, is_leaf=is_open)
+        done = node if isinstance(node, Contracted) else contract_leaf(contract, node, net.name)
+        return jax.tree.map(closed, done, is_leaf=is_open)
 
     def backprop_of(params, state, x, y, ctx=Context()):
         if contract is not total and isinstance(ctx, Context) and (path := mixing(net, ctx)):
@@ -257,6 +170,19 @@ def check_training(net: Layer, ctx: Context) -> None:
         )
 
 
+def apply(net: Layer, params: Any, state: Any, x: Any, ctx: Context = Context()) -> Any:
+    """The prediction of a net: y of its forward, without the new state and without what a backward needs.
+
+    Without ctx as at inference: nothing is drawn, batch_norm uses its running statistics.
+
+    Raises: TypeError if net is not a Layer, or ctx is not a Context; ValueError or TypeError as the forward of the net.
+    """
+    check_is("apply", "net", net, Layer)
+    check_is("apply", "ctx", ctx, Context)
+    params, x = as_arrays("apply", "params", params), as_arrays("apply", "x", x)
+    return net.forward(params, state, x, ctx)[0]
+
+
 def per_example_norms(net: Layer, loss: Loss) -> Callable[..., jax.Array]:
     """The norm of each example's gradient: (params, state, x, y, ctx=Context()) -> (m,).
 
@@ -277,7 +203,9 @@ def per_example_norms(net: Layer, loss: Loss) -> Callable[..., jax.Array]:
     return norms
 
 
-class Seen(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Recorded(Around):
     """What trace keeps of one layer."""
 
     grads: Any
@@ -289,9 +217,9 @@ class Seen(NamedTuple):
         """The factors that it wraps."""
         return self.grads
 
-    def holding(self, factors: Any) -> "Seen":
+    def holding(self, factors: Any) -> "Recorded":
         """With other factors inside."""
-        return self._replace(grads=factors)
+        return replace(self, grads=factors)
 
 
 def traced(path: str, layer: Layer) -> Layer:
@@ -304,7 +232,7 @@ def traced(path: str, layer: Layer) -> Layer:
     def backward(params, res, dy):
         y, res = res
         grads, dx = layer.backward(params, res, dy)
-        return Seen(grads, y, dy), dx
+        return Recorded(grads, y, dy), dx
 
     return layer._replace(forward=forward, backward=backward)
 
@@ -325,7 +253,7 @@ def trace(net: Layer, loss: Loss) -> Callable[..., Trace]:
     def trace_of(params, state, x, y, ctx=Context()):
         out = run(params, state, x, y, ctx)
         seen = {path: node for path, _, node in leaves(net, out.grads)}
-        grads = jax.tree.map(lambda node: node.grads, out.grads, is_leaf=lambda node: isinstance(node, Seen))
+        grads = jax.tree.map(lambda node: node.grads, out.grads, is_leaf=lambda node: isinstance(node, Recorded))
         outputs = OrderedDict((path, node.output) for path, node in seen.items())
         deltas = OrderedDict((path, node.delta) for path, node in seen.items())
         grads = conform(grads, params)

@@ -1,20 +1,28 @@
-"""The gradient of a weight, before the sum over examples, and the contractions that finish it."""
+"""The gradient of a weight before the sum over examples: what a backward returns for each parameter.
+
+The indices, here and wherever a factor stands:
+
+    m  the example, always the first axis        o  the outputs of a weight
+    s  positions that share the weight           i  its inputs
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fnbp.placement import each_example, einsum, over_examples
-from fnbp.sums import wide
-from fnbp.windows import Windows, kernel_gradient
+from fnbp.arrays.placement import each_example, einsum
+from fnbp.arrays.sums import wide
+
+__all__ = ["Factor", "Outer", "Product", "Sum", "register_factor"]
 
 CHUNK = 1 << 22  # elements of per-example matrices formed at once, where sq_norms has to form them
 
-MIXED = "it mixes the examples of a batch, so none has a gradient of its own: only total is defined"
+MIXED = "it mixes the examples of a batch, so no example has a gradient of its own; only total is defined"
 
 
 def register_factor(kind: type) -> type:
@@ -56,12 +64,17 @@ class Factor(ABC):
         y = p x, a number a feature        Product(dy, x)       y[t] = x[t] + p[t]           Rows(dy, length)
         anything else: a scalar, a table, a tensor of any rank  PerExample(g), g (m, *shape of p)
 
-    A factor of your own is a frozen dataclass, registered by fnbp.register_factor, with the four methods below
-    and a field d, the error, whose first axis is the example; or with a property examples in place of d.
+    A factor of your own is a frozen dataclass, registered by fnbp.register_factor, with the four abstract methods
+    below and a field d, the error, whose first axis is the example; or with a property examples in place of d.
+
+        positional  True if every axis between the example and the last is a position that shares the parameter: a
+                    loop over time then adds its turns as one more such axis, instead of summing turn by turn
+        sliced      True if every array of the factor has the example as first axis
     """
 
     d: jax.Array
-    sliced: ClassVar[bool] = True  # whether all its arrays have the example as first axis
+    positional: ClassVar[bool] = False
+    sliced: ClassVar[bool] = True
 
     @property
     def examples(self) -> int:
@@ -88,6 +101,14 @@ class Factor(ABC):
     def scaled(self, c: Any) -> "Factor":
         """The factor with d times c: a number, or one number for each example, (m,)."""
 
+    def example_axes(self) -> Any:
+        """For each array of the factor, which of its axes is the example: 0, or behind those of loops around it."""
+        return jax.tree.map(lambda a: 0, self)
+
+    def __add__(self, other: Any) -> "Factor":
+        """The factor of a parameter that is used in two places."""
+        return Added(self, other) if isinstance(other, Factor) else NotImplemented
+
 
 @register_factor
 @dataclass(frozen=True)
@@ -105,6 +126,7 @@ class Outer(Factor):
 
     d: jax.Array
     x: jax.Array
+    positional: ClassVar[bool] = True
 
     def total(self) -> jax.Array:
         return einsum("...o,...i->oi", self.d, self.x)
@@ -141,6 +163,7 @@ class Sum(Factor):
     """
 
     d: jax.Array
+    positional: ClassVar[bool] = True
 
     def total(self) -> jax.Array:
         return jnp.sum(self.d, range(self.d.ndim - 1))
@@ -169,6 +192,7 @@ class Product(Factor):
 
     d: jax.Array
     x: jax.Array
+    positional: ClassVar[bool] = True
 
     def total(self) -> jax.Array:
         return einsum("...n,...n->n", wide(self.d), wide(self.x)).astype(self.d.dtype)
@@ -181,121 +205,6 @@ class Product(Factor):
 
     def scaled(self, c: Any) -> "Product":
         return Product(along_examples(c, self.d), self.x)
-
-
-@register_factor
-@dataclass(frozen=True)
-class Rows(Factor):
-    """dP[t] = sum_i d_i[t]: the gradient of a table that is added position by position, 0 beyond the last position.
-
-        total        sum of d over examples     (size, n)
-        per_example  d_i                        (m, size, n)
-        sq_norms     sum of d_i^2               (m,)
-
-    Shapes: d (m, t, n), t at most size, which is static.
-    """
-
-    d: jax.Array
-    size: int = field(metadata={"static": True})
-
-    def total(self) -> jax.Array:
-        return jnp.sum(self.per_example(), 0)
-
-    def per_example(self) -> jax.Array:
-        return jnp.pad(self.d, ((0, 0), (0, self.size - self.d.shape[1]), (0, 0)))
-
-    def sq_norms(self) -> jax.Array:
-        return jnp.sum(wide(self.d) ** 2, (1, 2))
-
-    def scaled(self, c: Any) -> "Rows":
-        return Rows(along_examples(c, self.d), self.size)
-
-
-@register_factor
-@dataclass(frozen=True)
-class Lookup(Factor):
-    """dE[id] = the sum of d where x was id: the gradient of a table E in E[x].
-
-        total        d added into the rows of a table of zeros         (size, n)
-        per_example  the same, a table an example                      (m, size, n)
-        sq_norms     sum_st [x_is = x_it] d_is . d_it, the Gram form, for S positions where S^2 < size n
-
-    A row that is outside of the table counts for nothing.
-
-    Shapes: d (m, ..., n), x (m, ...) of integers, size static.
-    Source: Li et al. 2021, arXiv:2110.05679, for the Gram form.
-    """
-
-    d: jax.Array
-    x: jax.Array
-    size: int = field(metadata={"static": True})
-
-    @over_examples
-    def total(self) -> jax.Array:
-        table = jnp.zeros((self.size, self.d.shape[-1]), wide(self.d).dtype)
-        return table.at[self.x].add(wide(self.d), mode="drop", wrap_negative_indices=False).astype(self.d.dtype)
-
-    @each_example
-    def per_example(self) -> jax.Array:
-        return jax.vmap(lambda d, x: Lookup(d, x, self.size).total())(self.d, self.x)
-
-    @each_example
-    def sq_norms(self) -> jax.Array:
-        m, n = self.d.shape[0], self.d.shape[-1]
-        d, x = wide(self.d).reshape(m, -1, n), self.x.reshape(m, -1)
-        if x.shape[1] ** 2 < self.size * n:
-            same = (x[:, :, None] == x[:, None, :]) & ((x >= 0) & (x < self.size))[:, None]
-            return jnp.maximum(jnp.einsum("mst,msn,mtn->m", same.astype(d.dtype), d, d), 0)
-        return chunked(lambda d, x: Lookup(d, x, self.size), (d, x), self.size * n)
-
-    def scaled(self, c: Any) -> "Lookup":
-        return Lookup(along_examples(c, self.d), self.x, self.size)
-
-
-@register_factor
-@dataclass(frozen=True)
-class Correlation(Factor):
-    """dW[k] = sum_i sum_p d_i[p] x_i[p stride + k dilation - low]^T: the gradient of the kernel of a convolution.
-
-        total        of d with x                                             (n_out, *kernel, n_in / groups)
-        per_example  the same for each example                               (m, n_out, *kernel, n_in / groups)
-        sq_norms     as Outer's: what a window holds is one row of x
-
-    Shapes: d (m, *count, n_out), x (m, *size, n_in); at (the windows), groups and spread are static. spread: d and x
-            in each other's place, of a transposed convolution.
-    Source: Rochette et al. 2019, arXiv:1912.06015, for per-example gradients as convolutions.
-    """
-
-    d: jax.Array
-    x: jax.Array
-    at: Windows = field(metadata={"static": True})
-    groups: int = field(default=1, metadata={"static": True})
-    spread: bool = field(default=False, metadata={"static": True})
-
-    @property
-    def pair(self) -> tuple[jax.Array, jax.Array]:
-        """One number a window, and what the windows lie over."""
-        return (self.x, self.d) if self.spread else (self.d, self.x)
-
-    @over_examples
-    def total(self) -> jax.Array:
-        return kernel_gradient(*self.pair, self.at, self.groups)
-
-    @each_example
-    def per_example(self) -> jax.Array:
-        return jax.vmap(lambda d, x: kernel_gradient(d[None], x[None], self.at, self.groups))(*self.pair)
-
-    @each_example
-    def sq_norms(self) -> jax.Array:
-        each, under = (wide(a) for a in self.pair)
-        m, g = each.shape[0], self.groups
-        views = jnp.stack(self.at.views(under), -2).reshape(m, -1, len(self.at.offsets), g, under.shape[-1] // g)
-        rows = jnp.moveaxis(views, 3, 0).reshape(g, m, views.shape[1], -1)
-        each = jnp.moveaxis(each.reshape(m, -1, g, each.shape[-1] // g), 2, 0)
-        return jnp.sum(jax.vmap(lambda d, x: Outer(d, x).sq_norms())(each, rows), 0)
-
-    def scaled(self, c: Any) -> "Correlation":
-        return replace(self, d=along_examples(c, self.d))
 
 
 @register_factor
@@ -349,6 +258,53 @@ class Mixed(Factor):
         raise TypeError(MIXED)
 
 
+@register_factor
+@dataclass(frozen=True)
+class Added(Factor):
+    """The sum of two factors of one parameter that is used in two places.
+
+    total, per_example   the sum of both                    sq_norms   of each example's sum, formed a few at once
+    """
+
+    one: Factor
+    other: Factor
+
+    @property
+    def sliced(self) -> bool:  # type: ignore[override]
+        return self.one.sliced and self.other.sliced
+
+    def example_axes(self) -> "Added":
+        return Added(self.one.example_axes(), self.other.example_axes())
+
+    @property
+    def examples(self) -> int:
+        return self.one.examples
+
+    def total(self) -> jax.Array:
+        return self.one.total() + self.other.total()
+
+    def per_example(self) -> jax.Array:
+        return self.one.per_example() + self.other.per_example()
+
+    @each_example
+    def sq_norms(self) -> jax.Array:
+        if not self.sliced:
+            rows = wide(self.per_example())
+            return jnp.sum(rows**2, range(1, rows.ndim))
+        axes = self.example_axes()
+
+        def alone(both: Added) -> jax.Array:
+            rows = jax.tree.map(jnp.expand_dims, both, axes).per_example()[0]
+            return jnp.sum(wide(rows) ** 2)
+
+        elements = int(np.prod(jax.eval_shape(self.total).shape))
+        examples = jax.tree.map(lambda a, axis: jnp.moveaxis(a, axis, 0), self, axes)
+        return jax.lax.map(alone, examples, batch_size=min(self.examples, max(1, CHUNK // elements)))
+
+    def scaled(self, c: Any) -> "Added":
+        return Added(self.one.scaled(c), self.other.scaled(c))
+
+
 def chunked(factor: Callable[..., Factor], arrays: tuple, elements: int) -> jax.Array:
     """sq_norms by forming per-example gradients of so many elements, few at once."""
     m = arrays[0].shape[0]
@@ -360,23 +316,3 @@ def along_examples(c: Any, d: jax.Array) -> jax.Array:
     """c d, where c is a number or holds one for each example."""
     c = jnp.asarray(c, wide(d).dtype)
     return (c.reshape(c.shape + (1,) * (d.ndim - 1) if c.ndim else ()) * wide(d)).astype(d.dtype)
-
-
-def total(factor: Factor) -> jax.Array:
-    """The sum over examples. Under backprop: the gradient of the mean loss J."""
-    return factor.total()
-
-
-def keep(factor: Factor) -> Factor:
-    """The factor itself, to rescale or to contract later. Under backprop its d is of each example's own loss."""
-    return factor
-
-
-def sq_norms(factor: Factor) -> jax.Array:
-    """The squared norm of each example's gradient, (m,), in at least float32."""
-    return factor.sq_norms()
-
-
-def per_example(factor: Factor) -> jax.Array:
-    """Each example's gradient, (m, the shape of the parameter): m times the memory of total."""
-    return factor.per_example()

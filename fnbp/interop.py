@@ -8,9 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.backpropagation import check_batch, conform, contracted
-from fnbp.checks import as_arrays, check_array, check_held, check_is, check_key, check_name, choose, describe, takes
-from fnbp.factor import CHUNK, Factor, Mixed, along_examples, register_factor, total
+from fnbp.arrays.checks import (
+    as_arrays,
+    check_array,
+    check_held,
+    check_is,
+    check_key,
+    check_name,
+    choose,
+    describe,
+    takes,
+)
+from fnbp.arrays.masks import RULES, Rule, refused
+from fnbp.arrays.placement import each_example, of_param, varying
+from fnbp.arrays.sums import wide
+from fnbp.backpropagation import check_batch, conform
+from fnbp.contraction import contracted, total
+from fnbp.factor import CHUNK, Factor, Mixed, along_examples, register_factor
 from fnbp.layer import (
     MIXES,
     Context,
@@ -24,11 +38,10 @@ from fnbp.layer import (
     mixing,
     traits_of,
 )
-from fnbp.losses import Loss, losses_of
-from fnbp.masks import RULES, Rule, refused
-from fnbp.placement import each_example, of_param, varying
-from fnbp.reduction import check_reduce, share, shares, summed_up
-from fnbp.sums import wide
+from fnbp.losses.loss import Loss, losses_of
+from fnbp.losses.reduction import check_reduce, share, shares, summed_up
+
+__all__ = ["automatic_value_and_grad", "from_jax", "loss_from_jax", "to_jax"]
 
 
 def empty_state(layer: Layer, params: Any, x: Any) -> Any:

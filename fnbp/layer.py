@@ -1,17 +1,38 @@
 """A layer is a value: three pure functions, a name, and its parts."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_array, check_key, check_name, check_returned, choose
-from fnbp.masks import RULES, Rule, kept, refused
+from fnbp.arrays.checks import (
+    check_array,
+    check_is,
+    check_key,
+    check_name,
+    check_params,
+    check_returned,
+    choose,
+    describe,
+)
+from fnbp.arrays.masks import RULES, Rule, kept, refused
 
+__all__ = [
+    "Context",
+    "Layer",
+    "Traits",
+    "leaves",
+    "map_layers",
+    "replace_functions",
+    "stateless",
+]
+
+Keys = tuple[int | str, ...]  # of a tree of params: (2, "W")
 Mixes = Literal["never", "training", "always"]
 MIXES: tuple[Mixes, ...] = ("never", "training", "always")
 
@@ -26,6 +47,8 @@ class Traits:
     draws   True if it draws from Context.key in training
     alone   True if x is one array: a pair can only be a carry for a scan behind this layer
     carries True if it takes a pair (h_0, x) too, and returns (h_T, y) then
+    turns   of a loop over depth: how many layers its arrays hold, along their first axis; None for any other layer
+    tied    of a combinator that adds the factors of two parameters: where those stand in its part's params
     """
 
     mask: Rule = refused
@@ -33,6 +56,32 @@ class Traits:
     draws: bool = False
     alone: bool = False
     carries: bool = False
+    turns: int | None = None
+    tied: tuple[Keys, ...] = ()
+
+
+class Init(Protocol):
+    """What a Layer starts with."""
+
+    def __call__(self, key: Any, x: Any, /) -> tuple[Any, Any]:
+        """(key, x) -> params, state. x: an array, or a jax.ShapeDtypeStruct."""
+        ...
+
+
+class Forward(Protocol):
+    """The function itself."""
+
+    def __call__(self, params: Any, state: Any, x: Any, ctx: Any, /) -> tuple[Any, Any, Any]:
+        """(params, state, x, ctx) -> y, state, res. res: what backward needs and params does not hold."""
+        ...
+
+
+class Backward(Protocol):
+    """Its derivative, transposed."""
+
+    def __call__(self, params: Any, res: Any, dy: Any, /) -> tuple[Any, Any]:
+        """(params, res, dy) -> factors, dx. factors: the tree of params, see fnbp.factor."""
+        ...
 
 
 class Layer(NamedTuple):
@@ -46,15 +95,14 @@ class Layer(NamedTuple):
         rebuild  parts -> the same combinator over other parts, None for a leaf
         traits   what it does with a mask, whether it mixes examples, whether it draws: see Traits
 
-    Replace the functions of a leaf (layer._replace), or the parts of a combinator: map_layers rebuilds a combinator
-    from its parts, and refuses one whose own functions were replaced. With rebuild=None it is taken as a leaf.
+    fnbp.replace_functions gives a layer other functions; fnbp.map_layers rebuilds a combinator over other parts.
 
     The params and state of a leaf are dicts. Those of a combinator are tuples, one entry a part.
     """
 
-    init: Callable[..., Any]
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    init: Init
+    forward: Forward
+    backward: Backward
     name: str
     parts: tuple["Layer", ...] = ()
     rebuild: Callable[..., "Layer"] | None = None
@@ -87,6 +135,27 @@ class Context:
             return (self,) * n
         check_key("Context", self.key)
         return tuple(replace(self, key=jax.random.fold_in(self.key, i)) for i in range(n))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Static:
+    """A value in a tree of arrays that no transformation touches: a flag that a forward saves for its backward."""
+
+    value: Any
+
+
+class Around(ABC):
+    """What stands in a tree of factors in the place of one layer's, with more beside: see fnbp.trace."""
+
+    @property
+    @abstractmethod
+    def inside(self) -> Any:
+        """The factors of the layer."""
+
+    @abstractmethod
+    def holding(self, factors: Any) -> "Around":
+        """The same around other factors."""
 
 
 class Masked(NamedTuple):
@@ -163,11 +232,25 @@ def mask_aware(
     return Layer(init_lifted, *lifted, name, traits=Traits(rule, alone=alone))
 
 
-def traits_of(layer: Layer, mask: Rule, carries: bool = False) -> Traits:
-    """The traits of a layer made of one other, with a rule of its own for the mask."""
+def parameterless(forward: Callable, backward: Callable, name: str, mask: str | Rule = refused) -> Layer:
+    """A Layer without parameters: forward x -> y, res and backward (res, dy) -> dx."""
+
+    def forward_lifted(params, x):
+        check_params(name, params, x, {})
+        return forward(x)
+
+    def backward_lifted(params, res, dy):
+        return {}, backward(res, dy)
+
+    return stateless(lambda key, x: {}, forward_lifted, backward_lifted, name, mask, alone=True)
+
+
+def traits_of(layer: Layer, mask: Rule, **more: Any) -> Traits:
+    """The traits of a layer made of one other, with a rule of its own for the mask; more: what else differs."""
     inside = [leaf.traits for _, leaf in leaves(layer)]
     mixes = MIXES[max((MIXES.index(traits.mixes) for traits in inside), default=0)]
-    return Traits(mask, mixes, any(traits.draws for traits in inside), layer.traits.alone and not carries, carries)
+    alone = layer.traits.alone and not more.get("carries", False)
+    return Traits(mask, mixes, any(traits.draws for traits in inside), alone, **more)
 
 
 def mask_of(layer: Layer) -> Rule:
@@ -191,6 +274,29 @@ def drawing(net: Layer) -> str | None:
     return next((path for path, leaf in leaves(net) if leaf.traits.draws), None)
 
 
+def tied_leaves(net: Layer) -> frozenset[str]:
+    """The paths of the leaves whose factors a tie adds to others."""
+
+    def of(path: str, layer: Layer, keys: Keys) -> str:
+        if layer.rebuild is None:
+            return path
+        i = next(key for key in keys if isinstance(key, int))
+        return of(child(path, i, layer.parts[i]), layer.parts[i], keys[1:])
+
+    def walk(path: str, layer: Layer) -> Iterator[str]:
+        for i, part in enumerate(layer.parts):
+            inside = child(path, i, part)
+            yield from (of(inside, part, keys) for keys in layer.traits.tied)
+            yield from walk(inside, part)
+
+    return frozenset(walk(net.name, net))
+
+
+def child(path: str, i: int, part: Layer) -> str:
+    """The path of part i of the layer at path: "serial[3].dense(17)"."""
+    return f"{path}[{i}].{part.name}"
+
+
 def without(leaf: str, backward: Callable) -> Callable:
     """backward for a layer that does without that parameter: its factor is left out."""
 
@@ -211,7 +317,7 @@ def map_layers(f: Callable[[str, Layer], Layer], net: Layer) -> Layer:
     def at(path: str, layer: Layer) -> Layer:
         if layer.rebuild is None:
             return f(path, layer)
-        return rebuilt(layer, tuple(at(f"{path}[{i}].{part.name}", part) for i, part in enumerate(layer.parts)))
+        return rebuilt(layer, tuple(at(child(path, i, part), part) for i, part in enumerate(layer.parts)))
 
     return at(net.name, net)
 
@@ -233,6 +339,35 @@ def shape_of(layer: Layer, params: Any, state: Any, x: Any, ctx: Context = Conte
     return jax.eval_shape(checked(layer.name, layer).forward, params, state, x, ctx)[0]
 
 
+def replace_functions(
+    layer: Layer,
+    init: Init | None = None,
+    forward: Forward | None = None,
+    backward: Backward | None = None,
+    name: str | None = None,
+) -> Layer:
+    """A layer with other functions in the place of its own: another rule, an approximation, a planted mistake.
+
+        replace_functions(fnbp.sigmoid(), backward=lambda params, res, dy: ({}, dy))
+
+    Of a combinator it makes a leaf: params, state and factors keep their tree, but map_layers goes no further.
+
+    Options: init, forward, backward, name: as the fields of Layer; without one, the layer's own stays.
+    Raises:  TypeError if the argument is not a Layer, or what replaces a function is not one.
+    """
+    check_is("replace_functions", "the layer", layer, Layer)
+    given = {"init": init, "forward": forward, "backward": backward}
+    for what, f in given.items():
+        if f is not None and (isinstance(f, Layer) or not callable(f)):
+            raise TypeError(f"replace_functions: {what} of {layer.name} must be a function, got {describe(f)}")
+    if name is not None:
+        check_name("replace_functions", name)
+    leaf = layer
+    if layer.rebuild is not None:
+        leaf = layer._replace(parts=(), rebuild=None, traits=traits_of(layer, mask_of(layer)))
+    return leaf._replace(**{what: f for what, f in {**given, "name": name}.items() if f is not None})
+
+
 def rebuilt(layer: Layer, parts: tuple[Layer, ...]) -> Layer:
     """A combinator over other parts. ValueError where a function of its own was replaced: rebuild would lose it."""
     assert layer.rebuild is not None
@@ -241,8 +376,8 @@ def rebuilt(layer: Layer, parts: tuple[Layer, ...]) -> Layer:
         ours, made = (inspect.unwrap(getattr(one, name)) for one in (layer, fresh))
         if getattr(ours, "__code__", None) is not getattr(made, "__code__", None):
             raise ValueError(
-                f"{layer.name}: its {name} was replaced, and rebuilding it over other parts would lose that; give it a "
-                "rebuild that keeps it, or rebuild=None to make it a leaf"
+                f"{layer.name}: its {name} was replaced, and rebuilding it over other parts would lose that; "
+                f"fnbp.replace_functions(layer, {name}=...) makes it a leaf, which keeps it"
             )
     return layer.rebuild(parts)
 
@@ -254,6 +389,6 @@ def leaves(net: Layer, *trees: Any) -> Iterator[tuple[Any, ...]]:
         if layer.rebuild is None:
             yield path, layer, *entries
         for i, part in enumerate(layer.parts):
-            yield from walk(f"{path}[{i}].{part.name}", part, tuple(entry[i] for entry in entries))
+            yield from walk(child(path, i, part), part, tuple(entry[i] for entry in entries))
 
     return walk(net.name, net, trees)

@@ -11,12 +11,14 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from fnbp.arrays.checks import check_size
 from fnbp.backpropagation import value_and_grad
-from fnbp.checks import check_size
 from fnbp.interop import automatic_value_and_grad
 from fnbp.layer import Context, Layer
-from fnbp.losses import Loss
+from fnbp.losses.loss import Loss
 from fnbp.rendering import Tabular
+
+__all__ = ["Cost", "cost"]
 
 SAMPLE_SECONDS = 5e-3  # a timed sample repeats the call until it takes this long
 

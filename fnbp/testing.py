@@ -6,6 +6,8 @@ from typing import Any
 from fnbp.comparison import Report, compare
 from fnbp.layer import Layer
 
+__all__ = ["assert_gradients_match"]
+
 
 def assert_gradients_match(subject: Layer | Callable, *args: Any, **options: Any) -> Report:
     """AssertionError, with the report, unless fnbp.compare finds the manual backward right. Arguments: as compare's.

@@ -134,7 +134,7 @@ def test_an_empty_serial_is_the_identity():
 )
 def test_serial_refuses_params_and_state_of_another_net(wrong, came):
     params, state = drawn(NET)
-    words = f"must have 4 entries, one a layer, got {came}: is it of another net\\?"
+    words = f"must have 4 entries, one for each layer, got {came}; do they belong to a different net\\?"
     with pytest.raises(ValueError, match=f"serial: params {words}"):
         NET.forward(wrong(params), state, X, NONE)
     with pytest.raises(ValueError, match=f"serial: state {words}"):
@@ -145,9 +145,9 @@ def test_serial_refuses_params_and_state_of_another_net(wrong, came):
 def test_skip_refuses_params_and_state_of_another_net():
     net = fnbp.skip(fnbp.dense(11))
     params, state = drawn(net)
-    with pytest.raises(ValueError, match="skip: params must have 1 entries, one a layer, got a dict"):
+    with pytest.raises(ValueError, match="skip: params must have 1 entries, one for each layer, got a dict"):
         net.forward(params[0], state, X, NONE)
-    with pytest.raises(ValueError, match="skip: state must have 1 entries, one a layer, got 2"):
+    with pytest.raises(ValueError, match="skip: state must have 1 entries, one for each layer, got 2"):
         net.forward(params, (*state, {}), X, NONE)
 
 
@@ -157,7 +157,7 @@ def test_skip_refuses_params_and_state_of_another_net():
     ids=["missing", "extra"],
 )
 def test_a_layer_refuses_params_of_another(params, came):
-    words = rf"dense\(5\): params must hold \['W', 'b'\], got {came}: are these the params of another net\?"
+    words = rf"dense\(5\): params must hold \['W', 'b'\], got {came}; do they belong to a different net\?"
     with pytest.raises(ValueError, match=words):
         fnbp.dense(5).forward(params, {}, X, NONE)
 

@@ -316,7 +316,7 @@ def forgetful(layer):
     right = fnbp.skip(layer)
 
     def backward(params, res, dy):
-        factors, dx = layer.backward(params[0], res[0], dy)
+        factors, dx = layer.backward(params[0], res, dy)
         return (factors,), dx
 
     return right._replace(backward=backward, rebuild=lambda parts: forgetful(*parts))

@@ -14,18 +14,9 @@ import numpy as np
 import pytest
 
 import fnbp
-from experiments import (
-    architectures,
-    charlm,
-    data,
-    digits,
-    gradient_cost,
-    images,
-    nielsen,
-    report,
-    rows,
-    worked_example,
-)
+from experiments import architectures, digits, gradient_cost, images, nielsen, rows, worked_example
+from experiments.charlm import __main__ as charlm
+from experiments.shared import data, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,7 +94,7 @@ def test_nielsens_loop_is_the_same_in_pytorch(monkeypatch):
     np.testing.assert_allclose(accuracies, in_torch, atol=1e-6)
 
 
-def test_nielsens_initialisers_have_their_variance():
+def test_nielsens_initializers_have_their_variance():
     for init, variance in (("chapter1", 1.0), ("chapter3", 1 / 784)):
         W = nielsen.network(100, init).init(jax.random.key(0), np.zeros((1, 784), np.float32))[0][0]["W"]
         np.testing.assert_allclose(W.var(), variance, rtol=0.02)

@@ -173,7 +173,8 @@ def test_sq_norms_of_low_precision_are_float32(positions):
 
 def test_wide_is_at_least_float32(x64):
     found = {
-        name: fnbp.factor.wide(jnp.ones(2, name)).dtype.name for name in ("bfloat16", "float16", "float32", "float64")
+        name: fnbp.arrays.sums.wide(jnp.ones(2, name)).dtype.name
+        for name in ("bfloat16", "float16", "float32", "float64")
     }
     assert found == {"bfloat16": "float32", "float16": "float32", "float32": "float32", "float64": "float64"}
 
@@ -210,9 +211,16 @@ def test_clipping_in_one_pass_is_the_sum_of_clipped_gradients(x64, positions):
 
 def test_two_kinds_of_factors_with_the_same_fields_are_two_trees():
     a = jnp.ones((2, 3))
-    pairs = ((fnbp.Outer(a, a), fnbp.Product(a, a)), (fnbp.Sum(a), fnbp.PerExample(a)), (fnbp.Sum(a), fnbp.Mixed(a)))
-    stacked = (fnbp.Stacked(fnbp.Sum(a)), fnbp.Shared(fnbp.Sum(a)))
+    pairs = (
+        (fnbp.Outer(a, a), fnbp.Product(a, a)),
+        (fnbp.Sum(a), fnbp.factors.PerExample(a)),
+        (fnbp.Sum(a), fnbp.factors.Mixed(a)),
+    )
+    stacked = (fnbp.factors.Stacked(fnbp.Sum(a)), fnbp.factors.Shared(fnbp.Sum(a)))
     for one, other in (*pairs, stacked):
         assert jax.tree.structure(one) != jax.tree.structure(other)
         assert jax.tree.structure(one) == jax.tree.structure(jax.tree.map(jnp.zeros_like, one))
-    assert [str(where[0]) for where, _ in jax.tree_util.tree_leaves_with_path(fnbp.Lookup(a, a, 5))] == [".d", ".x"]
+    assert [str(where[0]) for where, _ in jax.tree_util.tree_leaves_with_path(fnbp.factors.Lookup(a, a, 5))] == [
+        ".d",
+        ".x",
+    ]

@@ -13,8 +13,8 @@ import optax
 import pytest
 
 import fnbp
-import fnbp.progress
-import fnbp.training
+import fnbp.training.fit
+import fnbp.training.progress
 
 SGD = optax.sgd(0.01)
 LOSS = fnbp.mean_squared_error()
@@ -68,14 +68,14 @@ def kill_after(monkeypatch, seconds, number):
     @contextmanager
     def stoppable():
         sender = threading.Thread(target=send)
-        with fnbp.progress.stoppable() as stop:
+        with fnbp.training.progress.stoppable() as stop:
             sender.start()
             try:
                 yield stop
             finally:
                 sender.join()
 
-    monkeypatch.setattr(fnbp.training, "stoppable", stoppable)
+    monkeypatch.setattr(fnbp.training.fit, "stoppable", stoppable)
 
 
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminated")])
@@ -145,7 +145,7 @@ def test_an_exception_bears_what_was_reached(where, monkeypatch):
     if where == "callback":
         options = {"callback": fail}
     elif where == "validation":
-        monkeypatch.setattr(fnbp.training, "evaluation", lambda *_: lambda params, state: fail() or 1.0)
+        monkeypatch.setattr(fnbp.training.fit, "evaluation", lambda *_: lambda params, state: fail() or 1.0)
         options = {"validation": (x, y)}
     else:
         options = {"on_epoch": fail}
@@ -219,28 +219,28 @@ def pressing(times=1, at=1, number=signal.SIGINT):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("options", [{"steps": 1}, {"epochs": 1, "steps": None}, {"threshold": 1e9}], ids=str)
 def test_a_signal_with_the_last_step_is_not_swallowed(number, options, monkeypatch):
-    monkeypatch.setattr(fnbp.training, "CALL_SECONDS", 1e9)  # calls of 1, 2, 4 steps, however slow the machine
+    monkeypatch.setattr(fnbp.training.fit, "CALL_SECONDS", 1e9)  # calls of 1, 2, 4 steps, however slow the machine
     found = whole(fit(*task(), callback=pressing(number=number, at=options.get("epochs", 0) * 3 or 1), **options))
     assert found.stopped == {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}[number]
     assert f"after step {found.step}; besides, " in found.message
 
 
 def test_a_signal_after_the_last_step_is_not_swallowed_either(monkeypatch):
-    drive = fnbp.training.drive
+    drive = fnbp.training.fit.drive
 
     def pressed(*args):
         found = drive(*args)
         signal.raise_signal(signal.SIGINT)
         return found
 
-    monkeypatch.setattr(fnbp.training, "drive", pressed)
+    monkeypatch.setattr(fnbp.training.fit, "drive", pressed)
     found = whole(fit(*task(), steps=3))
     assert (found.stopped, found.step) == ("interrupt", 3) and "all 3 steps done" in found.message
 
 
 @pytest.mark.parametrize("options", [{"steps": 5}, {"callback": pressing(times=2, at=3)}], ids=["done", "pressed"])
 def test_a_further_ctrl_c_tears_nothing_that_is_handed_out(monkeypatch, options):
-    make = fnbp.training.Reached.fit
+    make = fnbp.training.fit.Reached.fit
 
     def pressed(*args):
         signal.raise_signal(signal.SIGINT)
@@ -248,7 +248,7 @@ def test_a_further_ctrl_c_tears_nothing_that_is_handed_out(monkeypatch, options)
         signal.raise_signal(signal.SIGINT)
         return found
 
-    monkeypatch.setattr(fnbp.training.Reached, "fit", pressed)
+    monkeypatch.setattr(fnbp.training.fit.Reached, "fit", pressed)
     with pytest.raises(KeyboardInterrupt) as caught:
         fit(*task(), **options)
     assert whole(caught.value.fit).step == 5 or "callback" in options
@@ -258,7 +258,7 @@ def test_a_further_ctrl_c_tears_nothing_that_is_handed_out(monkeypatch, options)
 @pytest.mark.parametrize("where", ["on_epoch", "validation", "callback"])
 def test_what_an_exception_bears_goes_on_as_if_it_had_not_been(monkeypatch, where):
     args = task()
-    held_out, real, calls = args[4:], fnbp.training.evaluation, []
+    held_out, real, calls = args[4:], fnbp.training.fit.evaluation, []
     straight = fit(*args, steps=24, validation=held_out)
 
     def fail(*_):
@@ -271,7 +271,7 @@ def test_what_an_exception_bears_goes_on_as_if_it_had_not_been(monkeypatch, wher
         return lambda params, state: fail() or measure(params, state)
 
     if where == "validation":
-        monkeypatch.setattr(fnbp.training, "evaluation", breaking)
+        monkeypatch.setattr(fnbp.training.fit, "evaluation", breaking)
     with pytest.raises(RuntimeError, match="enough") as caught:
         fit(*args, validation=held_out, **({} if where == "validation" else {where: fail}))
     first = whole(caught.value.fit)

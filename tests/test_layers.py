@@ -246,7 +246,7 @@ def test_extreme_inputs_stay_finite(case):
         assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((y, grads))), size
 
 
-def test_dense_initialisers_have_their_fans():
+def test_dense_initializers_have_their_fans():
     x = jnp.ones((2, 400))
     for name, variance in (
         ("glorot_uniform", 2 / 1000),
@@ -267,7 +267,7 @@ def test_convolutions_initialise_by_the_channels_that_an_output_sees(layer, fan_
     np.testing.assert_allclose(W.var(), 2 / (15 * fan_in), rtol=0.05)
 
 
-def test_dense_takes_an_initialiser_of_ones_own():
+def test_dense_takes_an_initializer_of_ones_own():
     layer = fnbp.dense(3, W=lambda key, shape, dtype: jnp.full(shape, 2, dtype), b="ones")
     params, _ = layer.init(jax.random.key(0), jnp.ones((5, 7)))
     assert (params["W"] == 2).all() and params["W"].shape == (3, 7) and (params["b"] == 1).all()
@@ -278,7 +278,7 @@ def test_activation_by_name():
     with pytest.raises(ValueError, match="unknown activation 'sigmod'; did you mean 'sigmoid'"):
         fnbp.activation("sigmod")
     with pytest.raises(
-        ValueError, match=r"unknown initialiser 'glorot'; did you mean 'glorot_.*'.* There are: .*he_normal"
+        ValueError, match=r"unknown initializer 'glorot'; did you mean 'glorot_.*'.* There are: .*he_normal"
     ):
         fnbp.dense(3, W="glorot")
 

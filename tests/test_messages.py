@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fnbp
-from fnbp.checks import describe
+from fnbp.arrays.checks import describe
 
 KEY, X = jax.random.key(0), jnp.zeros((2, 4))
 IMAGES = jnp.zeros((2, 3, 32, 32))
@@ -74,8 +74,8 @@ FUNCTIONS = [
         lambda: fnbp.serial(fnbp.relu())({}, X),
         r"serial: a Layer is not called; its forward is net\.forward\(params, st",
     ),
-    (lambda: fnbp.dense(3, W=fnbp.relu()), r"dense\(3\): W must be an initialiser, .* got Layer relu"),
-    (lambda: fnbp.initialiser(fnbp.relu()), r"unknown initialiser Layer"),
+    (lambda: fnbp.dense(3, W=fnbp.relu()), r"dense\(3\): W must be an initializer, .* got Layer relu"),
+    (lambda: fnbp.initializer(fnbp.relu()), r"unknown initializer Layer"),
     (lambda: fnbp.backprop(fnbp.relu(), fnbp.mean_squared_error(), fnbp.relu()), r"contract must be .* got Layer relu"),
     (
         lambda: fnbp.from_jax(lambda p, x: x, fnbp.relu()),
@@ -98,33 +98,33 @@ FUNCTIONS = [
 INITIALISERS = [
     (
         lambda: fnbp.dense(8, 16),
-        r"dense\(8\): W must be an initialiser, a name or a function \(key, shape, dtype\) -> array, got 16; the "
+        r"dense\(8\): W must be an initializer, a name or a function \(key, shape, dtype\) -> array, got 16; the "
         r"number of inputs is inferred from x$",
     ),
-    (lambda: fnbp.dense(8, "glorot"), r"dense\(8\): W: unknown initialiser 'glorot'; did you mean 'glorot_"),
-    (lambda: fnbp.dense(8, b=1), r"dense\(8\): b must be an initialiser"),
-    (lambda: fnbp.dense(8, ["a"]), r"dense\(8\): W must be an initialiser, .* got \['a'\]"),
-    (lambda: fnbp.conv(8, 3, W="a"), r"conv\(8, 3\): W: unknown initialiser 'a'"),
-    (lambda: fnbp.conv(8, 3, b="a"), r"conv\(8, 3\): b: unknown initialiser 'a'"),
-    (lambda: fnbp.conv_transpose(8, 3, W="a"), r"conv_transpose\(8, 3\): W: unknown initialiser 'a'"),
-    (lambda: fnbp.conv_transpose(8, 3, b="a"), r"conv_transpose\(8, 3\): b: unknown initialiser 'a'"),
-    (lambda: fnbp.bias("a"), r"bias: b: unknown initialiser 'a'"),
-    (lambda: fnbp.embedding(3, 5, "a"), r"embedding\(3, 5\): E: unknown initialiser 'a'"),
-    (lambda: fnbp.positions(3, "a"), r"positions\(3\): P: unknown initialiser 'a'"),
-    (lambda: fnbp.rnn_cell(3, "a"), r"rnn_cell\(3\): W: unknown initialiser 'a'"),
-    (lambda: fnbp.lstm_cell(3, U="a"), r"lstm_cell\(3\): U: unknown initialiser 'a'"),
-    (lambda: fnbp.gru_cell(3, U=5), r"gru_cell\(3\): U must be an initialiser"),
-    (lambda: fnbp.attention(2, W="a"), r"attention\(2\): W: unknown initialiser 'a'"),
-    (lambda: fnbp.attention(2, b=0), r"attention\(2\): b must be an initialiser"),
-    (lambda: fnbp.attention(2, W_out="a"), r"attention\(2\): W_out: unknown initialiser 'a'"),
-    (lambda: fnbp.gelu_mlp(8, 4, W_out=0), r"dense\(4\): W must be an initialiser"),
+    (lambda: fnbp.dense(8, "glorot"), r"dense\(8\): W: unknown initializer 'glorot'; did you mean 'glorot_"),
+    (lambda: fnbp.dense(8, b=1), r"dense\(8\): b must be an initializer"),
+    (lambda: fnbp.dense(8, ["a"]), r"dense\(8\): W must be an initializer, .* got \['a'\]"),
+    (lambda: fnbp.conv(8, 3, W="a"), r"conv\(8, 3\): W: unknown initializer 'a'"),
+    (lambda: fnbp.conv(8, 3, b="a"), r"conv\(8, 3\): b: unknown initializer 'a'"),
+    (lambda: fnbp.conv_transpose(8, 3, W="a"), r"conv_transpose\(8, 3\): W: unknown initializer 'a'"),
+    (lambda: fnbp.conv_transpose(8, 3, b="a"), r"conv_transpose\(8, 3\): b: unknown initializer 'a'"),
+    (lambda: fnbp.bias("a"), r"bias: b: unknown initializer 'a'"),
+    (lambda: fnbp.embedding(3, 5, "a"), r"embedding\(3, 5\): E: unknown initializer 'a'"),
+    (lambda: fnbp.positions(3, "a"), r"positions\(3\): P: unknown initializer 'a'"),
+    (lambda: fnbp.rnn_cell(3, "a"), r"rnn_cell\(3\): W: unknown initializer 'a'"),
+    (lambda: fnbp.lstm_cell(3, U="a"), r"lstm_cell\(3\): U: unknown initializer 'a'"),
+    (lambda: fnbp.gru_cell(3, U=5), r"gru_cell\(3\): U must be an initializer"),
+    (lambda: fnbp.attention(2, W="a"), r"attention\(2\): W: unknown initializer 'a'"),
+    (lambda: fnbp.attention(2, b=0), r"attention\(2\): b must be an initializer"),
+    (lambda: fnbp.attention(2, W_out="a"), r"attention\(2\): W_out: unknown initializer 'a'"),
+    (lambda: fnbp.gelu_mlp(8, 4, W_out=0), r"dense\(4\): W must be an initializer"),
     (
         lambda: fnbp.dense(8, lambda *_: X).init(KEY, X),
-        r"dense\(8\): the initialiser of W must make shape \(8, 4\), got fl",
+        r"dense\(8\): the initializer of W must make shape \(8, 4\), got fl",
     ),
     (
         lambda: fnbp.dense(8, jax.nn.initializers.he_normal).init(KEY, X),
-        r"dense\(8\): W: he_normal makes an initialiser",
+        r"dense\(8\): W: he_normal makes an initializer",
     ),
     (lambda: fnbp.parallel(fnbp.relu(), join="add"), r"parallel: unknown join 'add'"),
     (lambda: fnbp.models.mlp(3, activation="rleu"), r"mlp: unknown activation 'rleu'; did you mean 'relu'"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import fnbp
-from experiments import mistakes, report
-from experiments.mistakes_catalogue import CATALOGUE
+from experiments.mistakes import __main__ as mistakes
+from experiments.mistakes.catalogue import CATALOGUE
+from experiments.shared import report
 
 pytestmark = pytest.mark.slow  # compare on every entry
 

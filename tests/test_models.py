@@ -32,7 +32,7 @@ models = pytest.mark.parametrize("name", MODELS)
 
 
 def test_every_model_is_here():
-    made = {name for name, f in vars(fnbp.models).items() if getattr(f, "__module__", "") == "fnbp.models"}
+    made = set(fnbp.models.__all__)
     assert made - {"classifier"} == set(MODELS)
 
 
@@ -142,7 +142,7 @@ STEPS = {
 
 
 def test_every_model_has_a_training_step():
-    own = {name: f for name, f in vars(fnbp.models).items() if getattr(f, "__module__", "") == "fnbp.models"}
+    own = {name: getattr(fnbp.models, name) for name in fnbp.models.__all__}
     assert set(STEPS) == {name for name in own if name != "classifier" and inspect.isfunction(own[name])}
 
 

@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import pytest
 
 import fnbp
-from experiments import (
-    mutants,
-    mutations,
-    mutations_code,
-    mutations_equivalent,
-    mutations_sites,
-    mutations_trials,
-    report,
-)
+from experiments.mutants import __main__ as mutants
+from experiments.mutants import catalogue as mutations
+from experiments.mutants import code as mutations_code
+from experiments.mutants import equivalent as mutations_equivalent
+from experiments.mutants import sites as mutations_sites
+from experiments.mutants import trials as mutations_trials
+from experiments.shared import report
 from fnbp.layers import activation
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fnbp
-from experiments.mutations_table import cell_of, with_start
+from experiments.mutants.table import cell_of, with_start
 from tests.cases import relative, sum_of_squares
 
 W, BLOCKS = (0, 0, "W"), tuple(fnbp.repeat(fnbp.dense(5), n) for n in (2, 2))

@@ -38,7 +38,7 @@ def test_batch_norm_in_use_has_per_example_norms_and_in_training_says_why_not():
     x, y = jnp.asarray(rng.standard_normal((7, 11)), jnp.float32), jnp.arange(7) % 3
     params, state = net.init(jax.random.key(0), x)
     loss = fnbp.softmax_cross_entropy()
-    with pytest.raises(TypeError, match=r"serial\[1\].batch_norm: it mixes the examples of a batch, so none has"):
+    with pytest.raises(TypeError, match=r"serial\[1\].batch_norm: it mixes the examples of a batch, so no example has"):
         fnbp.per_example_norms(net, loss)(params, state, x, y, TRAINING)
     state = fnbp.backprop(net, loss)(params, state, x, y, TRAINING).state
     norms = fnbp.per_example_norms(net, loss)(params, state, x, y)

@@ -145,7 +145,7 @@ FACTORS = [
     ),
     (lambda dy, x: fnbp.Outer(dy[:3], x[:3]), r"per_example of its Outer \(3, 2, 2\): expected \(5, 2, 2\)"),
     (lambda dy, x: Crossed(dy, x), r"per_example of its Crossed \(2, 5, 2\): expected \(5, 2, 2\): is the example"),
-    (lambda dy, x: fnbp.PerExample(dy), r"table: params\['g'\] has shape \(2, 2\), its gradient \(2,\)"),
+    (lambda dy, x: fnbp.factors.PerExample(dy), r"table: params\['g'\] has shape \(2, 2\), its gradient \(2,\)"),
 ]  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def scaled():
 
     def backward(params, res, dy):
         (x,) = res
-        return {"c": fnbp.PerExample(jnp.sum(dy * x, range(1, x.ndim)))}, params["c"] * dy
+        return {"c": fnbp.factors.PerExample(jnp.sum(dy * x, range(1, x.ndim)))}, params["c"] * dy
 
     return fnbp.stateless(lambda key, x: {"c": jnp.ones((), x.dtype)}, forward, backward, "scaled", mask="elementwise")
 
@@ -217,7 +217,7 @@ def splines(n_out, k=3):
         (x,) = res
         slope = jnp.arange(1, k, dtype=x.dtype) * powers(x)[..., :-1]
         dx = jnp.einsum("mo,oik,mik->mi", dy, params["C"][..., 1:], slope)
-        return {"C": fnbp.PerExample(jnp.einsum("mo,mik->moik", dy, powers(x)))}, dx
+        return {"C": fnbp.factors.PerExample(jnp.einsum("mo,mik->moik", dy, powers(x)))}, dx
 
     return fnbp.stateless(init, forward, backward, f"splines({n_out})")
 
@@ -248,7 +248,7 @@ def test_per_example_is_a_factor_for_weights_of_any_rank(x64, net):
 
 
 def test_per_example_scales_each_example():
-    factor = fnbp.PerExample(jnp.arange(6.0).reshape(2, 3))
+    factor = fnbp.factors.PerExample(jnp.arange(6.0).reshape(2, 3))
     assert factor.scaled(jnp.array([2.0, 0.0])).total().tolist() == [0.0, 2.0, 4.0]
 
 

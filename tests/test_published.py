@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import published, report
-from experiments.published import ENTRIES
+from experiments.published import __main__ as published
+from experiments.published.__main__ import ENTRIES
+from experiments.shared import report
 
 pytestmark = pytest.mark.slow  # compare on every entry
 

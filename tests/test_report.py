@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import fnbp
-from experiments import report as report_of_experiments
+from experiments.shared import report as report_of_experiments
 from fnbp.comparison.report import FAULTS, Row
 
 RIGHT = Row("serial[0].dense(3)", "W", (3, 7), "float32", error=1e-16, limit=7e-15, z=1.2, rho=0.9, whole=2e-16)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fnbp
-from experiments.mutations_table import cell_of
+from experiments.mutants.table import cell_of
 from tests.cases import relative
 
 rng = np.random.default_rng(0)
@@ -193,7 +193,7 @@ REFUSED = [
             *fnbp.repeat(fnbp.dense(11), 3).init(jax.random.key(0), SEQUENCE), SEQUENCE, fnbp.Context()
         ),
         ValueError,
-        r"repeat\(2\): params must have a first axis of 2, got \[\(3,\)\]: is it of another net\?",
+        r"repeat\(2\): params must have a first axis of 2, got \[\(3,\)\]; do they belong to a different net\?",
     ),
     (lambda: fnbp.scan(fnbp.lstm_cell), TypeError, r"scan: the cell must be a Layer, .* call it: lstm_cell\(\.\.\.\)"),
     (
@@ -222,7 +222,7 @@ REFUSED = [
         ValueError,
         r"h must be one array of shape \(5, 7\), or None for zeros; got",
     ),
-    (lambda: run(fnbp.scan(CELLS[2]), (1, 2, SEQUENCE)), ValueError, r"x, or \(h_0, x\), is due; got a tuple of 3"),
+    (lambda: run(fnbp.scan(CELLS[2]), (1, 2, SEQUENCE)), ValueError, r"expected x, or \(h_0, x\); got a tuple of 3"),
     (lambda: fnbp.gru_cell(0), ValueError, r"gru_cell\(0\): n must be at least 1, got 0"),
 ]
 

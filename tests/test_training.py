@@ -12,8 +12,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import fnbp
-import fnbp.loop
-import fnbp.training
+import fnbp.training.fit
+import fnbp.training.loop
 from tests.cases import relative
 
 LOSS = fnbp.softmax_cross_entropy()
@@ -46,7 +46,7 @@ def compiled_before(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick_calls(monkeypatch):
     """Calls of 1, 2, 4, 8 ... steps, however slow the machine."""
-    monkeypatch.setattr(fnbp.training, "CALL_SECONDS", 1e9)
+    monkeypatch.setattr(fnbp.training.fit, "CALL_SECONDS", 1e9)
 
 
 def noisy():
@@ -112,7 +112,7 @@ def test_fit_is_the_loop_by_hand():
     params, state, opt_state, losses = PARAMS, STATE, optimizer.init(PARAMS), []
     for i in range(steps):
         epoch, batch = divmod(i, BATCHES)
-        order = np.asarray(fnbp.loop.permutation(key_order, epoch, M))
+        order = np.asarray(fnbp.training.loop.permutation(key_order, epoch, M))
         assert sorted(order) == list(range(M))
         rows = order[BATCH * batch : BATCH * (batch + 1)]
         key = jax.random.fold_in(key_layers, i)
@@ -131,7 +131,7 @@ def test_fit_is_the_loop_by_hand():
 
 
 def test_each_epoch_has_an_order_of_its_own():
-    orders = [tuple(np.asarray(fnbp.loop.permutation(KEY, epoch, M))) for epoch in range(5)]
+    orders = [tuple(np.asarray(fnbp.training.loop.permutation(KEY, epoch, M))) for epoch in range(5)]
     assert len(set(orders)) == 5
 
 
@@ -179,7 +179,7 @@ def test_a_threshold_that_is_not_reached_does_not_stop():
 def scripted(monkeypatch, values):
     """Validation losses by script."""
     values = iter(values)
-    monkeypatch.setattr(fnbp.training, "evaluation", lambda *args: lambda params, state: next(values))
+    monkeypatch.setattr(fnbp.training.fit, "evaluation", lambda *args: lambda params, state: next(values))
 
 
 def test_patience_stops_after_so_many_validations_without_a_new_least(monkeypatch):
@@ -226,11 +226,11 @@ def test_validation_is_the_mean_loss_out_of_training():
 
 @pytest.mark.parametrize("examples", [3, 11, 22, 25])
 def test_validation_in_batches_is_the_mean_of_the_whole(monkeypatch, examples):
-    monkeypatch.setattr(fnbp.loop, "EVALUATED", 11)
+    monkeypatch.setattr(fnbp.training.loop, "EVALUATED", 11)
     loss = fnbp.mean_squared_error()
     x, y = X[:examples], X[:examples, :2]
     net = fnbp.stateless(lambda key, x: {}, lambda params, x: (x[:, 1:], ()), lambda p, res, dy: ({}, dy), "cut")
-    measured = fnbp.loop.evaluation(net, loss, x, y)({}, {})
+    measured = fnbp.training.loop.evaluation(net, loss, x, y)({}, {})
     np.testing.assert_allclose(measured, np.mean((x[:, 1:] - y) ** 2), rtol=1e-6)
 
 
@@ -254,7 +254,7 @@ def test_a_step_that_is_not_finite_hands_back_the_last_finite_params(step):
 def test_an_infinite_loss_stops_before_the_step_that_had_it():
     net, loss = fnbp.serial(fnbp.dense(1)), fnbp.mean_squared_error()
     params, state = ({"W": np.ones((1, 3), np.float32), "b": np.zeros(1, np.float32)},), ({},)
-    order = np.asarray(fnbp.loop.permutation(jax.random.split(KEY)[0], 0, M))
+    order = np.asarray(fnbp.training.loop.permutation(jax.random.split(KEY)[0], 0, M))
     y = X[:, :1].copy()
     y[order[5 * BATCH]] = 1e30  # its square overflows, its gradient does not
     found = fit(net, loss, params=params, state=state, y=y, steps=28, optimizer=optax.sgd(1e-3))
@@ -370,7 +370,7 @@ def test_a_resumed_run_counts_epochs_and_validations_from_its_start():
 
 def captured(monkeypatch):
     """The compiled loops that fit makes; (first step, limit) of each call, which must consume what it is given."""
-    make, loops, calls = fnbp.training.compiled_loop, [], []
+    make, loops, calls = fnbp.training.fit.compiled_loop, [], []
 
     def capture(*args):
         loop = make(*args)
@@ -384,7 +384,7 @@ def captured(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(fnbp.training, "compiled_loop", capture)
+    monkeypatch.setattr(fnbp.training.fit, "compiled_loop", capture)
     return loops, calls
 
 
@@ -396,8 +396,8 @@ def test_the_loop_is_compiled_once(monkeypatch):
 
 
 def test_a_call_runs_no_more_steps_than_there_is_room_for_losses(monkeypatch):
-    monkeypatch.setattr(fnbp.loop, "CAPACITY", 4)
-    monkeypatch.setattr(fnbp.training, "CAPACITY", 4)
+    monkeypatch.setattr(fnbp.training.loop, "CAPACITY", 4)
+    monkeypatch.setattr(fnbp.training.fit, "CAPACITY", 4)
     _, calls = captured(monkeypatch)
     found = fit(steps=21)
     assert calls == [(0, 1), (1, 3), (3, 7), (7, 11), (11, 15), (15, 19), (19, 21)]
@@ -405,7 +405,7 @@ def test_a_call_runs_no_more_steps_than_there_is_room_for_losses(monkeypatch):
 
 
 def test_a_slow_call_is_not_made_longer(monkeypatch):
-    monkeypatch.setattr(fnbp.training, "CALL_SECONDS", 0)
+    monkeypatch.setattr(fnbp.training.fit, "CALL_SECONDS", 0)
     _, calls = captured(monkeypatch)
     fit(steps=4)
     assert calls == [(0, 1), (1, 2), (2, 3), (3, 4)]
@@ -512,14 +512,14 @@ def test_layers_are_in_training_with_another_key_every_step():
         ({"y": Y.astype(np.float32)}, TypeError, "softmax_cross_entropy: labels must be integers, got float32"),
         ({"y": Y[:, None]}, ValueError, r"target has shape \(37, 1\); prediction of shape \(37, 3\)"),
         ({"x": X[:, :2]}, ValueError, r"dense\(5\): params\['W'\] has shape \(5, 3\), x of shape \(37, 2\)"),
-        ({"params": PARAMS[:3]}, ValueError, "serial: params must have 4 entries, one a layer, got 3"),
+        ({"params": PARAMS[:3]}, ValueError, "serial: params must have 4 entries, one for each layer, got 3"),
         ({"validation": (VALID[0], VALID[1][:7])}, ValueError, r"validation data need equal.*\[\(7,\), \(13,\)\]"),
         ({"validation": (VALID[0][:, :2], VALID[1])}, ValueError, r"x of shape \(13, 2\) needs \(5, 2\)"),
         ({"validation": (VALID[0], VALID[1] + 1)}, ValueError, "label 3 at index"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_training(monkeypatch, options, error, words):
-    monkeypatch.setattr(fnbp.training, "compiled_loop", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(fnbp.training.fit, "compiled_loop", lambda *args: pytest.fail("training began"))
     with pytest.raises(error, match=words):
         fit(**({"steps": 3} | options))
 
@@ -527,7 +527,7 @@ def test_bad_input_is_refused_before_training(monkeypatch, options, error, words
 @pytest.mark.parametrize("what", ["x", "y", "params", "validation x", "validation y"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_data_are_refused_before_training(monkeypatch, what, bad):
-    monkeypatch.setattr(fnbp.training, "compiled_loop", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(fnbp.training.fit, "compiled_loop", lambda *args: pytest.fail("training began"))
     given = {
         "x": X.copy(),
         "y": X.copy(),
@@ -571,7 +571,7 @@ def test_the_bar_is_told_step_and_loss_and_is_hidden_on_demand(monkeypatch, prog
         def update(self, task, **fields):
             told.append((fields["completed"], fields["description"]))
 
-    monkeypatch.setattr(fnbp.training, "Progress", Bar)
+    monkeypatch.setattr(fnbp.training.fit, "Progress", Bar)
     scripted(monkeypatch, [0.25, 0.125])
     losses = fit(steps=9, start=5, progress=progress, validation=VALID).history.loss
     assert told[:2] == [not progress, 9]
@@ -632,7 +632,7 @@ def test_patience_runs_out_at_the_same_step_wherever_a_run_was_resumed(monkeypat
     def measured(*args):
         return lambda params, state: script.get(int(state[2]["n"]), 1.0)
 
-    monkeypatch.setattr(fnbp.training, "evaluation", measured)
+    monkeypatch.setattr(fnbp.training.fit, "evaluation", measured)
     whole = fit(epochs=50, validation=VALID, patience=2)
     assert (whole.stopped, whole.step, whole.waited, whole.least) == ("patience", 28, 2, 2.0)
     second = resumed(fit(steps=middle, validation=VALID, patience=2), epochs=50, validation=VALID, patience=2)
@@ -652,7 +652,7 @@ def test_the_step_that_is_named_is_the_first_that_is_not_finite():
     """A step's gradient is about 1e20, its square no float32: Adam would stand still from there on, its loss finite."""
     net, loss = fnbp.serial(fnbp.dense(1)), fnbp.half_squared_error()
     params, state = ({"W": np.zeros((1, 3), np.float32), "b": np.zeros(1, np.float32)},), ({},)
-    order = np.asarray(fnbp.loop.permutation(jax.random.split(KEY)[0], 0, M))
+    order = np.asarray(fnbp.training.loop.permutation(jax.random.split(KEY)[0], 0, M))
     y = X[:, :1].copy()
     y[order[4 * BATCH]] = 1e18
     given = {"params": params, "state": state, "x": X * 1e3, "y": y, "optimizer": optax.adam(1e-3)}
@@ -663,7 +663,7 @@ def test_the_step_that_is_named_is_the_first_that_is_not_finite():
 
 
 def test_what_begins_non_finite_is_refused(monkeypatch):
-    monkeypatch.setattr(fnbp.training, "drive", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(fnbp.training.fit, "drive", lambda *args: pytest.fail("training began"))
     broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.inf) if a.ndim else a, optax.adam(0.02).init(PARAMS))
     with pytest.raises(ValueError, match=r"fit: opt_state has \d+ non-finite values, the first inf"):
         fit(steps=3, opt_state=broken)

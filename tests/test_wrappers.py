@@ -119,11 +119,11 @@ def test_tied_parameters_take_one_step_together():
 
 
 REFUSED = [
-    (lambda: fnbp.cast(NET, jnp.int32), TypeError, r"cast: a floating point dtype is due, got int32"),
+    (lambda: fnbp.cast(NET, jnp.int32), TypeError, r"cast: expected a floating point dtype, got int32"),
     (lambda: fnbp.cast(fnbp.relu, jnp.bfloat16), TypeError, r"cast: the layer must be a Layer.*call it: relu\(\)"),
     (lambda: fnbp.remat(3), TypeError, r"remat: the layer must be a Layer, got int 3"),
     (lambda: fnbp.freeze(3), TypeError, r"freeze: the layer must be a Layer, got int 3"),
-    (lambda: fnbp.parallel(), ValueError, r"parallel\(sum\): at least one layer is due"),
+    (lambda: fnbp.parallel(), ValueError, r"parallel\(sum\): expected at least one layer"),
     (
         lambda: fnbp.parallel(fnbp.relu(), join="add"),
         ValueError,

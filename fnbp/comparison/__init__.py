@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.checks import check_finite, check_floating, check_is, check_key, describe
-from fnbp.comparison.arrays import HAVE_FLOAT64, cast, compiled_or_plain, first_line, is_floating, on_device, on_host
-from fnbp.comparison.judge import Judged, Options, judge, prepare
+from fnbp.arrays.checks import check_finite, check_floating, check_is, check_key, describe
+from fnbp.comparison.alone import Judged, Options, judge, prepare
+from fnbp.comparison.numerics import HAVE_FLOAT64, cast, compiled_or_plain, first_line, is_floating, on_device, on_host
 from fnbp.comparison.probes import PROBES, moved
 from fnbp.comparison.report import Report, Row
+from fnbp.comparison.subject import Unit, unit_of_function, unit_of_layer, unit_of_loss
 from fnbp.comparison.transforms import TRANSFORMS
-from fnbp.comparison.unit import Unit, unit_of_function, unit_of_layer, unit_of_loss
-from fnbp.comparison.whole import Whole, first_deltas
+from fnbp.comparison.whole_pass import Whole, first_deltas
 from fnbp.layer import Context, Layer, checked, map_layers, mask_behind
-from fnbp.losses import Loss, check_target, losses_of
+from fnbp.losses.loss import Loss, check_target, losses_of
+
+__all__ = ["Report", "compare"]
 
 float0 = jax.dtypes.float0
 DRAWS = ("given", "another", "nearby", "another", "another", "nearby")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fnbp.comparison.unit import Mismatch
+from fnbp.comparison.subject import Mismatch
 
 FITS = 1e-2  # of the error: what may be left after a hypothesis that explains it
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.comparison.arrays import cast, compiled_or_plain, first_line, is_floating, on_host, rms
-from fnbp.comparison.unit import Unit
+from fnbp.comparison.numerics import cast, compiled_or_plain, first_line, is_floating, on_host, rms
+from fnbp.comparison.subject import Unit
 
 LARGE = 50.0  # root mean square of large logits: e^50 is near the end of float32
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31)

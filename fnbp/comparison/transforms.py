@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fnbp.comparison.arrays import compiled, first_line, is_float0, is_floating, on_device
+from fnbp.comparison.evaluation import Runner
+from fnbp.comparison.numerics import compiled, first_line, is_float0, is_floating, on_device
 from fnbp.comparison.probes import Probe
-from fnbp.comparison.runner import Runner
-from fnbp.comparison.unit import Unit, flatten
+from fnbp.comparison.subject import Unit, flatten
 
 
 class Moving(NamedTuple):

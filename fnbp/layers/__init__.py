@@ -1,1 +1,1 @@
-"""The layers, one family a file, forward beside backward."""
+"""Layers, one family a file, forward beside backward."""

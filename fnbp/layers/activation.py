@@ -1,32 +1,32 @@
 """Activations: element by element, and the two that normalise along the last axis."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_is, check_last_axis, check_number, check_params, choose
-from fnbp.layer import Layer, stateless
-from fnbp.masks import Rule, refused
-from fnbp.sums import log_total, wide
+from fnbp.arrays.checks import check_is, check_last_axis, check_number, choose
+from fnbp.arrays.sums import log_total, wide
+from fnbp.layer import Layer, parameterless
+
+__all__ = [
+    "activation",
+    "elu",
+    "gelu",
+    "identity",
+    "leaky_relu",
+    "log_softmax",
+    "relu",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "softplus",
+    "tanh",
+]
 
 X = Float[Array, "*s"]
-
-
-def parameterless(forward: Callable, backward: Callable, name: str, mask: str | Rule = refused) -> Layer:
-    """A Layer without parameters: forward x -> y, res and backward (res, dy) -> dx."""
-
-    def forward_lifted(params, x):
-        check_params(name, params, x, {})
-        return forward(x)
-
-    def backward_lifted(params, res, dy):
-        return {}, backward(res, dy)
-
-    return stateless(lambda key, x: {}, forward_lifted, backward_lifted, name, mask, alone=True)
 
 
 def identity() -> Layer:

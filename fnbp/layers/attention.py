@@ -9,21 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from fnbp.checks import (
-    check_floating,
-    check_is,
-    check_key,
-    check_params,
-    check_positive,
-    check_size,
-    describe,
-)
+from fnbp.arrays.checks import check_floating, check_is, check_key, check_params, check_positive, check_size, describe
+from fnbp.arrays.masks import check_mask, kept
+from fnbp.arrays.placement import reshaped
+from fnbp.arrays.sums import wide
 from fnbp.factor import Outer, Sum
-from fnbp.initialisers import check_numbers, initialiser_of
 from fnbp.layer import Layer, Traits, counting
-from fnbp.masks import check_mask, kept
-from fnbp.placement import reshaped
-from fnbp.sums import wide
+from fnbp.layers.initializers import check_numbers, initializer_of
+
+__all__ = ["attention"]
 
 Sequence = Float[Array, "m t n"]
 Queries = Float[Array, "m t kv g d"]
@@ -60,7 +54,7 @@ def attention(
     Forward:  Vaswani et al. 2017, arXiv:1706.03762, section 3.2; rotary: Su et al. 2021, arXiv:2104.09864, section
               3.2.2; kv_heads: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
     Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2.
-    Options:  W, b: an initialiser by name (see fnbp.initialiser) or a function; b=None: without. W_out: O's, if other.
+    Options:  W, b: an initializer by name (see fnbp.initializer) or a function; b=None: without. W_out: O's, if other.
     Raises:   ValueError for heads that do not divide n, kv_heads that do not divide heads, an odd d with rotary, a
               sequence of 0, a mask of another shape, params that do not fit; TypeError for x not in floating point.
     """
@@ -217,9 +211,9 @@ def init_of(
 ) -> Callable:
     """(key, x) -> params, state."""
     init_W, init_b, init_O = (
-        initialiser_of(name, "W", W),
-        initialiser_of(name, "b", "zeros" if b is None else b),
-        initialiser_of(name, "W_out", W if W_out is None else W_out),
+        initializer_of(name, "W", W),
+        initializer_of(name, "b", "zeros" if b is None else b),
+        initializer_of(name, "W_out", W if W_out is None else W_out),
     )
 
     def init(key, x):

@@ -1,15 +1,141 @@
 """Convolution: one small dense layer, moved over space or time; its transpose; and the bias that goes with it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_params, check_size
-from fnbp.factor import Correlation, Sum
-from fnbp.initialisers import initialiser_of, weights
+from fnbp.arrays.checks import check_params, check_size
+from fnbp.arrays.masks import Rule, by_position
+from fnbp.arrays.placement import each_example, over_examples
+from fnbp.arrays.sums import wide
+from fnbp.factor import Factor, Outer, Sum, along_examples, register_factor
 from fnbp.layer import Layer, stateless, without
-from fnbp.masks import Rule, by_position
-from fnbp.windows import Padding, Sizes, Sliding, convolve, convolve_back
+from fnbp.layers.initializers import initializer_of, weights
+from fnbp.layers.windows import Padding, Sizes, Sliding, Windows
+
+__all__ = ["bias", "conv", "conv_transpose"]
+
+
+@register_factor
+@dataclass(frozen=True)
+class Correlation(Factor):
+    """dW[k] = sum_i sum_p d_i[p] x_i[p stride + k dilation - low]^T: the gradient of the kernel of a convolution.
+
+        total        of d with x                                             (n_out, *kernel, n_in / groups)
+        per_example  the same for each example                               (m, n_out, *kernel, n_in / groups)
+        sq_norms     as Outer's: what a window holds is one row of x
+
+    Shapes: d (m, *count, n_out), x (m, *size, n_in); at (the windows), groups and spread are static. spread: d and x
+            in each other's place, of a transposed convolution.
+    Source: Rochette et al. 2019, arXiv:1912.06015, for per-example gradients as convolutions.
+    """
+
+    d: jax.Array
+    x: jax.Array
+    at: Windows = field(metadata={"static": True})
+    groups: int = field(default=1, metadata={"static": True})
+    spread: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def pair(self) -> tuple[jax.Array, jax.Array]:
+        """One number a window, and what the windows lie over."""
+        return (self.x, self.d) if self.spread else (self.d, self.x)
+
+    @over_examples
+    def total(self) -> jax.Array:
+        return kernel_gradient(*self.pair, self.at, self.groups)
+
+    @each_example
+    def per_example(self) -> jax.Array:
+        return jax.vmap(lambda d, x: kernel_gradient(d[None], x[None], self.at, self.groups))(*self.pair)
+
+    @each_example
+    def sq_norms(self) -> jax.Array:
+        each, under = (wide(a) for a in self.pair)
+        m, g = each.shape[0], self.groups
+        views = jnp.stack(self.at.views(under), -2).reshape(m, -1, len(self.at.offsets), g, under.shape[-1] // g)
+        rows = jnp.moveaxis(views, 3, 0).reshape(g, m, views.shape[1], -1)
+        each = jnp.moveaxis(each.reshape(m, -1, g, each.shape[-1] // g), 2, 0)
+        return jnp.sum(jax.vmap(lambda d, x: Outer(d, x).sq_norms())(each, rows), 0)
+
+    def scaled(self, c: Any) -> "Correlation":
+        return replace(self, d=along_examples(c, self.d))
+
+
+def correlate(x: jax.Array, W: jax.Array, stride: Any, padding: Any, **options: Any) -> jax.Array:
+    """lax.conv_general_dilated of x (m, *spatial, n_in) with W (*kernel, n_in / groups, n_out).
+
+    XLA has fast code for these orders of axes on the CPU. Outside loops it brings any order into this one; inside it
+    does not, and is several times slower.
+    """
+    spatial = range(1, x.ndim - 1)
+    of_x, of_W = (0, x.ndim - 1, *spatial), (x.ndim - 1, x.ndim - 2, *(i - 1 for i in spatial))
+    orders = lax.ConvDimensionNumbers(of_x, of_W, of_x)
+    return lax.conv_general_dilated(x, W, stride, padding, dimension_numbers=orders, **options)
+
+
+def convolve(x: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
+    """y[p] = sum_k W[k] x[p stride + k dilation - low], (m, *count, n_out)."""
+    W = jnp.moveaxis(W, 0, -1)
+    return correlate(x, W, at.stride, at.padding, rhs_dilation=at.dilation, feature_group_count=groups)
+
+
+def convolve_back(y: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
+    """x[i] = sum of W[k]^T y[p] over all p, k that meet at i = p stride + k dilation - low, (m, *size, n_in).
+
+    The transpose of convolve: y spread out by the stride, under the kernel turned round.
+    """
+    pads = [
+        (
+            a.extent - 1 - a.low,  # so that y[0] meets x[0] through the offset farthest from it
+            a.size + a.low - a.last - 1,  # so that there are size positions
+        )
+        for a in at.axes
+    ]
+    return correlate(
+        y,
+        turned(W, groups),
+        (1,) * len(pads),
+        pads,
+        lhs_dilation=at.stride,
+        rhs_dilation=at.dilation,
+        feature_group_count=groups,
+    )
+
+
+def turned(W: jax.Array, groups: int) -> jax.Array:
+    """W with its offsets in reverse and n_in behind n_out, group by group: (*kernel, n_out / groups, n_in)."""
+    n_out, *kernel, n_in = W.shape
+    W = jnp.flip(W, range(1, W.ndim - 1)).reshape(groups, n_out // groups, *kernel, n_in)
+    return jnp.moveaxis(W, (0, 1), (-2, -3)).reshape(*kernel, n_out // groups, groups * n_in)
+
+
+def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
+    """dW[k] = sum_p dy[p] x[p stride + k dilation - low]^T, (n_out, *kernel, n_in / groups).
+
+    A convolution of x by dy in which examples and channels have changed places.
+    """
+    pads = [
+        (
+            a.low,  # as in the forward
+            a.extent + a.last - a.size - a.low,  # so that there are as many results as offsets
+        )
+        for a in at.axes
+    ]
+    dW = correlate(
+        jnp.swapaxes(x, 0, -1),
+        jnp.moveaxis(dy, 0, -2),
+        at.dilation,
+        pads,
+        rhs_dilation=at.stride,
+        batch_group_count=groups,
+    )
+    return jnp.swapaxes(dW, 0, -1)
 
 
 def conv(
@@ -34,7 +160,7 @@ def conv(
     Backward: the same, chapter 4, for dx; dW by the chain rule.
     Options:  kernel, stride, dilation: one number, or one for each spatial axis. padding: "SAME", "VALID", numbers, or
               (low, high) pairs. groups: the channels in as many groups, each for itself; groups = n_in is depthwise.
-              W, b: an initialiser by name (see fnbp.initialiser) or a function; b=None: without.
+              W, b: an initializer by name (see fnbp.initializer) or a function; b=None: without.
     Raises:   ValueError for sizes below 1, a kernel larger than the padded input, groups that do not divide n_in and
               n_out, params that do not fit x; TypeError for x that is not floating point.
     """
@@ -61,8 +187,8 @@ def conv(
         (x,) = res
         return {"W": Correlation(dy, x, over(x), groups), "b": Sum(dy)}, convolve_back(dy, params["W"], over(x), groups)
 
-    init_b = initialiser_of(name, "b", "zeros" if b is None else b)
-    init = weights(name, shapes, {"W": initialiser_of(name, "W", W, out_axis=0), "b": init_b})
+    init_b = initializer_of(name, "b", "zeros" if b is None else b)
+    init = weights(name, shapes, {"W": initializer_of(name, "W", W, out_axis=0), "b": init_b})
     backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, mask=a_window_for_each(over), alone=True)
 
@@ -133,8 +259,8 @@ def conv_transpose(
         factors = {"W": Correlation(dy, x, over(x), groups, spread=True), "b": Sum(dy)}
         return factors, convolve(dy, params["W"], over(x), groups)
 
-    init_b = initialiser_of(name, "b", "zeros" if b is None else b)
-    init = weights(name, shapes, {"W": initialiser_of(name, "W", W, 0, -1), "b": init_b})
+    init_b = initializer_of(name, "b", "zeros" if b is None else b)
+    init = weights(name, shapes, {"W": initializer_of(name, "W", W, 0, -1), "b": init_b})
     backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, alone=True)
 
@@ -159,7 +285,7 @@ def bias(b: str | Callable = "zeros") -> Layer:
     def backward(params: dict, res: tuple, dy: Float[Array, "*m n"]) -> tuple[dict, Float[Array, "*m n"]]:
         return {"b": Sum(dy)}, dy
 
-    init = weights("bias", shapes, {"b": initialiser_of("bias", "b", b)})
+    init = weights("bias", shapes, {"b": initializer_of("bias", "b", b)})
     return stateless(init, forward, backward, "bias", mask="position", alone=True)
 
 

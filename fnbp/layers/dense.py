@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_params, check_size
+from fnbp.arrays.checks import check_params, check_size
 from fnbp.factor import Outer, Sum
-from fnbp.initialisers import initialiser_of, weights
 from fnbp.layer import Layer, stateless, without
+from fnbp.layers.initializers import initializer_of, weights
+
+__all__ = ["dense"]
 
 
 def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | None = "zeros") -> Layer:
@@ -19,9 +21,9 @@ def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | 
     Shapes:   x (..., n_in); z (..., n_out); W (n_out, n_in); b (n_out,); saved x.
     Forward:  the document, section 4.1.
     Backward: the document, section 4.2.
-    Options:  W, b: an initialiser by name (see fnbp.initialiser) or a function (key, shape, dtype) -> array;
+    Options:  W, b: an initializer by name (see fnbp.initializer) or a function (key, shape, dtype) -> array;
               b=None: without.
-    Raises:   ValueError for n_out < 1, an unknown initialiser, params that do not fit x; TypeError for a key that is
+    Raises:   ValueError for n_out < 1, an unknown initializer, params that do not fit x; TypeError for a key that is
               none, and for x that is not floating point.
     """
     name = f"dense({n_out})"
@@ -41,7 +43,7 @@ def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | 
         return {"W": Outer(dz, x), "b": Sum(dz)}, dz @ params["W"]
 
     hint = "; the number of inputs is inferred from x"
-    makers = {"W": initialiser_of(name, "W", W, hint=hint), "b": initialiser_of(name, "b", "zeros" if b is None else b)}
+    makers = {"W": initializer_of(name, "W", W, hint=hint), "b": initializer_of(name, "b", "zeros" if b is None else b)}
     init = weights(name, shapes, makers)
     backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, mask="position", alone=True)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_key, check_params, check_rate
+from fnbp.arrays.checks import check_key, check_params, check_rate
+from fnbp.arrays.masks import elementwise
 from fnbp.layer import Layer, Traits, counting
-from fnbp.masks import elementwise
+
+__all__ = ["drop_path", "dropout"]
 
 X = Float[Array, "*s"]
 

@@ -1,14 +1,15 @@
 """Embedding: a row of a table for every token, and what tells a position from the next."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from fnbp.checks import (
+from fnbp.arrays.checks import (
     check_dtype,
     check_floating,
     check_held,
@@ -20,13 +21,85 @@ from fnbp.checks import (
     describe,
     of_kind,
 )
-from fnbp.factor import Lookup, Rows
-from fnbp.initialisers import check_numbers, initialiser_of, weights
-from fnbp.layer import Layer, stateless
-from fnbp.layers.activation import parameterless
-from fnbp.placement import by_example
+from fnbp.arrays.placement import by_example, each_example, over_examples
+from fnbp.arrays.sums import wide
+from fnbp.factor import Factor, along_examples, chunked, register_factor
+from fnbp.layer import Layer, parameterless, stateless
+from fnbp.layers.initializers import check_numbers, initializer_of, weights
+
+__all__ = ["embedding", "positions", "sinusoids"]
 
 Tokens = Float[Array, "m t d"]
+
+
+@register_factor
+@dataclass(frozen=True)
+class Rows(Factor):
+    """dP[t] = sum_i d_i[t]: the gradient of a table that is added position by position, 0 beyond the last position.
+
+        total        sum of d over examples     (size, n)
+        per_example  d_i                        (m, size, n)
+        sq_norms     sum of d_i^2               (m,)
+
+    Shapes: d (m, t, n), t at most size, which is static.
+    """
+
+    d: jax.Array
+    size: int = field(metadata={"static": True})
+
+    def total(self) -> jax.Array:
+        return jnp.sum(self.per_example(), 0)
+
+    def per_example(self) -> jax.Array:
+        return jnp.pad(self.d, ((0, 0), (0, self.size - self.d.shape[1]), (0, 0)))
+
+    def sq_norms(self) -> jax.Array:
+        return jnp.sum(wide(self.d) ** 2, (1, 2))
+
+    def scaled(self, c: Any) -> "Rows":
+        return Rows(along_examples(c, self.d), self.size)
+
+
+@register_factor
+@dataclass(frozen=True)
+class Lookup(Factor):
+    """dE[id] = the sum of d where x was id: the gradient of a table E in E[x].
+
+        total        d added into the rows of a table of zeros         (size, n)
+        per_example  the same, a table an example                      (m, size, n)
+        sq_norms     sum_st [x_is = x_it] d_is . d_it, the Gram form, for S positions where S^2 < size n
+
+    A row that is outside of the table counts for nothing.
+
+    Shapes: d (m, ..., n), x (m, ...) of integers, size static.
+    Source: Li et al. 2021, arXiv:2110.05679, for the Gram form.
+    """
+
+    positional: ClassVar[bool] = True
+    d: jax.Array
+    x: jax.Array
+    size: int = field(metadata={"static": True})
+
+    @over_examples
+    def total(self) -> jax.Array:
+        table = jnp.zeros((self.size, self.d.shape[-1]), wide(self.d).dtype)
+        return table.at[self.x].add(wide(self.d), mode="drop", wrap_negative_indices=False).astype(self.d.dtype)
+
+    @each_example
+    def per_example(self) -> jax.Array:
+        return jax.vmap(lambda d, x: Lookup(d, x, self.size).total())(self.d, self.x)
+
+    @each_example
+    def sq_norms(self) -> jax.Array:
+        m, n = self.d.shape[0], self.d.shape[-1]
+        d, x = wide(self.d).reshape(m, -1, n), self.x.reshape(m, -1)
+        if x.shape[1] ** 2 < self.size * n:
+            same = (x[:, :, None] == x[:, None, :]) & ((x >= 0) & (x < self.size))[:, None]
+            return jnp.maximum(jnp.einsum("mst,msn,mtn->m", same.astype(d.dtype), d, d), 0)
+        return chunked(lambda d, x: Lookup(d, x, self.size), (d, x), self.size * n)
+
+    def scaled(self, c: Any) -> "Lookup":
+        return Lookup(along_examples(c, self.d), self.x, self.size)
 
 
 def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = None) -> Layer:
@@ -38,7 +111,7 @@ def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = 
 
     Shapes:  x (m, ...) of integers; y (m, ..., width); E (size, width); saved x.
     Forward: Bengio et al. 2003, JMLR 3, section 2.
-    Options: E: an initialiser by name (see fnbp.initialiser) or a function. dtype: of E, JAX's default float where none
+    Options: E: an initializer by name (see fnbp.initializer) or a function. dtype: of E, JAX's default float where none
              is given.
     Raises:  ValueError for sizes below 1, and, outside jit, for a token outside 0..size-1 (under jit its row is NaN);
              TypeError for x that is not of integers.
@@ -49,7 +122,7 @@ def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = 
     check_numbers(name, "E", (size, width))
     if dtype is not None:
         check_dtype(name, dtype)
-    make = initialiser_of(name, "E", E)
+    make = initializer_of(name, "E", E)
 
     def init(key, x):
         check_key(name, key)
@@ -92,7 +165,7 @@ def positions(length: int, P: str | Callable = "normal") -> Layer:
 
     Shapes:  x, y (m, t, d), t at most length; P (length, d); nothing saved.
     Forward: Gehring et al. 2017, arXiv:1705.03122, section 3.1.
-    Options: P: an initialiser by name (see fnbp.initialiser) or a function.
+    Options: P: an initializer by name (see fnbp.initializer) or a function.
     Raises:  ValueError for a length below 1, a sequence of 0 or of more than length; TypeError for x that is not
              floating point.
     """
@@ -111,7 +184,7 @@ def positions(length: int, P: str | Callable = "normal") -> Layer:
     def backward(params: dict, res: tuple, dy: Tokens) -> tuple[dict, Tokens]:
         return {"P": Rows(dy, length)}, dy
 
-    init = weights(name, shapes, {"P": initialiser_of(name, "P", P)})
+    init = weights(name, shapes, {"P": initializer_of(name, "P", P)})
     return stateless(init, forward, backward, name, mask="position", alone=True)
 
 

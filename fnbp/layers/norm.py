@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fnbp.checks import (
+from fnbp.arrays.checks import (
     check_floating,
     check_held,
     check_key,
@@ -19,16 +19,18 @@ from fnbp.checks import (
     check_size,
     concrete,
 )
+from fnbp.arrays.masks import by_position, of_positions
+from fnbp.arrays.placement import in_shard_map, reshaped
+from fnbp.arrays.sums import centre, left, mean, wide
 from fnbp.factor import Mixed, Product, Sum
-from fnbp.initialisers import initialiser, weights
 from fnbp.layer import Layer, Traits, counting, mask_aware, stateless
-from fnbp.masks import by_position, of_positions
-from fnbp.placement import in_shard_map, reshaped
-from fnbp.sums import centre, left, mean, wide
+from fnbp.layers.initializers import initializer, weights
+
+__all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
 
 Features = Float[Array, "*m d"]
 Channels = Float[Array, "m *s c"]
-GAIN_AND_SHIFT = {"gamma": initialiser("ones"), "beta": initialiser("zeros")}
+GAIN_AND_SHIFT = {"gamma": initializer("ones"), "beta": initializer("zeros")}
 
 
 def gain_and_shift(x) -> dict[str, tuple[int, ...]]:
@@ -99,7 +101,7 @@ def rms_norm(eps: float = 1e-6) -> Layer:
         dx = rstd * (dx_hat - x_hat * mean(dx_hat * x_hat, -1))
         return {"gamma": Product(dy, x_hat)}, dx.astype(dy.dtype)
 
-    init = weights("rms_norm", shapes, {"gamma": initialiser("ones")})
+    init = weights("rms_norm", shapes, {"gamma": initializer("ones")})
     return stateless(init, forward, backward, "rms_norm", mask="position", alone=True)
 
 

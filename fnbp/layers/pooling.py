@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_is, check_key, check_params, shown
-from fnbp.layer import Layer, Traits, mask_aware
-from fnbp.layers.activation import parameterless
-from fnbp.masks import by_position, check_mask, of_positions
-from fnbp.placement import reshaped
-from fnbp.sums import like, wide
-from fnbp.windows import Padding, Sizes, Sliding, Windows
+from fnbp.arrays.checks import check_is, check_key, check_params, shown
+from fnbp.arrays.masks import by_position, check_mask, of_positions
+from fnbp.arrays.placement import reshaped
+from fnbp.arrays.sums import like, wide
+from fnbp.layer import Layer, Traits, mask_aware, parameterless
+from fnbp.layers.windows import Padding, Sizes, Sliding, Windows
+
+__all__ = ["avg_pool", "flatten", "global_avg_pool", "last", "max_pool", "reshape"]
 
 X = Float[Array, "m *s c"]
 Y = Float[Array, "m *t c"]

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fnbp.checks import check_floating, check_params, check_size, describe
+from fnbp.arrays.checks import check_floating, check_params, check_size, describe
+from fnbp.arrays.placement import zeros_beside
 from fnbp.factor import Outer, Sum
-from fnbp.initialisers import check_numbers, initialiser, initialiser_of
 from fnbp.layer import Layer, stateless
-from fnbp.placement import zeros_beside
+from fnbp.layers.initializers import check_numbers, initializer, initializer_of
+
+__all__ = ["gru_cell", "lstm_cell", "rnn_cell"]
 
 X = Float[Array, "m d"]
 Y = Float[Array, "m n"]
@@ -27,7 +29,7 @@ def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     Shapes:   x (m, d); h, h', y (m, n); W (n, d); U (n, n); b, c (n,); saved x, h, h'.
     Forward:  Elman 1990, Cognitive Science 14; the two biases as in PyTorch.
     Backward: the document, section 4.2, with tanh' = 1 - tanh^2.
-    Options:  W, U: an initialiser by name (see fnbp.initialiser) or a function. h=None: zeros.
+    Options:  W, U: an initializer by name (see fnbp.initializer) or a function. h=None: zeros.
     Raises:   ValueError for n below 1, params or h that do not fit; TypeError for x that is not floating point.
     """
     name = f"rnn_cell({n})"
@@ -62,7 +64,7 @@ def lstm_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = 
     Forward:  Hochreiter & Schmidhuber 1997, Neural Computation 9; the forget gate of Gers, Schmidhuber & Cummins 2000,
               Neural Computation 12; order of the gates and the two biases as in PyTorch.
     Backward: Greff et al. 2015, arXiv:1503.04069, section II.B, without peepholes.
-    Options:  W, U: an initialiser by name (see fnbp.initialiser) or a function. (h, s)=None: zeros.
+    Options:  W, U: an initializer by name (see fnbp.initializer) or a function. (h, s)=None: zeros.
     Raises:   ValueError for n below 1, params or carry that do not fit; TypeError for x that is not floating point.
     """
     name = f"lstm_cell({n})"
@@ -105,7 +107,7 @@ def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     Shapes:   x (m, d); h, y (m, n); W (3n, d); U (3n, n); b, c (3n,); saved x, h, r, z, k, e_k.
     Forward:  Cho et al. 2014, arXiv:1406.1078, section 2.3; r behind U h + c, order and biases as in PyTorch.
     Backward: by the chain rule.
-    Options:  W, U: an initialiser by name (see fnbp.initialiser) or a function. h=None: zeros.
+    Options:  W, U: an initializer by name (see fnbp.initializer) or a function. h=None: zeros.
     Raises:   ValueError for n below 1, params or h that do not fit; TypeError for x that is not floating point.
     """
     name = f"gru_cell({n})"
@@ -141,8 +143,8 @@ def due(n: int, gates: int, x: Any) -> dict[str, tuple[int, ...]]:
 def init_of(name: str, n: int, gates: int, W: str | Callable, U: str | Callable) -> Callable:
     """(key, (h, x)) -> params."""
     check_size(name, "n", n)
-    zeros = initialiser("zeros")
-    makers = {"W": initialiser_of(name, "W", W), "U": initialiser_of(name, "U", U), "b": zeros, "c": zeros}
+    zeros = initializer("zeros")
+    makers = {"W": initializer_of(name, "W", W), "U": initializer_of(name, "U", U), "b": zeros, "c": zeros}
 
     def init(key, hx):
         _, x = check_pair(name, hx)

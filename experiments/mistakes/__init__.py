@@ -1,0 +1,1 @@
+"""The known mistakes of hand-written backwards."""

@@ -1,0 +1,1 @@
+"""Mistakes planted by a machine in every backward of the library."""

@@ -1,0 +1,1 @@
+"""Published backwards, held against compare."""

@@ -1,0 +1,193 @@
+"""What every experiment does around its claim: settings in, tables out, a figure and a result.json into --out."""
+
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+import fnbp
+
+matplotlib.use("Agg")
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+INK, MANUAL, AUTOMATIC, ACCENT = "#222222", "#0b6e99", "#e08e0b", "#b3261e"
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "font.size": 10,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+}
+
+
+class InputError(Exception):
+    """A mistake of the person at the keyboard, told in a sentence and without a traceback."""
+
+
+def run(settings_type: type, main: Callable[[Any], int]) -> None:
+    """Parse the command line into settings, run main on them, exit with its code; 2 for a mistake in the settings."""
+    settings = tyro.cli(settings_type, description=sys.modules[settings_type.__module__].__doc__)
+    try:
+        if getattr(settings, "out", None) is not None:
+            make_folder(settings.out)
+        code = main(settings)
+    except InputError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        code = 2
+    sys.exit(code)
+
+
+def make_folder(out: Path) -> None:
+    """The folder for results, tried before anything is computed. InputError where it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        trial = out / ".trial"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error.strerror or error}") from error
+
+
+def save(out: Path, settings: Any, measured: dict[str, Any]) -> None:
+    """result.json: settings, measured figures, versions, device."""
+    result = {
+        "settings": {name: plain(value) for name, value in asdict(settings).items()},
+        "measured": {name: plain(value) for name, value in measured.items()},
+        "versions": versions(),
+        "device": device(),
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"\nsaved {out / 'result.json'}", highlight=False)
+
+
+def plain(value: Any) -> Any:
+    """value as JSON has it."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def share_compiled(folder: str) -> None:
+    """For worker processes: what one has compiled the others load. Call it before the first computation."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def spread(f: Callable, tasks: list[tuple], jobs: int, log: Path, title: str) -> Iterator[dict[str, Any]]:
+    """f of every task, over processes that share what they compile; each result is a line of log as it comes."""
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as compiled,
+        log.open("w") as lines,
+        ProcessPoolExecutor(jobs, spawn, share_compiled, (compiled,)) as pool,
+    ):
+        waiting = [pool.submit(f, *task) for task in tasks]
+        for done in track(as_completed(waiting), title, total=len(waiting), console=console):
+            result = done.result()
+            lines.write(json.dumps(result) + "\n")
+            lines.flush()
+            yield result
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    modules = {"jax": jax, "numpy": np, "optax": optax}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
+
+
+def device() -> dict[str, Any]:
+    """Where it ran."""
+    return {
+        "platform": jax.default_backend(),
+        "kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+    }
+
+
+def network_table(net: fnbp.Layer, params: Any, state: Any, x: Any, notes: dict[str, str] | None = None) -> Table:
+    """Each leaf of a net with what it puts out and holds; notes add a column, by path. Nets in a net are indented."""
+    shapes = jax.eval_shape(
+        fnbp.trace(net, fnbp.mean_squared_error()), params, state, x, prediction_of(net, params, state, x)
+    )
+    table = Table(title=Text(f"{net.name}: {count(params):,} parameters"), title_justify="left")
+    for name in ("layer", "output", "parameters", *(("formula",) if notes else ())):
+        table.add_column(name, no_wrap=name != "parameters")
+    nested = any(part.parts for part in net.parts)
+
+    def add(path: str, shown: str, layer: fnbp.Layer, p: Any, loops: int) -> None:
+        """The rows of a node; arrays in loops have as many axes before the example's."""
+        if layer.rebuild is None:
+            held = "  ".join(f"{name} {'x'.join(map(str, leaf.shape))}" for name, leaf in p.items())
+            output = "x".join(map(str, ("m", *shapes.outputs[path].shape[loops + 1 :])))
+            table.add_row(Text(shown), output, Text(held), *([Text(notes.get(path, ""))] if notes else []))
+            return
+        if nested:
+            table.add_row(Text(shown))
+        loops += layer.traits.turns is not None
+        indent = " " * (len(shown) - len(shown.lstrip()) + 2)
+        for i, (part, each) in enumerate(zip(layer.parts, p, strict=True)):
+            at = f"{path}[{i}].{part.name}"
+            add(at, f"{indent}[{i}] {part.name}" if nested else at, part, each, loops)
+
+    add(net.name, net.name, net, params, 0)
+    return table
+
+
+def prediction_of(net: fnbp.Layer, params: Any, state: Any, x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of what net returns."""
+    return jax.eval_shape(lambda p, s, x: net.forward(p, s, x, fnbp.Context())[0], params, state, x)
+
+
+def count(params: Any) -> int:
+    """How many numbers a tree of parameters holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def accuracy(net: fnbp.Layer) -> Callable[[Any, Any, Any, Any], jax.Array]:
+    """(params, state, x, y) -> the fraction of examples whose largest output is that of their label; jitted."""
+
+    @jax.jit
+    def fraction(params, state, x, y):
+        prediction, _, _ = net.forward(params, state, x, fnbp.Context())
+        return (prediction.argmax(-1) == y).mean()
+
+    return fraction
+
+
+def figures(rows: list[tuple[str, str]]) -> Table:
+    """Measured figures, a line each."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows:
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,131 @@
+"""Factors made of factors: of a parameter in a loop, or in another dtype."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnbp.arrays.sums import wide
+from fnbp.contraction import Contracted
+from fnbp.factor import Factor, Mixed, register_factor
+
+
+@dataclass(frozen=True)
+class Turns(Factor):
+    """The factors of every turn of a loop: all their arrays have the turn as first axis, the example behind it."""
+
+    factor: Factor
+
+    @property
+    def examples(self) -> int:
+        return jax.tree.map(lambda a: a[0], self.factor).examples
+
+    @property
+    def sliced(self) -> bool:  # type: ignore[override]
+        return self.factor.sliced
+
+    def example_axes(self) -> Any:
+        return replace(self, factor=jax.tree.map(lambda axis: axis + 1, self.factor.example_axes()))
+
+    def scaled(self, c: Any) -> Any:
+        return replace(self, factor=jax.vmap(lambda factor: factor.scaled(c))(self.factor))
+
+    def totals(self) -> jax.Array:
+        """total of each turn, (n, the shape of the parameter)."""
+        return jax.vmap(lambda factor: factor.total())(self.factor)
+
+    def rows(self) -> jax.Array:
+        """per_example of each turn, (n, m, the shape of the parameter)."""
+        return jax.vmap(lambda factor: factor.per_example())(self.factor)
+
+
+@register_factor
+@dataclass(frozen=True)
+class Stacked(Turns):
+    """The factors of n layers of one shape, from a loop over depth.
+
+    total        of each layer                              (n, the shape of the parameter)
+    per_example  of each layer, the example first           (m, n, the shape of the parameter)
+    sq_norms     summed over the depth                      (m,)
+    """
+
+    def total(self) -> jax.Array:
+        return self.totals()
+
+    def per_example(self) -> jax.Array:
+        return jnp.moveaxis(self.rows(), 0, 1)
+
+    def sq_norms(self) -> jax.Array:
+        return jnp.sum(jax.lax.map(lambda factor: factor.sq_norms(), self.factor), 0)
+
+
+@register_factor
+@dataclass(frozen=True)
+class Shared(Turns):
+    """The factors of one parameter in every turn of a loop over time.
+
+    total, per_example   the sum over time      sq_norms   of each example's sum
+    """
+
+    def total(self) -> jax.Array:
+        return jnp.sum(self.totals(), 0)
+
+    def per_example(self) -> jax.Array:
+        return jnp.sum(self.rows(), 0)
+
+    def sq_norms(self) -> jax.Array:
+        rows = wide(self.per_example())
+        return jnp.sum(rows**2, range(1, rows.ndim))
+
+
+@register_factor
+@dataclass(frozen=True)
+class Cast(Factor):
+    """A factor in one dtype of a parameter in another.
+
+    total   in dtype, the parameter's      per_example   in rows, at least as wide as both
+    """
+
+    factor: Factor
+    dtype: Any = field(metadata={"static": True})
+    rows: Any = field(metadata={"static": True})
+
+    @property
+    def examples(self) -> int:
+        return self.factor.examples
+
+    @property
+    def sliced(self) -> bool:  # type: ignore[override]
+        return self.factor.sliced
+
+    def example_axes(self) -> "Cast":
+        return replace(self, factor=self.factor.example_axes())
+
+    def total(self) -> jax.Array:
+        return self.factor.total().astype(self.dtype)
+
+    def per_example(self) -> jax.Array:
+        return self.factor.per_example().astype(self.rows)
+
+    def sq_norms(self) -> jax.Array:
+        return self.factor.sq_norms()
+
+    def scaled(self, c: Any) -> "Cast":
+        return replace(self, factor=self.factor.scaled(c))
+
+
+def over_depth(node: Any) -> Any:
+    """One factor of all layers of a loop over depth, or what was made of the factor of each."""
+    if isinstance(node, Contracted):
+        return node.over_depth(over_depth)
+    return Stacked(node) if isinstance(node, Factor) and not isinstance(node, Mixed) else node
+
+
+def over_time(node: Any) -> Any:
+    """One factor of all turns of a loop over time; a finished gradient is summed over them."""
+    if isinstance(node, Mixed):
+        return Mixed(jnp.sum(node.d, 0))
+    if not isinstance(node, Factor):
+        return jnp.sum(node, 0)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), node) if node.positional else Shared(node)

@@ -1,0 +1,1 @@
+"""Losses, each with its backward: the start of every backward pass."""

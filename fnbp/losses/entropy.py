@@ -1,0 +1,213 @@
+"""Cross-entropies: of classes, and of a yes or no."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fnbp.arrays.checks import check_floating, check_is
+from fnbp.arrays.placement import by_example
+from fnbp.arrays.sums import complement, like, log_total, wide
+from fnbp.losses.loss import Loss, of_pairs
+from fnbp.losses.reduction import check_options, check_weights, counted, only, share, shares, summed_up
+from fnbp.losses.targets import (
+    check_classes,
+    check_distributions,
+    check_labels,
+    check_unit_interval,
+    in_unit_interval,
+    is_good,
+    is_labels,
+)
+
+__all__ = ["binary_cross_entropy", "softmax_cross_entropy"]
+
+
+def softmax_cross_entropy(
+    ignore_index: int | None = None,
+    weights: Any = None,
+    label_smoothing: float = 0.0,
+    reduce: str = "examples",
+) -> Loss:
+    """Cross-entropy of softmax(a) against labels, on whatever the net returns.
+
+        l = -sum_j v_j log y_hat_j      y_hat = softmax(a)      da = y_hat sum v - v
+        v = w q      q = (1 - s) y + s / k      y a distribution, one-hot for a label; w weights, s label_smoothing
+
+    Without options v = y, so da = y_hat - y. Over positions, both are means over those that count.
+
+    Shapes:   a (m, ..., k); y (m, ...) of integer labels below k, or (m, ..., k) of distributions (one-hot, soft);
+              l (m,); saved y_hat (m, ..., k) and y.
+    Options:  ignore_index: a label whose position does not count. weights: w, one for each class, (k,); PyTorch divides
+              by their sum, this by the number of positions. reduce: "examples", an example's loss is the mean over its
+              positions; or "tokens", over those of the batch: an example then weighs as its positions.
+    Source:   the document, sections 4.1 and 4.2, with the 1/m of J taken in fnbp.backprop; label_smoothing: Szegedy et
+              al. 2015, arXiv:1512.00567, section 7.
+    Raises:   TypeError for labels that are not integers; ValueError for options out of range, another shape, and,
+              outside jit, for a label outside 0..k-1 or soft labels that are no distribution. Under jit such a label
+              makes the loss and the gradient NaN.
+    """
+    name = "softmax_cross_entropy"
+    check_options(name, ignore_index, label_smoothing, reduce)
+    w = check_weights(name, "weights", weights)
+
+    def check(a, y, mask=None):
+        check_floating(name, "prediction", a)
+        check_classes(name, a, y, w)
+        if is_labels(a, y):
+            check_labels(name, y, a.shape[-1], counted(mask, y, ignore_index))
+        else:
+            check_distributions(name, y, mask)
+
+    def forward(a: Float[Array, "m *s k"], y, mask=None) -> tuple[Float[Array, " m"], tuple]:
+        check(a, y, mask)
+        counts = counted(mask, y, ignore_index) if is_labels(a, y) else mask
+        a, y = only(counts, a), only(counts, y)
+        M, r = log_total(wide(a))
+        y_hat = softmax_of(wide(a), M, r)
+        v = weighed(y_hat, y, w, label_smoothing)
+        if v is None:
+            losses = jnp.log1p(r[..., 0]) - (by_example(at_label, wide(a), y) - M[..., 0])
+        else:
+            losses = cross_entropy(v, (wide(a) - M) - jnp.log1p(r))
+        losses = jnp.where(is_good(a, y), losses, jnp.nan)
+        at = shares(reduce, losses, counts)
+        return summed_up(at, losses), (y_hat, r, y, at, like(a))
+
+    def backward(res: tuple) -> Float[Array, "m *s k"]:
+        y_hat, r, y, at, like_a = res
+        v = weighed(y_hat, y, w, label_smoothing)
+        da = by_example(minus_one_hot, y_hat, r, y) if v is None else minus(y_hat, r, v)
+        da = jnp.where(is_good(y_hat, y)[..., None], da, jnp.nan)
+        return share(at, da).astype(like_a.dtype)
+
+    return Loss(forward, backward, name, check, takes_mask=True)
+
+
+def weighed(y_hat: jax.Array, y: jax.Array, w: np.ndarray | None, s: float) -> jax.Array | None:
+    """v = w q, q = (1 - s) y + s / k; None for plain labels."""
+    k = y_hat.shape[-1]
+    if is_labels(y_hat, y):
+        if w is None and not s:
+            return None
+        y = hot(y, k)
+    q = y.astype(y_hat.dtype)
+    q = (1 - s) * q + s / k if s else q
+    return q if w is None else jnp.asarray(w, q.dtype) * q
+
+
+def softmax_of(a: jax.Array, M: jax.Array, r: jax.Array) -> jax.Array:
+    """softmax(a), with the M and r of log_total(a)."""
+    # behind the barrier, or the compiler keeps every e^(a - M) of r's sum for this line
+    return jnp.exp(a - jax.lax.optimization_barrier(M)) / (1 + r)
+
+
+def minus(y_hat: jax.Array, r: jax.Array, v: jax.Array) -> jax.Array:
+    """y_hat sum v - v, written so that it keeps its digits where both are near 1."""
+    return y_hat * (jnp.sum(v, -1, keepdims=True) - v) - v * complement(y_hat, r)
+
+
+def cross_entropy(v: jax.Array, log_y_hat: jax.Array) -> jax.Array:
+    """-sum_j v_j log y_hat_j, with 0 log 0 = 0."""
+    return -jnp.sum(jnp.where(v > 0, v * log_y_hat, 0), -1)
+
+
+def hot(y: jax.Array, k: int) -> jax.Array:
+    """True at the label: (..., k). A label outside 0..k-1 has none."""
+    return y.astype(int)[..., None] == jnp.arange(k)
+
+
+def minus_one_hot(y_hat: jax.Array, r: jax.Array, y: jax.Array) -> jax.Array:
+    """y_hat - one_hot(y), touching one number a position; a label outside 0..k-1 touches none."""
+    k = y_hat.shape[-1]
+    label = jnp.where(y < 0, k, y.astype(int)).ravel()
+    set_in = jax.vmap(lambda row, r, i: row.at[i].set(-complement(row.at[i].get(mode="clip"), r[0]), mode="drop"))
+    return set_in(y_hat.reshape(-1, k), r.reshape(-1, 1), label).reshape(y_hat.shape)
+
+
+def at_label(a: jax.Array, y: jax.Array) -> jax.Array:
+    """a[..., y]; NaN for a label outside 0..k-1, a negative one among them."""
+    y = jnp.where(y < 0, a.shape[-1], y.astype(int))
+    return jnp.take_along_axis(a, y[..., None], -1, mode="fill", fill_value=jnp.nan)[..., 0]
+
+
+def binary_cross_entropy(
+    from_logits: bool = False,
+    pos_weight: Any = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    reduce: str = "examples",
+) -> Loss:
+    """Cross-entropy of a yes or no, on the sigmoid's output or on what goes into it.
+
+        on y_hat    l = -[w y log y_hat + (1 - y) log(1 - y_hat)]        dy_hat = (1 - y) / (1 - y_hat) - w y / y_hat
+        on logits   l = w y log(1 + e^-z) + (1 - y) log(1 + e^z)         dz = (1 - y) sigma(z) - w y sigma(-z)
+
+    w is pos_weight, 1 without it. On y_hat, the logarithms are taken no nearer to 0 and 1 than the dtype's eps: beyond,
+    the loss is flat and its derivative 0. Where a sigmoid may saturate, give the logits instead: they are exact
+    everywhere.
+
+    Shapes:  y_hat or z, and y in [0, 1] (m, ...); l (m,), the mean over an example's outputs; saved both.
+    Options: pos_weight: a number, or one for each output, (n,). label_smoothing: s, y becomes (1 - s) y + s / 2.
+             ignore_index: a label whose output does not count. reduce: as in softmax_cross_entropy.
+    Source:  the document, section 4.3.
+    Raises:  ValueError for options out of range, a target of another shape, and, outside jit, for a target or y_hat
+             outside [0, 1]. Under jit such a number makes the loss and the gradient NaN.
+    """
+    name = "binary_cross_entropy"
+    check_is(name, "from_logits", from_logits, bool)
+    check_options(name, ignore_index, label_smoothing, reduce)
+    given = check_weights(name, "pos_weight", pos_weight)
+
+    def check(p, t, counts):
+        check_unit_interval(name, "target", t, counts)
+        if not from_logits:
+            hint = "; for logits: binary_cross_entropy(from_logits=True)"
+            check_unit_interval(name, "prediction", p, counts, hint)
+        if given is not None and given.ndim and given.shape != p.shape[-1:]:
+            raise ValueError(f"{name}: pos_weight of shape {given.shape} does not fit a prediction of shape {p.shape}")
+
+    def yes_and_no(p, t):
+        """w y and 1 - y, smoothed; NaN for a target or y_hat outside [0, 1]."""
+        y = (1 - label_smoothing) * t + label_smoothing / 2 if label_smoothing else t
+        good = in_unit_interval(t) if from_logits else in_unit_interval(t) & in_unit_interval(p)
+        y = jnp.where(good, y, jnp.nan).astype(p.dtype)
+        return y if given is None else jnp.asarray(given, p.dtype) * y, 1 - y
+
+    formulas = of_logits(yes_and_no) if from_logits else of_probabilities(yes_and_no)
+    return of_pairs(name, *formulas, reduce, check, ignore_index)
+
+
+def of_probabilities(yes_and_no: Callable) -> tuple[Callable, Callable]:
+    """Loss and slope on y_hat; flat beyond eps and 1 - eps."""
+
+    def inside(y_hat):
+        eps = jnp.finfo(y_hat.dtype).eps
+        return jnp.clip(y_hat, eps, 1 - eps)
+
+    def loss(y_hat, t):
+        yes, no = yes_and_no(y_hat, t)
+        return -(yes * jnp.log(inside(y_hat)) + no * jnp.log1p(-inside(y_hat)))
+
+    def dloss(y_hat, t):
+        (yes, no), p = yes_and_no(y_hat, t), inside(y_hat)
+        return jnp.where(p == y_hat, no / (1 - p) - yes / p, 0 * (yes + no))
+
+    return loss, dloss
+
+
+def of_logits(yes_and_no: Callable) -> tuple[Callable, Callable]:
+    """Loss and slope on z."""
+
+    def loss(z, t):
+        yes, no = yes_and_no(z, t)
+        return yes * jax.nn.softplus(-z) + no * jax.nn.softplus(z)
+
+    def dloss(z, t):
+        yes, no = yes_and_no(z, t)
+        return no * jax.nn.sigmoid(z) - yes * jax.nn.sigmoid(-z)
+
+    return loss, dloss

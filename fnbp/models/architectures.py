@@ -1,0 +1,153 @@
+"""The architectures that the document names: feed-forward, convolutional and recurrent nets, and a transformer."""
+
+import math
+from collections.abc import Callable
+
+from jax.nn import initializers
+
+from fnbp.arrays.checks import check_rate, check_size, choose, located
+from fnbp.combinators.loops import repeat
+from fnbp.combinators.serial import serial
+from fnbp.combinators.tie import tie
+from fnbp.layer import Layer
+from fnbp.layers.activation import ACTIVATIONS, relu
+from fnbp.layers.convolution import conv
+from fnbp.layers.dense import dense
+from fnbp.layers.dropout import dropout
+from fnbp.layers.embedding import embedding, positions
+from fnbp.layers.norm import batch_norm, layer_norm
+from fnbp.layers.pooling import flatten, global_avg_pool, last, max_pool
+from fnbp.layers.recurrent import gru_cell, lstm_cell
+from fnbp.models.blocks import residual, stacked, transformer_block
+
+__all__ = ["gpt", "gru_classifier", "lenet", "lstm_classifier", "mlp", "resnet"]
+
+
+@located("mlp")
+def mlp(*widths: int, activation: str = "relu", W: str | Callable = "he_normal") -> Layer:
+    """Dense layers with an activation between each two.
+
+        a_l = f(W_l a_{l-1} + b_l); the last without f      x (m, n_in), y (m, widths[-1])
+
+    Source: the document, section 1.2 and section 4.1.
+    Raises: ValueError without widths, or for one below 1.
+    """
+    if not widths:
+        raise ValueError("mlp: at least one width is due, mlp(128, 10)")
+    f = choose("activation", activation, ACTIVATIONS, "mlp: ")
+    layers = [layer for n in widths for layer in (dense(n, W), f())]
+    return serial(*layers[:-1], name="mlp")
+
+
+@located("lenet")
+def lenet(classes: int = 10, activation: str = "relu", pool: Callable[[int], Layer] = max_pool) -> Layer:
+    """LeNet-5: two convolutions, each with a pooling, then three dense layers.
+
+        6 of 5x5, pool 2, 16 of 5x5, pool 2, 120, 84, classes      x (m, 28, 28, c), y (m, classes)
+
+    Source: LeCun et al. 1998, Proceedings of the IEEE 86, section II.B. There the activation is a scaled tanh, the
+            pooling a scaled mean (pool=fnbp.avg_pool), every map of the second convolution sees some of the first's,
+            and the output is a distance; here all maps are seen, and the output are scores.
+    Raises: ValueError for classes below 1.
+    """
+    f = choose("activation", activation, ACTIVATIONS, "lenet: ")
+    features = (
+        conv(6, (5, 5), W="he_normal"),
+        f(),
+        pool(2),
+        conv(16, (5, 5), padding="VALID", W="he_normal"),
+        f(),
+        pool(2),
+    )
+    scores = (dense(120, "he_normal"), f(), dense(84, "he_normal"), f(), dense(classes))
+    return serial(*features, flatten(), *scores, name="lenet")
+
+
+@located("resnet")
+def resnet(depth: int = 20, classes: int = 10, width: int = 16) -> Layer:
+    """The residual network for small images: three stages of residual blocks, each at half the size of the last.
+
+        conv 3x3, batch norm, relu; n blocks of width, n of 2 width, n of 4 width, depth = 6 n + 2; mean; scores
+
+    Shapes: x (m, height, width, c); y (m, classes).
+    Source: He et al. 2015, arXiv:1512.03385, section 4.2. There the paths around a change of size hold no weights; here
+            they are 1x1 convolutions (its option B).
+    Raises: ValueError for a depth that is not 6 n + 2, sizes below 1.
+    """
+    check_size("resnet", "width", width)
+    check_size("resnet", "depth", depth)
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"resnet: depth must be 6 n + 2 (8, 14, 20, ...), got {depth}")
+    n = (depth - 2) // 6
+    stem = (conv(width, (3, 3), W="he_normal", b=None), batch_norm(), relu())
+    stages = [
+        residual(width * 2**stage, stride=2 if stage and not i else 1) for stage in range(3) for i in range(n)
+    ]  # fmt: skip
+    return serial(*stem, *stages, global_avg_pool(), dense(classes), name=f"resnet({depth})")
+
+
+@located("lstm_classifier")
+def lstm_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0) -> Layer:
+    """LSTM layers over a sequence, and scores from where it ends.
+
+        h = stacked LSTMs of x      y = W h[last] + b      x (m, T, n_in), y (m, classes)
+
+    In fnbp.ragged, each sequence ends where its length says. rate: of dropout between the layers.
+    Source: Hochreiter & Schmidhuber 1997, Neural Computation 9; see lstm_cell.
+    Raises: ValueError for sizes below 1.
+    """
+    return classifier("lstm_classifier", lstm_cell, units, classes, layers, rate)
+
+
+@located("gru_classifier")
+def gru_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0) -> Layer:
+    """GRU layers over a sequence, and scores from where it ends.
+
+        h = stacked GRUs of x      y = W h[last] + b      x (m, T, n_in), y (m, classes)
+
+    In fnbp.ragged, each sequence ends where its length says. rate: of dropout between the layers.
+    Source: Cho et al. 2014, arXiv:1406.1078, section 2.3; see gru_cell.
+    Raises: ValueError for sizes below 1.
+    """
+    return classifier("gru_classifier", gru_cell, units, classes, layers, rate)
+
+
+def classifier(name: str, cell: Callable[[int], Layer], units: int, classes: int, layers: int, rate: float) -> Layer:
+    """Recurrent layers, their last position, scores."""
+    check_size(name, "layers", layers)
+    check_rate(name, rate)
+    return serial(stacked(*(cell(units) for _ in range(layers)), rate=rate), last(), dense(classes), name=name)
+
+
+@located("gpt")
+def gpt(vocabulary: int, length: int, layers: int, heads: int, width: int, rate: float = 0.0) -> Layer:
+    """A decoder of text: what comes after each token, from that token and those before it.
+
+        h = E[x] + P      h := transformer_block(h), layers times      y = E norm(h)
+
+    One matrix E embeds the tokens and scores them (tie); the blocks are one compiled loop (repeat). Weights start with
+    a standard deviation of 0.02, the last ones of each branch with 0.02 / sqrt(2 layers). rate: of dropout, on the
+    embedding and at the end of each branch.
+
+    Shapes: x (m, T) of integers below vocabulary, T at most length; y (m, T, vocabulary), scores of the next token.
+    Source: Radford et al. 2019, Language models are unsupervised multitask learners, section 2.3; E in two places:
+            Press & Wolf 2016, arXiv:1608.05859.
+    Raises: ValueError for sizes below 1, heads that do not divide width.
+    """
+    check_size("gpt", "layers", layers)
+    check_rate("gpt", rate)
+    check_size("gpt", "heads", heads)
+    check_size("gpt", "width", width)
+    if width % heads:
+        raise ValueError(f"gpt: width must be a multiple of heads, got {width} for {heads}")
+    start, at_end = initializers.normal(0.02), initializers.normal(0.02 / math.sqrt(2 * layers))
+    block = transformer_block(width, heads, rate=rate, W=start, W_out=at_end)
+    parts = (
+        embedding(vocabulary, width, start),
+        positions(length, start),
+        *((dropout(rate),) if rate else ()),
+        repeat(block, layers),
+        layer_norm(),
+        dense(vocabulary, b=None),
+    )
+    return tie(serial(*parts, name="gpt"), (0, "E"), (len(parts) - 1, "W"))

@@ -1,0 +1,171 @@
+"""What fit is asked for: every question that is answered before the first step."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from fnbp.arrays.checks import as_arrays, check_finite, check_is, check_key, check_size, describe
+from fnbp.layer import Context, Layer, mask_behind
+from fnbp.losses.loss import Loss, check_target
+
+STEPS = 2**31 - 1  # steps are counted in int32
+
+
+def check_traced(*trees: Any) -> None:
+    """TypeError if fit itself is traced: it is a loop of Python's, which looks at values between compiled calls.
+
+    And for an iterable of batches, which JAX would take for one leaf.
+    """
+    for tree in trees:
+        if hasattr(tree, "__iter__") and not hasattr(tree, "dtype") and not isinstance(tree, (tuple, list, dict, str)):
+            raise TypeError(
+                f"fit: training data: x must be an array that holds all examples, got {type(tree).__name__}: fit takes "
+                "no iterable of batches"
+            )
+    leaves = jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Iterator))
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        raise TypeError(
+            "fit: it is a Python loop, which cannot run under jit or vmap; for an ensemble write a training step with "
+            "fnbp.value_and_grad and vmap that"
+        )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """TypeError unless optimizer is an optax transformation, with the way to one."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return
+    hint = ""
+    if hasattr(optimizer, "gradient_transformation"):
+        hint = "; give its .gradient_transformation()"
+    elif callable(optimizer):
+        name = getattr(optimizer, "__name__", "adam")
+        hint = f"; call it: {name}() with its learning rate, as optax.{name}(1e-3)"
+    raise TypeError(f"fit: optimizer must be a GradientTransformation, got {describe(optimizer)}{hint}")
+
+
+def check_request(net: Layer, loss: Loss, params: Any, key: Any, batch_size: Any, patience: Any, pair: Any) -> None:
+    """ValueError or TypeError for what fit cannot start with, whatever the data."""
+    check_is("fit", "net", net, Layer)
+    check_is("fit", "loss", loss, Loss)
+    check_key("fit", key)
+    check_size("fit", "batch_size", batch_size)
+    for leaf in jax.tree.leaves(params):
+        if not isinstance(leaf, (int, float)) and not hasattr(leaf, "dtype"):
+            raise TypeError(f"fit: params must be a tree of arrays, got a leaf {describe(leaf)}")
+    check_finite("fit", "params", jax.tree.map(jnp.asarray, params))
+    if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2):
+        raise TypeError(f"fit: validation must be a pair (x, y), got {describe(pair)}")
+    if patience is not None:
+        check_size("fit", "patience", patience)
+        if pair is None:
+            raise ValueError("fit: patience needs validation=(x, y)")
+
+
+def check_steps(start: Any, steps: Any, epochs: Any, batches: int) -> int:
+    """The step to end at; ValueError or TypeError for a start or a number of steps that cannot be."""
+    if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
+        raise TypeError(f"fit: start must be a whole number, got {start!r}")
+    if start < 0:
+        raise ValueError(f"fit: start must be at least 0, got {start}")
+    last = int(start) + total_steps(steps, epochs, batches)
+    if last > STEPS:
+        raise ValueError(f"fit: start + steps must be below 2**31, got {last}: steps are counted in int32")
+    return last
+
+
+def total_steps(steps: Any, epochs: Any, batches: int) -> int:
+    """How many steps were asked for; ValueError unless by exactly one of the two."""
+    if (steps is None) == (epochs is None):
+        raise ValueError("fit: give steps or epochs, one of the two")
+    if steps is not None:
+        check_size("fit", "steps", steps)
+        return int(steps)
+    check_size("fit", "epochs", epochs)
+    return int(epochs) * batches
+
+
+def check_threshold(threshold: Any) -> float:
+    """threshold, -inf for None; TypeError or ValueError unless it is a number."""
+    if threshold is None:
+        return -np.inf
+    if isinstance(threshold, jax.Array) and threshold.ndim == 0:
+        threshold = threshold.item()
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)):
+        raise TypeError(f"fit: threshold must be a number, got {describe(threshold)}")
+    if np.isnan(threshold):
+        raise ValueError("fit: threshold must be a number, got nan")
+    return float(threshold)
+
+
+def check_opt_state(
+    optimizer: optax.GradientTransformation, params: Any, opt_state: Any, must: tuple[bool, ...]
+) -> Any:
+    """opt_state; ValueError where it is of another optimizer, of other params, or not finite where it must be."""
+    due = jax.eval_shape(optimizer.init, params)
+    if jax.tree.structure(opt_state) != jax.tree.structure(due):
+        raise ValueError(f"fit: opt_state is of another optimizer or net: got {kinds(opt_state)}, due {kinds(due)}")
+    for a, b in zip(jax.tree.leaves(opt_state), jax.tree.leaves(due), strict=True):
+        if jnp.shape(a) != b.shape:
+            raise ValueError(f"fit: opt_state is of other params: an entry has shape {jnp.shape(a)}, due {b.shape}")
+    opt_state = jax.tree.map(jnp.asarray, opt_state)
+    check_finite("fit", "opt_state", [a for a, due in zip(jax.tree.leaves(opt_state), must, strict=True) if due])
+    return opt_state
+
+
+def kinds(state: Any) -> str:
+    """The names of the types in a state: (ScaleByAdamState, EmptyState)."""
+    if type(state) is tuple:
+        return f"({', '.join(map(kinds, state))})"
+    return type(state).__name__
+
+
+def arrays_of(what: str, x: Any, y: Any) -> tuple[Any, Any]:
+    """Data as JAX arrays; TypeError for what is no array, with the way to one."""
+    for name, tree in (("x", x), ("y", y)):
+        if isinstance(tree, (bool, int, float)):  # no example at all: check_data says so
+            continue
+        for leaf in jax.tree.leaves(tree, is_leaf=lambda node: node is None or isinstance(node, Iterator)):
+            if not hasattr(leaf, "dtype") or leaf.dtype == object or leaf.dtype.kind in "SU":
+                came = describe(tree) if isinstance(tree, (list, tuple, dict)) else describe(leaf)
+                raise TypeError(
+                    f"fit: {what}: {name} must be an array, or a tree of arrays, with the examples as first axis; got "
+                    f"{came}; make it one: jnp.asarray({name})"
+                )
+    return as_arrays("fit", f"{what}: x", x), as_arrays("fit", f"{what}: y", y)
+
+
+def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context) -> int:
+    """How many examples there are; ValueError or TypeError where the data do not fit each other, net or loss.
+
+    The layers look at the values too, as at tokens and lengths: x is theirs, params are mere shapes. So is state at
+    inference: batch_norm has no statistics yet.
+    """
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((x, y))}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(f"fit: {what} need equally many examples, at least 1; got {sorted(sizes)}")
+    check_finite("fit", f"{what}: x", x)
+    check_finite("fit", f"{what}: y", y)
+    try:
+        if ctx.train:
+            prediction = jax.eval_shape(lambda p: net.forward(p, state, x, ctx)[0], params)
+        else:
+            prediction = jax.eval_shape(lambda p, s: net.forward(p, s, x, ctx)[0], params, state)
+    except TypeError as error:
+        if any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(x)):
+            error.add_note("fit: x is uint8; give floating point numbers: x.astype('float32') / 255")
+        raise
+    check_target(loss, prediction, y, mask_behind(net, x, ctx.mask))
+    return sizes.pop()[0]
+
+
+def check_functions(optimizer: Any, **functions: Callable | None) -> None:
+    """TypeError unless optimizer is one, and each of the others a function or None."""
+    check_optimizer(optimizer)
+    for name, f in functions.items():
+        if not callable(f) and (f is not None or name == "gradient"):
+            raise TypeError(f"fit: {name} must be a function, got {describe(f)}")
