@@ -185,10 +185,11 @@ def from_jax(
             raise TypeError(
                 f"from_jax: init, mask and mixes go with a function; {apply.name} is a Layer, which has its own"
             )
-        layer = apply
+        layer, label = apply, name or f"from_jax({apply.name})"
     elif callable(apply):
-        label = name or getattr(apply, "__name__", "from_jax")
-        check_functions(getattr(apply, "__name__", label), apply, init)
+        own = name_of(apply)
+        label = name or (f"from_jax({own})" if own else "from_jax")
+        check_functions(own or "the function", apply, init)
         layer = lifted(apply, init, label, mask or refused, mixes)
     else:
         raise TypeError(f"from_jax: a Layer or a function apply(params, x) is due, got {describe(apply)}")
@@ -198,7 +199,7 @@ def from_jax(
             y, new_state, _ = layer.forward(params, state, x, ctx)
             return y, new_state
 
-        check_leaves(name or layer.name, x)
+        check_leaves(label, x)
         y, pull, new_state = jax.vjp(differentiated, params, x, has_aux=True)
         return y, new_state, (pull, state, x, ctx)
 
@@ -213,7 +214,7 @@ def from_jax(
         return jax.tree.unflatten(tree, factors), dx
 
     traits = replace(traits_of(layer, mask_of(layer)), carries=layer.traits.carries)
-    return Layer(layer.init, forward, backward, name or f"from_jax({layer.name})", traits=traits)
+    return Layer(layer.init, forward, backward, label, traits=traits)
 
 
 def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, reduce: str = "examples") -> Loss:
@@ -231,7 +232,7 @@ def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, r
     """
     if not callable(f) or isinstance(f, (Layer, Loss)):
         raise TypeError(f"loss_from_jax: a function (prediction, target) -> losses (m,) is expected, got {describe(f)}")
-    label = name or getattr(f, "__name__", "loss_from_jax")
+    label = name or name_of(f) or "loss_from_jax"
     check_reduce(label, reduce)
 
     def forward(prediction, target, mask=None):
@@ -256,6 +257,12 @@ def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, r
     return Loss(forward, backward, label, takes_mask=True)
 
 
+def name_of(f: Callable) -> str | None:
+    """What a function is called; None if it has no name, as a lambda."""
+    name = getattr(f, "__name__", "<lambda>")
+    return None if name == "<lambda>" else name
+
+
 def check_leaves(name: str, x: Any) -> None:
     """TypeError for what jax.vjp takes for no argument."""
     for leaf in jax.tree.leaves(x):
@@ -274,8 +281,8 @@ def check_functions(name: str, apply: Callable, init: Any) -> None:
 
 def lifted(apply: Callable, init: Callable | None, name: str, mask: str | Rule, mixes: Any) -> Layer:
     """A Layer around a function apply(params, x) -> y, without a backward of its own."""
-    rule = mask if callable(mask) else choose(f"rule for a mask of {name}", mask, RULES)
-    choose(f"mixes of {name}", mixes, dict.fromkeys(MIXES, 0))
+    rule = mask if callable(mask) else choose("rule for a mask", mask, RULES, f"{name}: ")
+    choose("mixes", mixes, dict.fromkeys(MIXES, 0), f"{name}: ")
 
     def init_lifted(key, x):
         check_key(name, key)

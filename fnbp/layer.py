@@ -206,7 +206,7 @@ def stateless(
     Raises:  ValueError for an unknown mask rule; TypeError from init if key is not a random key, from forward for a
              mask that is refused.
     """
-    rule = mask if callable(mask) else choose(f"rule for a mask of {name}", mask, RULES)
+    rule = mask if callable(mask) else choose("rule for a mask", mask, RULES, f"{name}: ")
     return mask_aware(init, lambda params, x, mask: forward(params, x), backward, name, rule, alone)
 
 

@@ -91,7 +91,7 @@ FUNCTIONS = [
         lambda: fnbp.from_jax(mine, name="other"),
         r"from_jax: mine must take .* from_jax\(lambda params, x: mine\(x\)\)$",
     ),
-    (lambda: fnbp.from_jax(lambda a, b, c: a), r"from_jax: <lambda> must take \(params, x\)$"),
+    (lambda: fnbp.from_jax(lambda a, b, c: a), r"from_jax: the function must take \(params, x\)$"),
     (lambda: fnbp.transformer_block(4, 2, norm="layer_norm"), r"transformer_block: norm must be a constructor"),
     (lambda: fnbp.transformer_block(4, 2, mlp=fnbp.relu), r"transformer_block: mlp must be a Layer.*call it: relu\(\)"),
 ]
