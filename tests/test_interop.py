@@ -177,7 +177,7 @@ def test_from_jax_of_a_function_without_parameters(x64):
 
     layer = fnbp.from_jax(sin)
     assert layer.name == "from_jax(sin)" and layer.parts == () and layer.rebuild is None
-    with pytest.raises(TypeError, match="from_jax\(sin\): a random key is due"):
+    with pytest.raises(TypeError, match=r"from_jax\(sin\): a random key is due"):
         layer.init(0, jnp.ones((2, 3)))
     layer = fnbp.from_jax(lambda params, x: jnp.sin(x))
     x, dy = weights((7, 3)), normal(np.random.default_rng(6), (7, 3), float)

@@ -320,7 +320,7 @@ def test_from_jax_of_a_function_that_mixes_must_say_so():
                 run()
         else:
             run()
-    with pytest.raises(ValueError, match="from_jax\(centre\): unknown mixes 'sometimes'"):
+    with pytest.raises(ValueError, match=r"from_jax\(centre\): unknown mixes 'sometimes'"):
         fnbp.from_jax(centre, mixes="sometimes")
 
 
