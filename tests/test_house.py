@@ -47,7 +47,12 @@ def returns(function):
     return getattr(annotation, "__name__", annotation)
 
 
-LIFTS = {"stateless", "map_layers", "activation", "replace_functions"}  # they return a Layer but are no layer of their own
+LIFTS = {
+    "stateless",
+    "map_layers",
+    "activation",
+    "replace_functions",
+}  # they return a Layer, and are none
 BLOCKS = {"residual", "gelu_mlp", "swiglu", "transformer_block", "bidirectional", "stacked"}
 COMBINATORS = {"serial", "skip", "parallel", "repeat", "ragged", "remat", "cast", "freeze", "tie", "from_jax"} | BLOCKS
 LAYERS = {name for name, f in constructors().items() if returns(f) == "Layer"} - LIFTS

@@ -12,8 +12,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import fnbp
+import fnbp.training.drive
 import fnbp.training.fit
 import fnbp.training.loop
+import fnbp.training.progress
 from tests.cases import relative
 
 LOSS = fnbp.softmax_cross_entropy()
@@ -46,7 +48,7 @@ def compiled_before(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick_calls(monkeypatch):
     """Calls of 1, 2, 4, 8 ... steps, however slow the machine."""
-    monkeypatch.setattr(fnbp.training.fit, "CALL_SECONDS", 1e9)
+    monkeypatch.setattr(fnbp.training.drive, "CALL_SECONDS", 1e9)
 
 
 def noisy():
@@ -396,8 +398,8 @@ def test_the_loop_is_compiled_once(monkeypatch):
 
 
 def test_a_call_runs_no_more_steps_than_there_is_room_for_losses(monkeypatch):
-    monkeypatch.setattr(fnbp.training.loop, "CAPACITY", 4)
     monkeypatch.setattr(fnbp.training.fit, "CAPACITY", 4)
+    monkeypatch.setattr(fnbp.training.drive, "CAPACITY", 4)
     _, calls = captured(monkeypatch)
     found = fit(steps=21)
     assert calls == [(0, 1), (1, 3), (3, 7), (7, 11), (11, 15), (15, 19), (19, 21)]
@@ -405,7 +407,7 @@ def test_a_call_runs_no_more_steps_than_there_is_room_for_losses(monkeypatch):
 
 
 def test_a_slow_call_is_not_made_longer(monkeypatch):
-    monkeypatch.setattr(fnbp.training.fit, "CALL_SECONDS", 0)
+    monkeypatch.setattr(fnbp.training.drive, "CALL_SECONDS", 0)
     _, calls = captured(monkeypatch)
     fit(steps=4)
     assert calls == [(0, 1), (1, 2), (2, 3), (3, 4)]
@@ -571,7 +573,7 @@ def test_the_bar_is_told_step_and_loss_and_is_hidden_on_demand(monkeypatch, prog
         def update(self, task, **fields):
             told.append((fields["completed"], fields["description"]))
 
-    monkeypatch.setattr(fnbp.training.fit, "Progress", Bar)
+    monkeypatch.setattr(fnbp.training.progress, "Progress", Bar)
     scripted(monkeypatch, [0.25, 0.125])
     losses = fit(steps=9, start=5, progress=progress, validation=VALID).history.loss
     assert told[:2] == [not progress, 9]

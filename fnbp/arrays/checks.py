@@ -235,7 +235,9 @@ def check_parts(name: str, what: str, tree: Any, count: int) -> None:
     """ValueError unless tree is a tuple or list with one entry for each part of a combinator."""
     if not isinstance(tree, (tuple, list)) or len(tree) != count:
         came = len(tree) if isinstance(tree, (tuple, list)) else f"a {type(tree).__name__}"
-        raise ValueError(f"{name}: {what} must have {count} entries, one for each layer, got {came}; do they belong to a different net?")
+        raise ValueError(
+            f"{name}: {what} must have {count} entries, one for each layer, got {came}; do they belong to a different net?"
+        )
 
 
 def choose(kind: str, name: Any, table: Mapping[str, T], where: str = "") -> T:
