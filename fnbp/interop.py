@@ -45,7 +45,7 @@ __all__ = ["automatic_value_and_grad", "from_jax", "loss_from_jax", "to_jax"]
 
 
 def empty_state(layer: Layer, params: Any, x: Any) -> Any:
-    """The state of a net that has none: a tree without arrays. ValueError where the net has some."""
+    """The state of a net without state: a tree without arrays. ValueError if the net has state."""
     _, state = jax.eval_shape(layer.init, jax.random.key(0), x)
     if jax.tree.leaves(state):
         raise ValueError(f"to_jax: {layer.name} has state; give it as to_jax(layer, state=...)")
@@ -53,7 +53,7 @@ def empty_state(layer: Layer, params: Any, x: Any) -> Any:
 
 
 def to_jax(layer: Layer, state: Any = None, ctx: Context = Context(), with_state: bool = False) -> Callable[..., Any]:
-    """A function apply(params, x) -> y for any JAX, Flax or Equinox model, with the manual backward as its VJP.
+    """Make a function apply(params, x) -> y for any JAX, Flax or Equinox model, with the manual backward as its VJP.
 
         jax.vjp(apply, params, x)[1](dy) = total of backward's factors, dx
 
@@ -62,8 +62,8 @@ def to_jax(layer: Layer, state: Any = None, ctx: Context = Context(), with_state
 
     Options: with_state: the function is apply(params, state, x, ctx=ctx) -> (y, new state), for batch_norm, dropout and
              whatever changes from step to step. State and context have no cotangent.
-    Raises:  ValueError for a layer with state if none is given, or for a fixed state beside with_state; TypeError if
-             the argument is not a Layer.
+    Raises:  ValueError if the layer has state and none is given, or a fixed state is given beside with_state; TypeError
+             if the argument is not a Layer.
     """
     check_is("to_jax", "layer", layer, Layer)
     check_is("to_jax", "with_state", with_state, bool)
@@ -166,7 +166,7 @@ def from_jax(
     mask: str | Rule | None = None,
     mixes: Literal["never", "training", "always"] = "never",
 ) -> Layer:
-    """A Layer whose backward is jax.vjp: of any Layer, or of a function apply(params, x) -> y.
+    """Make a Layer whose backward is jax.vjp, of any Layer or of a function apply(params, x) -> y.
 
         from_jax(dense(10))                   the same layer, differentiated automatically
         from_jax(apply, init, "mine")         init(key, x) -> params; without it the function has no parameters: {}
@@ -174,9 +174,9 @@ def from_jax(
     Its factors keep what jax.vjp needs, so per-example quantities are of each example alone. Integers have no
     cotangent: there dx is None.
 
-    Options: mask, of a function: as in stateless; without it a mask is refused. mixes, of a function: when an example's
-             y depends on other examples; say so, since nothing else can tell. A Layer brings both along.
-    Raises:  TypeError for what is neither a Layer nor a function; ValueError for an unknown mixes.
+    Options: mask: of a function, as in stateless; by default a mask is refused. mixes: of a function, when an example's
+             y depends on other examples; nothing else can tell. A Layer brings both along.
+    Raises:  TypeError if the argument is neither a Layer nor a function; ValueError if mixes is unknown.
     """
     if name is not None:
         check_name("from_jax", name)
@@ -192,7 +192,7 @@ def from_jax(
         check_functions(own or "the function", apply, init)
         layer = lifted(apply, init, label, mask or refused, mixes)
     else:
-        raise TypeError(f"from_jax: a Layer or a function apply(params, x) is due, got {describe(apply)}")
+        raise TypeError(f"from_jax: expected a Layer or a function apply(params, x), got {describe(apply)}")
 
     def forward(params, state, x, ctx):
         def differentiated(params, x):
@@ -218,7 +218,7 @@ def from_jax(
 
 
 def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, reduce: str = "examples") -> Loss:
-    """A Loss whose backward is jax.vjp: of a function f(prediction, target) -> losses (m,), such as one of optax.
+    """Make a Loss whose backward is jax.vjp, of a function f(prediction, target) -> losses (m,), as optax has them.
 
         l = f(p, t)      dp = jax.vjp of f at 1
 
@@ -264,14 +264,14 @@ def name_of(f: Callable) -> str | None:
 
 
 def check_leaves(name: str, x: Any) -> None:
-    """TypeError for what jax.vjp takes for no argument."""
+    """TypeError if jax.vjp does not take a leaf of x as an argument."""
     for leaf in jax.tree.leaves(x):
         if not isinstance(leaf, (jax.Array, bool, int, float, complex)):
             check_array(name, "x", leaf)
 
 
 def check_functions(name: str, apply: Callable, init: Any) -> None:
-    """TypeError unless apply can be called with params and x, and init, where there is one, with a key and x."""
+    """TypeError unless apply can be called with params and x, and init, if there is one, with a key and x."""
     if not takes(apply, 2):
         alone = f"; for a function of x alone: from_jax(lambda params, x: {name}(x))" if takes(apply, 1) else ""
         raise TypeError(f"from_jax: {name} must take (params, x){alone}")
@@ -301,9 +301,9 @@ def lifted(apply: Callable, init: Callable | None, name: str, mask: str | Rule, 
 
 
 def automatic_value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
-    """fnbp.value_and_grad by jax.value_and_grad of the same forward: the reference for every comparison.
+    """Make fnbp.value_and_grad by jax.value_and_grad of the same forward: the reference for every comparison.
 
-    Raises: as fnbp.value_and_grad; TypeError for what is no Layer, or no Loss.
+    Raises: as fnbp.value_and_grad; TypeError if net is not a Layer, or loss is not a Loss.
     """
     check_is("automatic_value_and_grad", "net", net, Layer)
     check_is("automatic_value_and_grad", "loss", loss, Loss)

@@ -373,7 +373,7 @@ BAD = {
         (5,),
         None,
         ValueError,
-        r"backprop: x and y must have as many examples each, got \[5, 13\]",
+        r"backprop: x and y must have equally many examples, got \[5, 13\]",
     ),
     "nan": (
         (M, N_IN),

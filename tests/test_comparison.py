@@ -537,7 +537,7 @@ BAD = {
     ),
     "no_given": ({"probes": ("zeros",)}, ValueError, "the first probe must be 'given'"),
     "a_transform": ({"transforms": ("pmap",)}, ValueError, "unknown transform 'pmap'; there are: jit, vmap, sharded"),
-    "a_key": ({"key": 3}, TypeError, "compare: a random key is due, such as jax.random.key"),
+    "a_key": ({"key": 3}, TypeError, "compare: expected a random key, e.g. jax.random.key"),
 }
 
 

@@ -505,7 +505,7 @@ def test_layers_are_in_training_with_another_key_every_step():
         ({"start": -1}, ValueError, "fit: start must be at least 0, got -1"),
         ({"patience": 3}, ValueError, r"fit: patience needs validation=\(x, y\)"),
         ({"patience": 0, "validation": VALID}, ValueError, "fit: patience must be at least 1, got 0"),
-        ({"key": 0}, TypeError, r"fit: a random key is due, such as jax.random.key\(0\); got int 0"),
+        ({"key": 0}, TypeError, r"fit: expected a random key, e.g. jax.random.key\(0\); got int 0"),
         ({"x": X[:36]}, ValueError, r"fit: training data need equally many.*, at least 1; got \[\(36,\), \(37,\)\]"),
         ({"x": X[:0], "y": Y[:0]}, ValueError, r"training data need equally many examples, at least 1; got \[\(0,\)\]"),
         ({"y": 1}, ValueError, r"training data need equally many examples, at least 1; got \[\(\), \(37,\)\]"),

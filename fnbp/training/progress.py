@@ -1,4 +1,4 @@
-"""Who looks on while fit runs: a bar, and the signals that end it without losing what was reached."""
+"""The progress bar of fit, and the signals that end it without losing what was reached."""
 
 import signal
 import threading

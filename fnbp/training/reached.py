@@ -59,7 +59,7 @@ class Fit(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """Where a fit goes on from."""
+    """Where a fit continues."""
 
     opt_state: Any
     step: int
@@ -69,7 +69,7 @@ class Resumed(NamedTuple):
 
 
 class Reached:
-    """What training has reached at any moment: alive whatever is donated, consistent whenever it is asked."""
+    """What training has reached at any moment: never donated, and consistent whenever it is read."""
 
     def __init__(self, params: Any, state: Any, opt_state: Any, start: Any):
         self.began, self.training = time.perf_counter(), False
@@ -102,8 +102,8 @@ class Reached:
         self.now = ((carry.params, carry.state, carry.opt_state), *self.now[1:])
 
     def measure(self, measured: float, whole: bool) -> None:
-        """A validation is over. It is waited for at the end of a whole epoch alone, where an uninterrupted run has
-        one too: patience then runs out at the same step, however often a run was resumed."""
+        """A validation is over. Only one at the end of a whole epoch counts for patience, as an uninterrupted run has
+        it: patience then runs out at the same step, however often a run was resumed."""
         (params, state, _), step, _ = self.now
         finite = bool(np.isfinite(measured))
         if finite and (self.best is None or measured < self.best.loss):
