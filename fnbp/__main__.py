@@ -1,10 +1,11 @@
-"""The command line: python -m fnbp compare MODULE:ATTRIBUTE."""
+"""The command line: python -m fnbp compare MODULE:ATTRIBUTE, and python -m fnbp docs."""
 
 import difflib
 import importlib
 import json
 import sys
 import traceback
+import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
+from fnbp import docs
 from fnbp.comparison import compare
 from fnbp.layer import Layer
 
@@ -46,6 +48,14 @@ class Compare:
     """Write the report here, as JSON."""
     plot: Path | None = None
     """Draw the figure here, as PNG or PDF."""
+
+
+@dataclass
+class Docs:
+    """Open the API pages in a browser, or write them to a folder. Exit code 2 if pdoc is not installed."""
+
+    out: Path | None = None
+    """The folder to write them to, instead of opening them."""
 
 
 def find(place: str) -> Any:
@@ -99,6 +109,20 @@ def layer_of(place: str, found: Any) -> Layer:
     return found
 
 
+def write_docs(settings: Docs, console: Console) -> int:
+    """Write the API pages, and open them unless a folder is given; the exit code."""
+    try:
+        page = docs.build(settings.out)
+    except ImportError as error:
+        raise InputError(f"the pages need pdoc ({error}); install it: pip install 'fnbp[docs]'") from error
+    except OSError as error:
+        raise InputError(f"the pages cannot be written: {error}") from error
+    console.print(f"saved {page}", highlight=False, soft_wrap=True)
+    if settings.out is None:
+        webbrowser.open(page.as_uri())
+    return 0
+
+
 def run(settings: Compare, console: Console) -> int:
     """Compare as told; the exit code."""
     rng = np.random.default_rng(settings.seed)
@@ -127,10 +151,11 @@ def run(settings: Compare, console: Console) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run it; the exit code."""
     settings = tyro.extras.subcommand_cli_from_dict(
-        {"compare": Compare}, prog="python -m fnbp", description=__doc__, args=arguments
+        {"compare": Compare, "docs": Docs}, prog="python -m fnbp", description=__doc__, args=arguments
     )
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        return run(settings, Console(width=None if sys.stdout.isatty() else 120))
+        return write_docs(settings, console) if isinstance(settings, Docs) else run(settings, console)
     except InputError as error:
         Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), highlight=False)
     except Exception:  # of the subject's own code: it is neither right nor wrong

@@ -22,7 +22,7 @@ RUNNABLE = [
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
 DIFFERENTIATORS = {"comparison", "measurement", "interop"}  # modules, and a package
 FLOORS = (  # rooms: files and packages; imports run down these, one way
-    {"arrays", "rendering"},
+    {"arrays", "docs", "rendering"},
     {"layer", "factor", "losses"},
     {"contraction", "layers"},
     {"combinators", "backpropagation"},

@@ -1,0 +1,34 @@
+"""Train a net by its manual backward, save its parameters as .npz, load them and predict."""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import fnbp
+
+images, labels = load_digits(return_X_y=True)
+x, y = (images / 16).astype(np.float32), labels
+train, test = slice(0, 1437), slice(1437, None)
+
+net, loss = fnbp.serial(fnbp.dense(64), fnbp.relu(), fnbp.dense(10)), fnbp.softmax_cross_entropy()
+params, state = net.init(jax.random.key(0), x)
+done = fnbp.fit(
+    net, loss, params, state, x[train], y[train],
+    optimizer=optax.adam(3e-3), key=jax.random.key(1), batch_size=32, epochs=20, progress=False,
+)  # fmt: skip
+
+file = Path(tempfile.mkdtemp()) / "digits.npz"
+leaves, tree = jax.tree.flatten(done.params)
+np.savez(file, *leaves)
+with np.load(file) as saved:
+    loaded = jax.tree.unflatten(tree, [saved[name] for name in saved.files])
+
+prediction = fnbp.apply(net, loaded, done.state, x[test]).argmax(-1)
+print(
+    "the same after loading:", bool((prediction == fnbp.apply(net, done.params, done.state, x[test]).argmax(-1)).all())
+)
+print(f"{(prediction == y[test]).mean():.0%} of {len(prediction)} digits")

@@ -1,0 +1,44 @@
+"""Every example of experiments/examples runs from a shell, and prints what it is meant to show."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "experiments" / "examples"
+PRINTED = {  # name -> what it prints, and the package that it needs
+    "check_custom_vjp": (
+        [
+            "backward: right",
+            "forgetful: wrong",
+            "dx is wrong: the difference goes along x in each row: a term with the mean of dy x is missing or wrong",
+        ],
+        "jax",
+    ),
+    "in_flax": (["same gradients: True", "the loss falls: True"], "flax"),
+    "in_equinox": (["the loss falls: True"], "equinox"),
+    "new_layer": (["True", "(17,)"], "jax"),
+    "train_and_save": (["the same after loading: True", "91% of 360 digits"], "sklearn"),
+}
+
+
+def test_every_example_is_here():
+    assert {path.stem for path in FOLDER.glob("*.py")} - {"__init__"} == set(PRINTED)
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_an_example_is_short(name):
+    assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_an_example_runs(name):
+    expected, package = PRINTED[name]
+    pytest.importorskip(package)
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.examples.{name}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == expected
