@@ -3,6 +3,7 @@
 import functools
 import signal
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,8 @@ def broken_at(step):
     """A descent whose update of that step, counted from 0, is infinite; its counter starts where that is the 100th."""
     schedule = optax.scale_by_schedule(lambda count: jnp.where(count == 100, jnp.inf, 1.0))
     optimizer = optax.chain(optax.sgd(0.1), schedule)
-    descent, counter = optimizer.init(PARAMS)
+    state: Any = optimizer.init(PARAMS)
+    descent, counter = state
     return {"optimizer": optimizer, "opt_state": (descent, counter._replace(count=jnp.int32(100 - step)))}
 
 
