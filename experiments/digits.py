@@ -69,7 +69,7 @@ def main(settings: Settings) -> int:
     key_init, key_fit = jax.random.split(jax.random.key(settings.seed))
     params, state = net.init(key_init, loaded.train_x[:1])
     notes = {path: FORMULAS[path.split(".")[0]] for path, _, _ in fnbp.leaves(net, params)}
-    console.print(report.network_table(net, params, state, loaded.train_x[: settings.batch_size], notes))
+    console.print(fnbp.tabulate(net, loaded.train_x[: settings.batch_size], params, state, notes=notes))
     console.print("y_hat = softmax(a2), J = mean cross-entropy of y_hat and y\n", highlight=False)
 
     batch = loaded.train_x[: settings.batch_size], loaded.train_y[: settings.batch_size]

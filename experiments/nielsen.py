@@ -124,7 +124,7 @@ def main(settings: Settings) -> int:
     loaded = data.load("mnist", settings.data_folder, settings.download)
     net = network(settings.hidden, settings.init)
     params, state = net.init(jax.random.key(0), loaded.train_x[:1])
-    console.print(report.network_table(net, params, state, loaded.train_x[:1]))
+    console.print(fnbp.tabulate(net, loaded.train_x[:1], params, state))
     runs = {seed: train(net, loaded, settings, seed) for seed in settings.seeds}
     first = runs[settings.seeds[0]]
     peer = train_in_torch(first[3], loaded, settings) if settings.peer else None

@@ -22,9 +22,9 @@ RUNNABLE = [
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
 DIFFERENTIATORS = {"comparison", "measurement", "interop"}  # modules, and a package
 FLOORS = (  # rooms: files and packages; imports run down these, one way
-    {"arrays", "rendering"},
+    {"arrays"},
     {"layer", "factor", "losses"},
-    {"contraction", "layers"},
+    {"contraction", "layers", "rendering"},
     {"combinators", "backpropagation"},
     {"factors", "models", "interop", "training", "comparison"},
     {"measurement", "testing", "__main__"},

@@ -89,7 +89,7 @@ def main(settings: Settings) -> int:
     train, held_out = split(text, settings.held_out)
     net = network(settings, len(letters))
     params, state = jax.jit(net.init)(jax.random.key(settings.seed), train[None, : settings.block])
-    console.print(report.network_table(net, params, state, train[None, : settings.block]))
+    console.print(fnbp.tabulate(net, train[None, : settings.block], params, state))
 
     trained = Trained(net, params, state, train, held_out, settings)
     sides = [Side("fnbp", trained.by(fnbp.value_and_grad), trained.evaluate)]

@@ -46,7 +46,7 @@ class Module(NamedTuple):
 
 
 ROOMS = ("layer.py", "factor.py", "layers", "losses", "combinators", "arrays")  # files and packages
-REFUSALS = "check"  # a function of this name raises or hands on what it was given
+REFUSALS = ("check", "is_")  # such functions refuse what they are given or find it good; they compute nothing
 
 
 @cache

@@ -59,7 +59,7 @@ def classify(net: fnbp.Layer, loaded: Data, settings: Training, out: Path) -> in
     loss = fnbp.softmax_cross_entropy()
     key_init, key_fit = jax.random.split(jax.random.key(settings.seed))
     params, state = jax.jit(net.init)(key_init, loaded.train_x[:1])
-    console.print(report.network_table(net, params, state, loaded.train_x[:1]))
+    console.print(fnbp.tabulate(net, loaded.train_x[:1], params, state))
 
     console.print("training by the manual backward" + (", then by jax.grad" if settings.side_by_side else ""))
     runs = {"manual": train(net, loss, params, state, loaded, settings, key_fit, fnbp.value_and_grad)}

@@ -20,7 +20,6 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
 import fnbp
 
@@ -133,40 +132,6 @@ def device() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "machine": platform.machine(),
     }
-
-
-def network_table(net: fnbp.Layer, params: Any, state: Any, x: Any, notes: dict[str, str] | None = None) -> Table:
-    """Each leaf of a net with what it puts out and holds; notes add a column, by path. Nets in a net are indented."""
-    shapes = jax.eval_shape(
-        fnbp.trace(net, fnbp.mean_squared_error()), params, state, x, prediction_of(net, params, state, x)
-    )
-    table = Table(title=Text(f"{net.name}: {count(params):,} parameters"), title_justify="left")
-    for name in ("layer", "output", "parameters", *(("formula",) if notes else ())):
-        table.add_column(name, no_wrap=name != "parameters")
-    nested = any(part.parts for part in net.parts)
-
-    def add(path: str, shown: str, layer: fnbp.Layer, p: Any, loops: int) -> None:
-        """The rows of a node; arrays in loops have as many axes before the example's."""
-        if layer.rebuild is None:
-            held = "  ".join(f"{name} {'x'.join(map(str, leaf.shape))}" for name, leaf in p.items())
-            output = "x".join(map(str, ("m", *shapes.outputs[path].shape[loops + 1 :])))
-            table.add_row(Text(shown), output, Text(held), *([Text(notes.get(path, ""))] if notes else []))
-            return
-        if nested:
-            table.add_row(Text(shown))
-        loops += layer.traits.turns is not None
-        indent = " " * (len(shown) - len(shown.lstrip()) + 2)
-        for i, (part, each) in enumerate(zip(layer.parts, p, strict=True)):
-            at = f"{path}[{i}].{part.name}"
-            add(at, f"{indent}[{i}] {part.name}" if nested else at, part, each, loops)
-
-    add(net.name, net.name, net, params, 0)
-    return table
-
-
-def prediction_of(net: fnbp.Layer, params: Any, state: Any, x: Any) -> jax.ShapeDtypeStruct:
-    """The shape of what net returns."""
-    return jax.eval_shape(lambda p, s, x: net.forward(p, s, x, fnbp.Context())[0], params, state, x)
 
 
 def count(params: Any) -> int:
