@@ -48,7 +48,7 @@ def of_lengths(layer: fnbp.Layer) -> fnbp.Layer:
 
 def closed(layer: fnbp.Layer) -> fnbp.Layer:
     """A combinator as a leaf: its factors come out open, and are contracted only then."""
-    return fnbp.Layer(layer.init, layer.forward, layer.backward, layer.name)
+    return fnbp.replace_functions(layer, forward=layer.forward)
 
 
 def with_start(scan: fnbp.Layer, given: bool) -> fnbp.Layer:
@@ -65,7 +65,7 @@ def with_start(scan: fnbp.Layer, given: bool) -> fnbp.Layer:
         factors, (dstart, dx) = scan.backward(params, res, (dy.sum(1), dy))
         return factors, dx if dstart is None else dx.at[:, 0].add(dstart)
 
-    return fnbp.Layer(lambda key, x: scan.init(key, start(x)), forward, backward, scan.name)
+    return fnbp.replace_functions(scan, lambda key, x: scan.init(key, start(x)), forward, backward)
 
 
 def cell_of(layer: fnbp.Layer) -> fnbp.Layer:
