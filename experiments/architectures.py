@@ -1,10 +1,10 @@
-"""Every model of fnbp.models at a real size: 200 steps by the manual backward and by jax.grad, and what each costs.
+"""Every model of fnbp.models trains alike by the manual backward and by jax.grad, and what a gradient costs.
 
-The same parameters, batches and keys on both sides, descent with momentum, in float32 and in float64. Training may be
-chaotic: the slightest rounding grows, the faster the larger the steps. So jax.grad is held against itself too, from
-weights that are off by one rounding; each model has a learning rate by which it learns, and does not go there.
-Then what it costs to compile nets of growing depth: repeat compiles its layer once, serial every one. Data are random:
-nothing to download.
+Both sides start from the same parameters and see the same batches and keys; they take 200 steps of descent with
+momentum, in float32, and fewer in float64. Training can be chaotic: the slightest rounding grows, and it grows faster
+if the steps are larger. So jax.grad is also compared with itself, from weights that are off by one rounding; each model
+has a learning rate by which it learns and which stays clear of chaos. Then nets of growing depth are compiled: repeat
+compiles its layer once, serial compiles every one. The data are random, so nothing is downloaded.
 """
 
 import time
@@ -23,6 +23,8 @@ from rich.table import Table
 import fnbp
 from experiments.shared import report
 from experiments.shared.report import console
+
+MINUTES = 8  # on two CPU cores
 
 BOUND = 1e-4  # of the losses' relative difference in float32
 BOUND_64 = 1e-6  # in float64, over STEPS_64 steps

@@ -1,8 +1,8 @@
-"""What a gradient costs: fnbp.value_and_grad beside jax.value_and_grad, both compiled, in one run.
+"""A manual gradient costs what that of jax.grad costs; what it shows beside the gradient costs little.
 
-For each net: against the same forward differentiated automatically, and against the net as one would write it in plain
-JAX with optax's loss. Then what trace and the per-example norms add. Ratios are manual / automatic, the median over
-interleaved samples; memory is the compiled program's temporary memory; FLOPs are as XLA counts them.
+Each net is timed against the same forward differentiated automatically, and against the net as one would write it in
+plain JAX with the loss of optax. Then come trace and the per-example norms. A ratio is manual / automatic, the median
+over interleaved samples; memory is the temporary memory of the compiled program; FLOPs are those that XLA counts.
 """
 
 import time
@@ -20,6 +20,8 @@ import fnbp
 from experiments.shared import report
 from experiments.shared.report import console
 from fnbp.measurement import Cost, flops_of, ratio, temp_bytes_of, versus
+
+MINUTES = 4  # on two CPU cores
 
 NETS = (  # widths, batch, activation
     ((784, 1024, 1024, 10), 512, "relu"),

@@ -1,7 +1,7 @@
-"""A convolutional network on MNIST or Fashion-MNIST, trained by its manual backward alone: LeNet-5 or a residual net.
+"""A convolutional network learns MNIST or Fashion-MNIST by its manual backward alone: LeNet-5 or a residual net.
 
-Prints the network, the test accuracy after each epoch, and what the training took. --side-by-side trains once more by
-jax.grad over the same batches, and holds losses and costs against each other.
+It prints the network, the test accuracy after each epoch, and what the training took. --side-by-side trains once more
+by jax.grad over the same batches and compares losses and costs.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from typing import Literal
 import fnbp
 from experiments.shared import data, report
 from experiments.shared.classification import Training, classify
+
+MINUTES = 1  # on two CPU cores
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Does compare name the culprit? One mistake in a random net of eight layers or more: layer, leaf, likely mistake."""
+"""compare names the culprit of one mistake in a random net of many layers: its layer, its leaf, its likely kind."""
 
 import os
 import time
@@ -16,6 +16,8 @@ from rich.table import Table
 import fnbp
 from experiments.shared import report
 from experiments.shared.random_nets import random_net, size
+
+MINUTES = 15  # on two CPU cores
 
 
 @dataclass
@@ -184,7 +186,12 @@ def main(settings: Settings) -> int:
             report.console.print(
                 f"[yellow]missed[/] seed {one['seed']}: planted {one['planted']}, blamed {one['blamed']}"
             )
-    report.save(settings.out, settings, rates | {"trials": said})
+    sizes = {
+        "nets": len(said),
+        "fewest_layers": min(o["layers"] for o in said),
+        "most_layers": max(o["layers"] for o in said),
+    }
+    report.save(settings.out, settings, rates | sizes | {"trials": said})
     return int(rates["layer"] < 0.99 or rates["leaf"] < 0.97 or rates["mistake"] < 0.9)
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 import fnbp
+from experiments.shared.commands import commands
 from tests.cases import CASES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "fnbp").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
-RUNNABLE = [
-    path.parent.name if path.stem == "__main__" else path.stem for path in EXPERIMENTS if "__main__" in path.read_text()
-]
+RUNNABLE = [command.name for command in commands()]
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
 DIFFERENTIATORS = {"comparison", "measurement", "interop"}  # modules, and a package
 FLOORS = (  # rooms: files and packages; imports run down these, one way
@@ -47,7 +46,12 @@ def returns(function):
     return getattr(annotation, "__name__", annotation)
 
 
-LIFTS = {"stateless", "map_layers", "activation", "replace_functions"}  # they return a Layer but are no layer of their own
+LIFTS = {
+    "stateless",
+    "map_layers",
+    "activation",
+    "replace_functions",
+}  # they return a Layer but are no layer of their own
 BLOCKS = {"residual", "gelu_mlp", "swiglu", "transformer_block", "bidirectional", "stacked"}
 COMBINATORS = {"serial", "skip", "parallel", "repeat", "ragged", "remat", "cast", "freeze", "tie", "from_jax"} | BLOCKS
 LAYERS = {name for name, f in constructors().items() if returns(f) == "Layer"} - LIFTS

@@ -1,9 +1,9 @@
-"""A transformer that learns Shakespeare letter by letter, by its manual backward alone; at the end it writes.
+"""A transformer learns Shakespeare letter by letter, by its manual backward alone; at the end it writes.
 
 The defaults are the CPU recipe of nanoGPT (github.com/karpathy/nanoGPT, README): 4 layers, 4 heads, width 128, 64
-letters of context, batches of 12, 2,000 steps, no dropout, but for the learning rate (--learning-rate 1e-3 is its own);
-its validation loss is 1.88. --peer trains the same model in PyTorch eager in turns with this one, from the same
-weights, on the same batches; --side-by-side trains by jax.grad too.
+letters of context, batches of 12, 2,000 steps, no dropout. Only the learning rate differs (--learning-rate 1e-3 is
+nanoGPT's); its validation loss is 1.88. --peer trains the same model in PyTorch eager in turns with this one, from the
+same weights, on the same batches; --side-by-side also trains by jax.grad.
 """
 
 import math
@@ -24,6 +24,8 @@ import fnbp
 from experiments.charlm import peer as charlm_torch
 from experiments.shared import data, report
 from experiments.shared.report import console
+
+MINUTES = 2  # on two CPU cores
 
 NANOGPT = 1.88
 SAMPLED = 240  # blocks that its figure is the mean of: 20 batches of 12, drawn from the last tenth

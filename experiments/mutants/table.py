@@ -262,6 +262,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "repeat": (
         Trial(lambda f: f(fnbp.dense(3), 2), (7, 3)),
         Trial(lambda f: closed(f(fnbp.serial(fnbp.dense(3), fnbp.tanh()), 2)), (7, 3)),
+        Trial(lambda f: closed(f(fnbp.dense(3), 1)), (7, 3)),
         Trial(lambda f: closed(f(fnbp.batch_norm(), 2)), (7, 3), train=True),
     ),
     "ragged": (Trial(lambda f: of_lengths(f(fnbp.serial(fnbp.scan(fnbp.rnn_cell(2)), fnbp.last()))), (5, 7, 3)),),

@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,10 @@ def make_folder(out: Path) -> None:
 
 
 def save(out: Path, settings: Any, measured: dict[str, Any]) -> None:
-    """result.json: settings, measured figures, versions, device."""
+    """Write result.json: the command, its settings, the measured figures, the day, the versions, the device."""
     result = {
+        "command": command_of(settings),
+        "date": date.today().isoformat(),
         "settings": {name: plain(value) for name, value in asdict(settings).items()},
         "measured": {name: plain(value) for name, value in measured.items()},
         "versions": versions(),
@@ -79,6 +83,30 @@ def save(out: Path, settings: Any, measured: dict[str, Any]) -> None:
     }
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     console.print(f"\nsaved {out / 'result.json'}", highlight=False)
+
+
+PLACES = ("out", "data_folder", "download", "jobs", "resume")  # settings that change no figure
+
+
+def command_of(settings: Any) -> str:
+    """What a shell is given to run with these settings: "python -m experiments.digits --seed 1"."""
+    module = sys.modules[type(settings).__module__]
+    spec = getattr(module, "__spec__", None)
+    name = (spec.name if spec is not None else module.__name__).removesuffix(".__main__")
+    words = [f"python -m {name}"]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in PLACES and value != field.default:
+            words += option(field.name.replace("_", "-"), value)
+    return " ".join(words)
+
+
+def option(name: str, value: Any) -> list[str]:
+    """The words of one option."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--{name}", *(shlex.quote(str(one)) for one in values)]
 
 
 def plain(value: Any) -> Any:
