@@ -6,9 +6,10 @@ trainings part, the test accuracy, and what a gradient costs either way. The exi
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,17 @@ def main(settings: Settings) -> int:
 GRADIENTS = (fnbp.value_and_grad, fnbp.automatic_value_and_grad)
 
 
-def train(net, loss, params, state, loaded, settings: Settings, key, gradient, **stop) -> fnbp.Fit:
+def train(
+    net: fnbp.Layer,
+    loss: fnbp.Loss,
+    params: Any,
+    state: Any,
+    loaded: data.Data,
+    settings: Settings,
+    key: jax.Array,
+    gradient: Callable,
+    **stop: Any,
+) -> fnbp.Fit:
     """Adam over the training part; the same batches for every gradient."""
     return fnbp.fit(
         net,
@@ -135,7 +146,9 @@ def train(net, loss, params, state, loaded, settings: Settings, key, gradient, *
     )
 
 
-def trajectories(net, loss, params, state, loaded, settings: Settings, key) -> np.ndarray:
+def trajectories(
+    net: fnbp.Layer, loss: fnbp.Loss, params: Any, state: Any, loaded: data.Data, settings: Settings, key: jax.Array
+) -> np.ndarray:
     """The relative difference of the losses of STEPS steps in float64, manual against automatic."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
@@ -151,7 +164,15 @@ def difference(manual: np.ndarray, automatic: np.ndarray) -> np.ndarray:
     return abs(manual - automatic) / abs(automatic)
 
 
-def figure(path: Path, net, manual, automatic, compared: fnbp.Report, loaded, floor: float) -> None:
+def figure(
+    path: Path,
+    net: fnbp.Layer,
+    manual: fnbp.Fit,
+    automatic: fnbp.Fit,
+    compared: fnbp.Report,
+    loaded: data.Data,
+    floor: float,
+) -> None:
     """Losses and their difference, the error of every leaf, the mistaken digits."""
     with plt.rc_context(report.STYLE):
         fig = plt.figure(figsize=(12, 7.5))
@@ -166,7 +187,7 @@ def figure(path: Path, net, manual, automatic, compared: fnbp.Report, loaded, fl
     console.print(f"\nsaved {path}", highlight=False)
 
 
-def draw_losses(over, under, manual: np.ndarray, automatic: np.ndarray, floor: float) -> None:
+def draw_losses(over: Any, under: Any, manual: np.ndarray, automatic: np.ndarray, floor: float) -> None:
     """Both losses over the steps, the floor, and below them their relative difference."""
     steps = np.arange(1, len(manual) + 1)
     over.plot(steps, automatic, color=report.AUTOMATIC, lw=3, alpha=0.6, label="jax.grad")
@@ -185,7 +206,7 @@ def draw_losses(over, under, manual: np.ndarray, automatic: np.ndarray, floor: f
     under.set_ylim(1e-8, 1e-4)
 
 
-def draw_errors(axes, compared: fnbp.Report) -> None:
+def draw_errors(axes: Any, compared: fnbp.Report) -> None:
     """The relative error of every leaf in float64, the layer alone and at the end of the whole pass."""
     rows = compared.rows
     least = 1e-18
@@ -205,7 +226,7 @@ def draw_errors(axes, compared: fnbp.Report) -> None:
     axes.legend(loc="center right")
 
 
-def draw_mistakes(fig, net, fitted: fnbp.Fit, loaded, shown: int = 10) -> None:
+def draw_mistakes(fig: Any, net: fnbp.Layer, fitted: fnbp.Fit, loaded: data.Data, shown: int = 10) -> None:
     """The held-out images that the network mistakes, with what it says and what they are."""
     prediction = np.asarray(
         net.forward(fitted.params, fitted.state, jnp.asarray(loaded.test_x), fnbp.Context())[0]

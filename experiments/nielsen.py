@@ -62,7 +62,9 @@ def network(hidden: int, init: str = "chapter1") -> fnbp.Layer:
     return fnbp.serial(fnbp.dense(hidden, W, "normal"), fnbp.sigmoid(), fnbp.dense(10, W, "normal"), fnbp.sigmoid())
 
 
-def train(net, loaded: data.Data, settings: Settings, seed: int) -> tuple[np.ndarray, fnbp.Fit, float, tuple]:
+def train(
+    net: fnbp.Layer, loaded: data.Data, settings: Settings, seed: int
+) -> tuple[np.ndarray, fnbp.Fit, float, tuple]:
     """Test accuracy after each epoch, the Fit, its wall seconds with compilation, and the weights it began with."""
     key_init, key_fit = jax.random.split(jax.random.key(seed))
     params, state = net.init(key_init, loaded.train_x[:1])

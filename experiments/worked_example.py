@@ -4,6 +4,7 @@ The manual backward of fnbp stands beside jax.grad and finite differences, in fl
 formulas worked in NumPy. The two errata are named. The exit code is 1 if any of the four disagree.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def J_from(start: str, values: dict, w: dict, y: float):
     return J
 
 
-def finite_differences(J, at: np.ndarray, h: float = 1e-6) -> np.ndarray:
+def finite_differences(J: Callable, at: np.ndarray, h: float = 1e-6) -> np.ndarray:
     """Central differences, one number at a time."""
     slopes = np.empty(at.shape)
     for i in np.ndindex(at.shape):

@@ -160,7 +160,9 @@ def optimizer_of(settings: Settings) -> optax.GradientTransformation:
 class Trained:
     """Parameters on their way: one step after another on crops of a text."""
 
-    def __init__(self, net: fnbp.Layer, params, state, train: np.ndarray, held_out: np.ndarray, settings: Settings):
+    def __init__(
+        self, net: fnbp.Layer, params: Any, state: Any, train: np.ndarray, held_out: np.ndarray, settings: Settings
+    ):
         self.net, self.params, self.state, self.settings = net, params, state, settings
         self.optimizer, self.key = optimizer_of(settings), jax.random.key(settings.seed + 1)
         self.opt_state = self.optimizer.init(params)

@@ -123,7 +123,7 @@ def saved(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str,
     for place in [Place(whole, "elts", len(whole.elts) - 1, res, res), *expressions(res, res)]:
         for _, new in changes(place.node, place.parent, scope):
             words = words_of(place, new)
-            with replaced(place.parent, place.field, place.index, new):
+            with replaced(place.parent, place.field, place.item, new):
                 yield "residual", words, ast.unparse(top)
     if not isinstance(res, ast.Tuple):
         return
@@ -161,7 +161,7 @@ class Place(NamedTuple):
 
     parent: Any
     field: str
-    index: int | None
+    item: int | None
     node: Any
     within: Any
 

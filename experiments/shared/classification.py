@@ -1,6 +1,7 @@
 """What the experiments on labelled examples share: training by the manual backward, and by jax.grad on request."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +98,16 @@ def training(key: jax.Array) -> fnbp.Context:
     return fnbp.Context(key, train=True)
 
 
-def train(net, loss, params, state, loaded: Data, settings: Training, key, gradient) -> Run:
+def train(
+    net: fnbp.Layer,
+    loss: fnbp.Loss,
+    params: Any,
+    state: Any,
+    loaded: Data,
+    settings: Training,
+    key: jax.Array,
+    gradient: Callable,
+) -> Run:
     """Adam, its learning rate going up, then down; the accuracy on the test part after each epoch."""
     measure, accuracies = report.accuracy(net), []
     steps = settings.epochs * (len(loaded.train_y) // settings.batch_size)
