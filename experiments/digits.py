@@ -24,7 +24,7 @@ from experiments.shared.report import console
 MINUTES = 0.5  # on two CPU cores
 
 STEPS = 500  # over which the losses of the two trainings are compared, in float32 and in float64
-FORMULAS = {  # of the document's section 4.1
+FORMULAS = {  # B1 of fnbp/README.md, by layer
     "serial[0]": "z1 = W1 x + b1",
     "serial[1]": "a1 = sigma(z1)",
     "serial[2]": "z2 = W2 a1 + b2",
@@ -34,37 +34,37 @@ FORMULAS = {  # of the document's section 4.1
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the main job."""
+    """Settings of the main experiment."""
 
     data: Literal["digits", "mnist", "fashion"] = "digits"
-    """scikit-learn's digits need no download; MNIST and Fashion-MNIST do."""
+    """The digits of scikit-learn need no download; MNIST and Fashion-MNIST do."""
     hidden: int = 100
     """Width of the hidden layer."""
     activation: str = "sigmoid"
-    """Of both layers, by name; the document's is sigmoid."""
+    """The activation of both layers, by name."""
     epochs: int = 60
     """Passes over the training data."""
     batch_size: int = 16
     learning_rate: float = 0.01
-    """Of Adam."""
+    """The learning rate of Adam."""
     seed: int = 0
-    """Of the parameters and the order of the batches."""
+    """The seed of the parameters and of the order of the batches."""
     data_folder: Path | None = None
-    """Where these lie; else $FNBP_DATA, else the user's cache."""
+    """The folder of the data; by default $FNBP_DATA, else the user's cache."""
     download: bool = False
-    """Fetch them if they are not there."""
+    """Download the data if they are missing."""
     out: Path = Path("results/digits")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 def document_network(hidden: int, classes: int, activation: str = "sigmoid") -> fnbp.Layer:
-    """The three-layer network of section 4.1; its softmax is in the loss."""
+    """The three-layer network of fnbp/README.md; its softmax is in the loss."""
     layers = (fnbp.dense(hidden), fnbp.activation(activation), fnbp.dense(classes), fnbp.activation(activation))
     return fnbp.serial(*layers)
 
 
 def main(settings: Settings) -> int:
-    """Run the experiment; 0 if every gradient agrees."""
+    """Run the experiment. Returns: 0 if every gradient agrees, else 1."""
     began = time.perf_counter()
     loaded = data.load(settings.data, settings.data_folder, settings.download)
     classes = int(loaded.train_y.max()) + 1
@@ -130,7 +130,7 @@ def train(
     gradient: Callable,
     **stop: Any,
 ) -> fnbp.Fit:
-    """Adam over the training part; the same batches for every gradient."""
+    """Train by Adam on the training part, over the same batches for every gradient."""
     return fnbp.fit(
         net,
         loss,
@@ -173,7 +173,7 @@ def figure(
     loaded: data.Data,
     floor: float,
 ) -> None:
-    """Losses and their difference, the error of every leaf, the mistaken digits."""
+    """Draw the losses and their difference, the error of every leaf, and the digits that are mistaken."""
     with plt.rc_context(report.STYLE):
         fig = plt.figure(figsize=(12, 7.5))
         left, right = fig.subfigures(1, 2, squeeze=False, width_ratios=(1.15, 1))[0]
@@ -188,7 +188,7 @@ def figure(
 
 
 def draw_losses(over: Any, under: Any, manual: np.ndarray, automatic: np.ndarray, floor: float) -> None:
-    """Both losses over the steps, the floor, and below them their relative difference."""
+    """Draw both losses over the steps and their floor, and below them their relative difference."""
     steps = np.arange(1, len(manual) + 1)
     over.plot(steps, automatic, color=report.AUTOMATIC, lw=3, alpha=0.6, label="jax.grad")
     over.plot(steps, manual, color=report.MANUAL, lw=0.8, label="manual backward")
@@ -207,7 +207,7 @@ def draw_losses(over: Any, under: Any, manual: np.ndarray, automatic: np.ndarray
 
 
 def draw_errors(axes: Any, compared: fnbp.Report) -> None:
-    """The relative error of every leaf in float64, the layer alone and at the end of the whole pass."""
+    """Draw the relative error of every leaf in float64, of the layer by itself and at the end of the whole pass."""
     rows = compared.rows
     least = 1e-18
     names = [f"{row.path.split('.')[-1]}  d{row.leaf}" for row in rows]
@@ -227,7 +227,7 @@ def draw_errors(axes: Any, compared: fnbp.Report) -> None:
 
 
 def draw_mistakes(fig: Any, net: fnbp.Layer, fitted: fnbp.Fit, loaded: data.Data, shown: int = 10) -> None:
-    """The held-out images that the network mistakes, with what it says and what they are."""
+    """Draw the held-out images that the network mistakes, with its answer and the label."""
     prediction = np.asarray(
         net.forward(fitted.params, fitted.state, jnp.asarray(loaded.test_x), fnbp.Context())[0]
     ).argmax(-1)

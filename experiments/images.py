@@ -21,13 +21,13 @@ class Settings(Training):
 
     model: Literal["lenet", "resnet"] = "lenet"
     depth: int = 8
-    """Of the residual network: 6 n + 2 layers; 20 is the least of the paper, and takes some 3 times as long as 8."""
+    """The depth of the residual network, 6 n + 2; the paper starts at 20, which takes about 3 times as long as 8."""
     width: int = 16
-    """Channels of its first stage."""
+    """The number of channels of its first stage."""
     limit: int = 0
-    """Train on so many images only; 0: all 60,000."""
+    """The number of images to train on; 0 means all 60,000."""
     out: Path = Path("results/images")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 def main(settings: Settings) -> int:

@@ -24,11 +24,11 @@ class Settings(Training):
     model: Literal["lstm", "gru"] = "lstm"
     units: int = 128
     layers: int = 1
-    """Recurrent layers, one on another."""
+    """The number of recurrent layers, stacked."""
     rate: float = 0.0
-    """Of dropout between them."""
+    """The rate of dropout between them."""
     out: Path = Path("results/rows")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 def main(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""Mutants that are no mistakes: what survives because it computes the same, and why."""
+"""Mutants that are no mistakes: each survives because it computes the same, for the reason given."""
 
 import re
 from functools import cache
@@ -14,10 +14,10 @@ CENTRED = "the rows of this dx sum to 0: their mean is rounding"
 CHECKED = "it only checks lengths, which are alike"
 ALIKE = "dy has the dtype of y"
 ROUNDED = "its own rounding is no larger than that of the result, in a dtype of 8 or 11 bits"
-SHAPED = "of what is saved here, the shape behind the first axis alone is read"
+SHAPED = "only the shape behind the first axis is read of what is saved here"
 WHOLE = "tokens are whole numbers of at least 0: in an array of integers no such change is to be seen"
-SLIDING = "where windows are slid the size of what they lie over is not read"
-TYPED = "of what is saved here, the dtype alone is read"
+SLIDING = "where windows are slid, the size of the array below them is not read"
+TYPED = "only the dtype is read of what is saved here"
 DROPPED = "JAX drops what is added out of range, asked to or not"
 VECTOR = "a vector is its own transpose"
 BOUNDED = "x^ is at most the root of the number of features"
@@ -117,10 +117,10 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
 
 @cache
 def pattern(text: str) -> re.Pattern:
-    """A pattern in which * alone is special."""
+    """A pattern in which only * is special."""
     return re.compile(".*".join(re.escape(part) for part in text.split("*")))
 
 
 def reason_of(name: str) -> str:
-    """Why the mutant of that id is equivalent, "" where no reason is known."""
+    """The reason why the mutant of that id is equivalent, or "" if none is known."""
     return next((reason for text, reason in EQUIVALENT if pattern(text).fullmatch(name)), "")

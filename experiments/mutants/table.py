@@ -31,7 +31,7 @@ LENGTHS = np.array([3, 5, 1, 0, 7])
 
 
 def of_lengths(layer: fnbp.Layer) -> fnbp.Layer:
-    """A ragged layer as one of x alone, with fixed lengths."""
+    """A ragged layer as a layer of x, with fixed lengths."""
 
     def init(key, x):
         return layer.init(key, (x, LENGTHS[: x.shape[0]]))
@@ -52,7 +52,7 @@ def closed(layer: fnbp.Layer) -> fnbp.Layer:
 
 
 def with_start(scan: fnbp.Layer, given: bool) -> fnbp.Layer:
-    """A scan of x alone that is given a start, the first position of x, or None; y and the end come out as a sum."""
+    """A scan as a layer of x: it starts at the first position of x, or at None, and returns y plus the end."""
 
     def start(x):
         return (x[:, 0] if given else None), x

@@ -42,9 +42,9 @@ class Settings:
     """Settings of the survey."""
 
     only: str = ""
-    """Run the entries with this in their name."""
+    """Run only the entries whose name contains this."""
     out: Path = Path("results/published")
-    """Where result.json goes."""
+    """The folder for result.json."""
 
 
 class Finding(NamedTuple):
@@ -110,12 +110,12 @@ def main(settings: Settings) -> int:
 
 
 def dtypes_of(entry: Entry) -> tuple[Any, ...]:
-    """float32, and bfloat16 where it is to be run."""
+    """The dtypes of an entry: float32, and bfloat16 if it is to be run."""
     return (np.float32,) if entry.bfloat16 is None else (np.float32, jnp.bfloat16)
 
 
 def find(entry: Entry, dtype: Any, **options: Any) -> Finding:
-    """compare's word on an entry."""
+    """Ask compare about an entry."""
     began = time.perf_counter()
     told = entry.compare(dtype, **options)
     expected = entry.expected if dtype == np.float32 else entry.bfloat16 or "ok"
@@ -134,7 +134,7 @@ def find(entry: Entry, dtype: Any, **options: Any) -> Finding:
 
 
 def sentence(row: Row) -> str:
-    """Where it is and what compare takes it for."""
+    """A sentence that says where the fault is and what compare takes it for."""
     values = f"{row.manual:.4g} for {row.automatic:.4g}" if row.manual == row.manual and row.index else ""
     said = row.hint or values or FAULTS.get(row.kind, "")
     return f"{'d' + row.leaf if row.leaf else 'all'}{f' on {row.probe!r}' if row.probe else ''}: {said}"
@@ -147,7 +147,7 @@ def described(entry: Entry) -> dict[str, Any]:
 
 
 def table(chosen: list[Entry], found: dict[str, list[Finding]]) -> Table:
-    """An entry a row: float32 above bfloat16."""
+    """A table with one row for each entry: float32 above bfloat16."""
     top = Table(title="Published backwards: float32 above bfloat16", title_justify="left", show_lines=True)
     for name in ("form and source", "way in", "verdict", "z", "rho", "what was found"):
         numeric = name in ("z", "rho")
@@ -171,7 +171,7 @@ def cell(finding: Finding) -> tuple[Text, Text, Text]:
 
 
 def words(entry: Entry, findings: list[Finding]) -> str:
-    """What was found, once where both dtypes tell the same, and our remark."""
+    """The findings, only one of them if both dtypes agree, and our remark."""
     first, *others = findings
     found = [first.told] + [f"{f.dtype}: {f.told}" for f in others if f.told and f.verdict != first.verdict]
     purpose = "another rule, on purpose" if entry.deliberate else ""

@@ -151,7 +151,7 @@ def embedding_scatter(args: tuple, dy: jax.Array):
 
 
 def embedding_buffered(args: tuple, dy: jax.Array):
-    """dW[tokens] += dy as NumPy has it: of a token that comes twice, the last alone counts."""
+    """dW[tokens] += dy as NumPy has it: if a token comes twice, only the last one counts."""
     W, tokens = args
     dW = jnp.zeros_like(W)
     return dW.at[tokens].set(dW[tokens] + dy), None
@@ -200,7 +200,7 @@ ENTRIES = (
         bfloat16="formula",
         right=False,
         deliberate=True,
-        remark="errors leave the cell by its output alone",
+        remark="errors leave the cell only by its output",
     ),
     Entry("LSTM step with peepholes", GREFF, peephole_lstm, PEEPHOLE, peephole_backward),
     Entry(

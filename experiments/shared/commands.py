@@ -1,4 +1,4 @@
-"""Every command of the experiments: what each claims, and how long it takes, as its own file says."""
+"""The commands of the experiments: what each claims and how long it takes, as its own file says."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every experiment does around its claim: settings in, tables out, a figure and a result.json into --out."""
+"""What every experiment does around its claim: read settings, print tables, write a figure and a result.json."""
 
 import json
 import multiprocessing
@@ -44,11 +44,11 @@ STYLE: dict[Any, Any] = {
 
 
 class InputError(Exception):
-    """A mistake of the person at the keyboard, told in a sentence and without a traceback."""
+    """A mistake of the person at the keyboard, reported in a sentence without a traceback."""
 
 
 def run(settings_type: type, main: Callable[[Any], int]) -> None:
-    """Parse the command line into settings, run main on them, exit with its code; 2 for a mistake in the settings."""
+    """Parse the command line into settings, run main on them, and exit with its code, or with 2 after an InputError."""
     settings = tyro.cli(settings_type, description=sys.modules[settings_type.__module__].__doc__)
     try:
         if getattr(settings, "out", None) is not None:
@@ -61,7 +61,7 @@ def run(settings_type: type, main: Callable[[Any], int]) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """The folder for results, tried before anything is computed. InputError where it cannot be written."""
+    """Make the folder for results before anything is computed. Raises: InputError if it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         trial = out / ".trial"
@@ -102,7 +102,7 @@ def command_of(settings: Any) -> str:
 
 
 def option(name: str, value: Any) -> list[str]:
-    """The words of one option."""
+    """The words of one option on a command line."""
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     values = value if isinstance(value, tuple) else (value,)
@@ -110,7 +110,7 @@ def option(name: str, value: Any) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """value as JSON has it."""
+    """A value in the types of JSON."""
     if isinstance(value, (np.ndarray, jax.Array)):
         return value.tolist()
     if isinstance(value, np.generic):
@@ -123,14 +123,14 @@ def plain(value: Any) -> Any:
 
 
 def share_compiled(folder: str) -> None:
-    """For worker processes: what one has compiled the others load. Call it before the first computation."""
+    """In a worker process: load what other workers have compiled. Call it before the first computation."""
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def spread(f: Callable, tasks: list[tuple], jobs: int, log: Path, title: str) -> Iterator[dict[str, Any]]:
-    """f of every task, over processes that share what they compile; each result is a line of log as it comes."""
+    """Run f on every task, in processes that share what they compile; write each result to log as it comes."""
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as compiled,
@@ -146,13 +146,13 @@ def spread(f: Callable, tasks: list[tuple], jobs: int, log: Path, title: str) ->
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """The versions of the software that the figures depend on."""
     modules = {"jax": jax, "numpy": np, "optax": optax}
     return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
 
 
 def device() -> dict[str, Any]:
-    """Where it ran."""
+    """The device and the machine that run this process."""
     return {
         "platform": jax.default_backend(),
         "kind": jax.devices()[0].device_kind,
@@ -163,7 +163,7 @@ def device() -> dict[str, Any]:
 
 
 def count(params: Any) -> int:
-    """How many numbers a tree of parameters holds."""
+    """The number of numbers in a tree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -179,7 +179,7 @@ def accuracy(net: fnbp.Layer) -> Callable[[Any, Any, Any, Any], jax.Array]:
 
 
 def figures(rows: list[tuple[str, str]]) -> Table:
-    """Measured figures, a line each."""
+    """A table of measured figures, one on each line."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows:
         table.add_row(name, value)

@@ -36,7 +36,7 @@ def read(name: str) -> dict[str, dict[str, Any]]:
 
 
 def check(where: str, record: Any) -> None:
-    """InputError unless a record of a run has every entry of SCHEMA, and no other."""
+    """Raise InputError unless a record of a run has every entry of SCHEMA and no other."""
     if not isinstance(record, dict) or set(record) != set(SCHEMA):
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise InputError(f"{where}: expected the entries {sorted(SCHEMA)}, got {found}")
@@ -82,7 +82,7 @@ def publish(folder: Path, run: str, note: str = "") -> Path:
 
 
 def small(measured: dict[str, Any]) -> dict[str, Any]:
-    """Figures without what is no figure: long lists, such as the losses of every step, and long texts."""
+    """The figures without long lists, as of the losses of every step, and without long texts."""
 
     def fits(value: Any) -> bool:
         if isinstance(value, str):

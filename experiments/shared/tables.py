@@ -103,7 +103,7 @@ TABLES: dict[str, Shown] = {
         ),
     ),
     "worked example": Shown(
-        ("section 4.3 against NumPy, in float64", "largest relative error"),
+        ("the example against plain NumPy, in float64", "largest relative error"),
         (
             Row("the manual backward", "worked_example/default", ("{max_relative_error_float64:.1e}",)),
             Row("jax.grad", "worked_example/default", ("{max_relative_error_jax_grad:.1e}",)),
