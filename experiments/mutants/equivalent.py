@@ -22,6 +22,7 @@ DROPPED = "JAX drops what is added out of range, asked to or not"
 VECTOR = "a vector is its own transpose"
 BOUNDED = "x^ is at most the root of the number of features"
 GROUPS = "it is the number of groups, a whole number of at least 1"
+RECORDED = "it changes only what trace and the whole pass of compare record; the gradients stay as they are"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
 ELU = "layers/activation.py:elu.backward:"
@@ -58,6 +59,8 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/pooling.py:avg_pool.backward:precision: wide(dy) -> dy in *", ROUNDED),
     ("layers/pooling.py:avg_pool.backward:name: dy -> like_x in *.astype(dy.dtype)", "x has the dtype of dy"),
     ("layers/pooling.py:global_avg_pool.backward:name: dy -> spread in *", "both have as many examples"),
+    ("combinators/tie.py:look_up:name: at -> tree in isinstance(at, Around)", RECORDED),
+    ("combinators/tie.py:put:name: value -> * in put(tree.inside, keys, value)", RECORDED),
     ("combinators/parts.py:one_part.backward_packed:constant: 0 -> -1 in backward(params[0], res, dy)", ONE_ENTRY),
     ("combinators/parts.py:one_part.backward_packed:factors: factors: in another order", ONE_ENTRY),
     ("combinators/parts.py:one_part.backward_packed:factors: factors: those of the first, throughout", ONE_ENTRY),

@@ -269,6 +269,8 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "remat": (
         Trial(lambda f: f(fnbp.dense(5)), (7, 3)),
         Trial(lambda f: f(fnbp.dropout(0.3)), (7, 3), train=True),
+        Trial(lambda f: closed(f(fnbp.dense(5))), (7, 3)),
+        Trial(lambda f: f(fnbp.batch_norm()), (7, 3)),
     ),
     "cast": (
         Trial(lambda f: f(fnbp.dense(5), "float32"), (7, 3)),
