@@ -258,6 +258,11 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(fnbp.dense(5), fnbp.dense(5)), (7, 3)),
         Trial(lambda f: f(fnbp.dense(5), fnbp.tanh(), join="concat"), (7, 3)),
         Trial(lambda f: f(fnbp.dense(5), fnbp.dense(5), fnbp.dense(5), join="product"), (7, 3)),
+        Trial(lambda f: f(fnbp.dense(5), fnbp.tanh(), fnbp.dense(2), join="concat"), (5, 3, 7)),
+        Trial(lambda f: f(fnbp.dense(5)), (7, 3)),
+        Trial(lambda f: fnbp.serial(f(fnbp.identity(), fnbp.dense(7), join="tuple"), fnbp.attention(3)), (2, 5, 6)),
+        Trial(lambda f: f(fnbp.dense(5), join="product"), (7, 3)),
+        Trial(lambda f: f(fnbp.dense(5), join="concat"), (7, 3)),
     ),
     "repeat": (
         Trial(lambda f: f(fnbp.dense(3), 2), (7, 3)),
