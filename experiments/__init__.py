@@ -1,1 +1,1 @@
-"""One runnable file a claim: python -m experiments.NAME --help."""
+"""Experiments: each command proves one claim. `python -m experiments` lists them."""

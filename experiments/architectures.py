@@ -1,10 +1,10 @@
-"""Every model of fnbp.models at a real size: 200 steps by the manual backward and by jax.grad, and what each costs.
+"""Every model of fnbp.models trains alike by the manual backward and by jax.grad, and what a gradient costs.
 
-The same parameters, batches and keys on both sides, descent with momentum, in float32 and in float64. Training may be
-chaotic: the slightest rounding grows, the faster the larger the steps. So jax.grad is held against itself too, from
-weights that are off by one rounding; each model has a learning rate by which it learns, and does not go there.
-Then what it costs to compile nets of growing depth: repeat compiles its layer once, serial every one. Data are random:
-nothing to download.
+Both sides start from the same parameters and see the same batches and keys; they take 200 steps of descent with
+momentum, in float32, and fewer in float64. Training can be chaotic: the slightest rounding grows, and it grows faster
+if the steps are larger. So jax.grad is also compared with itself, from weights that are off by one rounding; each model
+has a learning rate by which it learns and which stays clear of chaos. Then nets of growing depth are compiled: repeat
+compiles its layer once, serial compiles every one. The data are random, so nothing is downloaded.
 """
 
 import time
@@ -23,6 +23,8 @@ from rich.table import Table
 import fnbp
 from experiments.shared import report
 from experiments.shared.report import console
+
+MINUTES = 8  # on two CPU cores
 
 BOUND = 1e-4  # of the losses' relative difference in float32
 BOUND_64 = 1e-6  # in float64, over STEPS_64 steps
@@ -46,11 +48,11 @@ class Settings:
     depth: bool = True
     """Measure compile times over depth."""
     out: Path = Path("results/architectures")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 class Model(NamedTuple):
-    """A model, what draws its batches, and the learning rate."""
+    """A model, the function that draws its batches, and its learning rate."""
 
     net: fnbp.Layer
     draw: Callable[[np.random.Generator], tuple[Any, Any]]
@@ -73,7 +75,7 @@ def images(batch: int, *size: int, noise: float = 0.5, block: int = 4) -> Callab
 
 
 def shaped(draw: Callable, *shape: int) -> Callable:
-    """The same examples in another shape."""
+    """Draw the same examples in another shape."""
 
     def drawn(rng):
         x, y = draw(rng)
@@ -83,7 +85,7 @@ def shaped(draw: Callable, *shape: int) -> Callable:
 
 
 def ragged(draw: Callable) -> Callable:
-    """The same sequences, cut at random lengths."""
+    """Draw the same sequences, cut at random lengths."""
 
     def drawn(rng):
         x, y = draw(rng)
@@ -93,7 +95,7 @@ def ragged(draw: Callable) -> Callable:
 
 
 def text(batch: int, block: int, vocabulary: int) -> Callable:
-    """Tokens that count up, with noise."""
+    """Draw tokens that count up, with noise."""
 
     def draw(rng):
         x = (rng.integers(0, vocabulary, (batch, 1)) + np.arange(block + 1)) % vocabulary
@@ -116,7 +118,7 @@ MODELS = {
 
 
 def main(settings: Settings) -> int:
-    """Run the comparison; 1 where losses part."""
+    """Run the comparison. Returns: 1 if losses part, else 0."""
     began = time.perf_counter()
     chosen = {name: model for name, model in MODELS.items() if settings.only in name}
     if not chosen:
@@ -165,12 +167,12 @@ def main(settings: Settings) -> int:
 
 
 def equal(one: dict[str, Any]) -> bool:
-    """True where the losses of manual and automatic are equal, in float32 and in float64."""
+    """True if the losses of both trainings are equal, in float32 and in float64."""
     return one["apart"] <= BOUND and one["apart_64"] <= BOUND_64
 
 
 def against(model: Model, settings: Settings) -> dict[str, Any]:
-    """Both trainings, and the cost of both gradients."""
+    """Train one model both ways, and measure the cost of both gradients."""
     net, draw, _ = model
     key = jax.random.key(0)
     x, y = draw(np.random.default_rng(1))
@@ -202,12 +204,12 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def on_floats(f: Callable, tree: Any) -> Any:
-    """f on the floating leaves."""
+    """Apply f to the floating leaves of a tree."""
     return jax.tree.map(lambda a: f(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
 def off_by_a_rounding(params: Any) -> Any:
-    """Every second parameter, by chance, one rounding up."""
+    """Move half of the parameters, chosen at random, up by one rounding."""
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda a: a * (1 + np.float32(2**-23) * rng.integers(0, 2, a.shape).astype(np.float32)), params)
 
@@ -215,7 +217,7 @@ def off_by_a_rounding(params: Any) -> Any:
 def trained(
     gradient: Callable, params: Any, state: Any, model: Model, steps: int, dtype: Any = np.float32
 ) -> np.ndarray:
-    """The losses of as many steps, the batches drawn anew."""
+    """The losses of that many steps, each on a batch of its own."""
     optimizer = optax.sgd(model.learning_rate, momentum=0.9)
 
     @jax.jit
@@ -234,7 +236,7 @@ def trained(
 
 
 def over_depth() -> dict[str, dict[int, float]]:
-    """Seconds that it takes to compile the gradient of a decoder, by its depth; the least of three."""
+    """The seconds that it takes to compile the gradient of a decoder, by its depth: the least of three."""
     block, x = fnbp.transformer_block(128, 4), jnp.ones((2, 16, 128))
     nets = {
         "repeat": {n: fnbp.repeat(block, n) for n in DEPTHS},
@@ -251,14 +253,14 @@ def over_depth() -> dict[str, dict[int, float]]:
 
 
 def timed(f: Callable[[], Any]) -> float:
-    """Seconds of a call."""
+    """The seconds that a call takes."""
     began = time.perf_counter()
     f()
     return time.perf_counter() - began
 
 
 def figure(path: Path, losses: dict[str, np.ndarray]) -> None:
-    """The losses of the manual trainings."""
+    """Draw the losses of the manual trainings."""
     with plt.rc_context(report.STYLE):
         fig, axes = plt.subplots(figsize=(7, 4.2))
         for name, loss in losses.items():

@@ -1,14 +1,15 @@
-"""The document's network, trained on handwritten digits by its own formulas, and proven against jax.grad.
+"""The network of fnbp/README.md learns handwritten digits by its own formulas, which agree with jax.grad.
 
-Prints the network, its manual gradients beside the automatic ones leaf by leaf, how far the losses of the two trainings
-part, the test accuracy, and what a gradient costs either way. Exits with 1 if any gradient disagrees.
+It prints the network, its manual gradients beside the automatic ones leaf by leaf, how far the losses of the two
+trainings part, the test accuracy, and what a gradient costs either way. The exit code is 1 if any gradient disagrees.
 """
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,10 @@ import fnbp
 from experiments.shared import data, report
 from experiments.shared.report import console
 
+MINUTES = 0.5  # on two CPU cores
+
 STEPS = 500  # over which the losses of the two trainings are compared, in float32 and in float64
-FORMULAS = {  # of the document's section 4.1
+FORMULAS = {  # B1 of fnbp/README.md, by layer
     "serial[0]": "z1 = W1 x + b1",
     "serial[1]": "a1 = sigma(z1)",
     "serial[2]": "z2 = W2 a1 + b2",
@@ -31,37 +34,37 @@ FORMULAS = {  # of the document's section 4.1
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the main job."""
+    """Settings of the main experiment."""
 
     data: Literal["digits", "mnist", "fashion"] = "digits"
-    """scikit-learn's digits need no download; MNIST and Fashion-MNIST do."""
+    """The digits of scikit-learn need no download; MNIST and Fashion-MNIST do."""
     hidden: int = 100
     """Width of the hidden layer."""
     activation: str = "sigmoid"
-    """Of both layers, by name; the document's is sigmoid."""
+    """The activation of both layers, by name."""
     epochs: int = 60
     """Passes over the training data."""
     batch_size: int = 16
     learning_rate: float = 0.01
-    """Of Adam."""
+    """The learning rate of Adam."""
     seed: int = 0
-    """Of the parameters and the order of the batches."""
+    """The seed of the parameters and of the order of the batches."""
     data_folder: Path | None = None
-    """Where these lie; else $FNBP_DATA, else the user's cache."""
+    """The folder of the data; by default $FNBP_DATA, else the user's cache."""
     download: bool = False
-    """Fetch them if they are not there."""
+    """Download the data if they are missing."""
     out: Path = Path("results/digits")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 def document_network(hidden: int, classes: int, activation: str = "sigmoid") -> fnbp.Layer:
-    """The three-layer network of section 4.1; its softmax is in the loss."""
+    """The three-layer network of fnbp/README.md; its softmax is in the loss."""
     layers = (fnbp.dense(hidden), fnbp.activation(activation), fnbp.dense(classes), fnbp.activation(activation))
     return fnbp.serial(*layers)
 
 
 def main(settings: Settings) -> int:
-    """Run the experiment; 0 if every gradient agrees."""
+    """Run the experiment. Returns: 0 if every gradient agrees, else 1."""
     began = time.perf_counter()
     loaded = data.load(settings.data, settings.data_folder, settings.download)
     classes = int(loaded.train_y.max()) + 1
@@ -69,7 +72,7 @@ def main(settings: Settings) -> int:
     key_init, key_fit = jax.random.split(jax.random.key(settings.seed))
     params, state = net.init(key_init, loaded.train_x[:1])
     notes = {path: FORMULAS[path.split(".")[0]] for path, _, _ in fnbp.leaves(net, params)}
-    console.print(report.network_table(net, params, state, loaded.train_x[: settings.batch_size], notes))
+    console.print(fnbp.tabulate(net, loaded.train_x[: settings.batch_size], params, state, notes=notes))
     console.print("y_hat = softmax(a2), J = mean cross-entropy of y_hat and y\n", highlight=False)
 
     batch = loaded.train_x[: settings.batch_size], loaded.train_y[: settings.batch_size]
@@ -116,8 +119,18 @@ def main(settings: Settings) -> int:
 GRADIENTS = (fnbp.value_and_grad, fnbp.automatic_value_and_grad)
 
 
-def train(net, loss, params, state, loaded, settings: Settings, key, gradient, **stop) -> fnbp.Fit:
-    """Adam over the training part; the same batches for every gradient."""
+def train(
+    net: fnbp.Layer,
+    loss: fnbp.Loss,
+    params: Any,
+    state: Any,
+    loaded: data.Data,
+    settings: Settings,
+    key: jax.Array,
+    gradient: Callable,
+    **stop: Any,
+) -> fnbp.Fit:
+    """Train by Adam on the training part, over the same batches for every gradient."""
     return fnbp.fit(
         net,
         loss,
@@ -133,7 +146,9 @@ def train(net, loss, params, state, loaded, settings: Settings, key, gradient, *
     )
 
 
-def trajectories(net, loss, params, state, loaded, settings: Settings, key) -> np.ndarray:
+def trajectories(
+    net: fnbp.Layer, loss: fnbp.Loss, params: Any, state: Any, loaded: data.Data, settings: Settings, key: jax.Array
+) -> np.ndarray:
     """The relative difference of the losses of STEPS steps in float64, manual against automatic."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
@@ -149,8 +164,16 @@ def difference(manual: np.ndarray, automatic: np.ndarray) -> np.ndarray:
     return abs(manual - automatic) / abs(automatic)
 
 
-def figure(path: Path, net, manual, automatic, compared: fnbp.Report, loaded, floor: float) -> None:
-    """Losses and their difference, the error of every leaf, the mistaken digits."""
+def figure(
+    path: Path,
+    net: fnbp.Layer,
+    manual: fnbp.Fit,
+    automatic: fnbp.Fit,
+    compared: fnbp.Report,
+    loaded: data.Data,
+    floor: float,
+) -> None:
+    """Draw the losses and their difference, the error of every leaf, and the digits that are mistaken."""
     with plt.rc_context(report.STYLE):
         fig = plt.figure(figsize=(12, 7.5))
         left, right = fig.subfigures(1, 2, squeeze=False, width_ratios=(1.15, 1))[0]
@@ -164,8 +187,8 @@ def figure(path: Path, net, manual, automatic, compared: fnbp.Report, loaded, fl
     console.print(f"\nsaved {path}", highlight=False)
 
 
-def draw_losses(over, under, manual: np.ndarray, automatic: np.ndarray, floor: float) -> None:
-    """Both losses over the steps, the floor, and below them their relative difference."""
+def draw_losses(over: Any, under: Any, manual: np.ndarray, automatic: np.ndarray, floor: float) -> None:
+    """Draw both losses over the steps and their floor, and below them their relative difference."""
     steps = np.arange(1, len(manual) + 1)
     over.plot(steps, automatic, color=report.AUTOMATIC, lw=3, alpha=0.6, label="jax.grad")
     over.plot(steps, manual, color=report.MANUAL, lw=0.8, label="manual backward")
@@ -183,8 +206,8 @@ def draw_losses(over, under, manual: np.ndarray, automatic: np.ndarray, floor: f
     under.set_ylim(1e-8, 1e-4)
 
 
-def draw_errors(axes, compared: fnbp.Report) -> None:
-    """The relative error of every leaf in float64, the layer alone and at the end of the whole pass."""
+def draw_errors(axes: Any, compared: fnbp.Report) -> None:
+    """Draw the relative error of every leaf in float64, of the layer by itself and at the end of the whole pass."""
     rows = compared.rows
     least = 1e-18
     names = [f"{row.path.split('.')[-1]}  d{row.leaf}" for row in rows]
@@ -203,8 +226,8 @@ def draw_errors(axes, compared: fnbp.Report) -> None:
     axes.legend(loc="center right")
 
 
-def draw_mistakes(fig, net, fitted: fnbp.Fit, loaded, shown: int = 10) -> None:
-    """The held-out images that the network mistakes, with what it says and what they are."""
+def draw_mistakes(fig: Any, net: fnbp.Layer, fitted: fnbp.Fit, loaded: data.Data, shown: int = 10) -> None:
+    """Draw the held-out images that the network mistakes, with its answer and the label."""
     prediction = np.asarray(
         net.forward(fitted.params, fitted.state, jnp.asarray(loaded.test_x), fnbp.Context())[0]
     ).argmax(-1)

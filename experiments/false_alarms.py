@@ -1,4 +1,4 @@
-"""Does compare accuse what is right? Random correct nets and functions, in float32 and bfloat16."""
+"""compare does not accuse right backwards: random nets and functions, in float32 and bfloat16."""
 
 import os
 import time
@@ -11,27 +11,29 @@ import numpy as np
 
 from experiments.shared import report
 
+MINUTES = 20  # on two CPU cores
+
 
 @dataclass
 class Settings:
-    """Does compare accuse what is right? Random correct nets, sizes and seeds, layers and functions."""
+    """Settings of the random nets and of the comparisons."""
 
     calls: int = 1000
-    """How many comparisons."""
+    """The number of comparisons."""
     nets: int = 40
-    """How many nets take turns, each call at other values: half layer by layer, half as functions, by to_jax."""
+    """The number of nets that take turns, with new values in each call: half as layers, half as functions."""
     seed: int = 0
-    """Of the first comparison; the others follow."""
+    """The seed of the first comparison; the others follow it."""
     depth: int = 3
-    """The most layers of a net."""
+    """The largest number of layers of a net."""
     jobs: int = os.cpu_count() or 1
-    """How many processes share the work."""
+    """The number of processes that share the work."""
     out: Path = Path("results/false_alarms")
     """The folder for result.json and calls.jsonl."""
 
 
 def one_call(seed: int, which: int, depth: int) -> dict[str, Any]:
-    """One comparison of a right net; what it said."""
+    """Compare one right net. Returns: what compare said."""
     import jax
     import jax.numpy as jnp
 
@@ -68,7 +70,7 @@ def one_call(seed: int, which: int, depth: int) -> dict[str, Any]:
 
 
 def main(settings: Settings) -> int:
-    """Run all calls, print what they said; 1 where more than 1 in 1,000 accuses."""
+    """Run all comparisons and print what they said. Returns: 1 if more than 1 in 1,000 accuse, else 0."""
     tasks = [(settings.seed + i, i % settings.nets, settings.depth) for i in range(settings.calls)]
     said: list[dict[str, Any]] = []
     for call in report.spread(one_call, tasks, settings.jobs, settings.out / "calls.jsonl", "comparing right nets"):
@@ -87,7 +89,13 @@ def main(settings: Settings) -> int:
         ("seconds a call", f"median {np.median([call['seconds'] for call in said]):.1f}"),
     ]
     report.console.print(report.figures(rows))
-    measured = {"calls": len(said), "accused": len(alarms), "largest_z": z.max(), "largest_rho": rho.max()}
+    measured = {
+        "calls": len(said),
+        "leaves": sum(call["leaves"] for call in said),
+        "accused": len(alarms),
+        "largest_z": z.max(),
+        "largest_rho": rho.max(),
+    }
     report.save(settings.out, settings, measured | {"alarms": alarms})
     return int(len(alarms) * 1000 > len(said))
 

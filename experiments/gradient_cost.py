@@ -1,8 +1,8 @@
-"""What a gradient costs: fnbp.value_and_grad beside jax.value_and_grad, both compiled, in one run.
+"""A manual gradient costs what that of jax.grad costs; what it shows beside the gradient costs little.
 
-For each net: against the same forward differentiated automatically, and against the net as one would write it in plain
-JAX with optax's loss. Then what trace and the per-example norms add. Ratios are manual / automatic, the median over
-interleaved samples; memory is the compiled program's temporary memory; FLOPs are as XLA counts them.
+Each net is timed against the same forward differentiated automatically, and against the net as one would write it in
+plain JAX with the loss of optax. Then come trace and the per-example norms. A ratio is manual / automatic, the median
+over interleaved samples; memory is the temporary memory of the compiled program; FLOPs are those that XLA counts.
 """
 
 import time
@@ -21,6 +21,8 @@ from experiments.shared import report
 from experiments.shared.report import console
 from fnbp.measurement import Cost, flops_of, ratio, temp_bytes_of, versus
 
+MINUTES = 4  # on two CPU cores
+
 NETS = (  # widths, batch, activation
     ((784, 1024, 1024, 10), 512, "relu"),
     ((784, 1024, 1024, 10), 512, "sigmoid"),
@@ -36,11 +38,11 @@ class Settings:
     """Settings of the benchmark."""
 
     samples: int = 200
-    """Interleaved samples a comparison."""
+    """The number of interleaved samples for each comparison."""
     seed: int = 0
-    """Of parameters and data."""
+    """The seed of parameters and data."""
     out: Path = Path("results/gradient_cost")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 def problem(widths: tuple[int, ...], batch: int, activation: str, seed: int):
@@ -54,7 +56,7 @@ def problem(widths: tuple[int, ...], batch: int, activation: str, seed: int):
 
 
 def plain_jax(activation: str):
-    """The same net in plain JAX, with optax's loss: (params, state, x, y) -> value, grads."""
+    """The same net in plain JAX, with the loss of optax: (params, state, x, y) -> value, grads."""
 
     def J(params, x, y):
         *hidden, last = [p for p in params if p]
@@ -101,7 +103,7 @@ def main(settings: Settings) -> int:
 
 
 def traced(settings: Settings) -> dict[str, float]:
-    """FLOPs and memory of trace with only its gradients used, over those of value_and_grad."""
+    """The FLOPs and memory of trace, if only its gradients are used, over those of value_and_grad."""
     net, args = problem(*NETS[0], settings.seed)
     loss = fnbp.softmax_cross_entropy()
 
@@ -112,13 +114,14 @@ def traced(settings: Settings) -> dict[str, float]:
     plain, seen = (jax.jit(f).lower(*args).compile() for f in (fnbp.value_and_grad(net, loss), gradients_of_trace))
     flops, memory = (ratio(measure(seen), measure(plain)) or np.nan for measure in (flops_of, temp_bytes_of))
     console.print(
-        f"trace, its gradients alone, over value_and_grad: FLOPs {flops:.5f}, memory {memory:.5f}", highlight=False
+        f"trace, if only its gradients are used, over value_and_grad: FLOPs {flops:.5f}, memory {memory:.5f}",
+        highlight=False,
     )
     return {"trace_flops_ratio": flops, "trace_memory_ratio": memory}
 
 
 def norms(settings: Settings) -> dict[str, float]:
-    """The gradient with all per-example norms, against the gradient alone, and the norms against vmap of jax.grad."""
+    """Time the gradient with all per-example norms against the gradient, and the norms against vmap of jax.grad."""
     net, args = problem(*NORMS_NET, settings.seed)
     loss = fnbp.softmax_cross_entropy()
     both = fnbp.backprop(net, loss, contract=(fnbp.total, fnbp.sq_norms))
@@ -145,7 +148,7 @@ def norms(settings: Settings) -> dict[str, float]:
     console.print(report.figures([
         ("per-example squared norms", f"{'-'.join(map(str, widths))}, batch {batch}, float32"),
         ("  against vmap(jax.grad)", f"relative difference {error:.1e}, {against_vmap.time_ratio:.4f} of its time"),
-        ("  and the gradient, over it alone", f"time {extra.time_ratio:.3f}, memory {extra.memory_ratio:.3f}"),
+        ("  and the gradient, over the gradient only", f"time {extra.time_ratio:.3f}, memory {extra.memory_ratio:.3f}"),
     ]), highlight=False)  # fmt: skip
     return {
         "norms_max_relative_difference": error,
@@ -156,7 +159,7 @@ def norms(settings: Settings) -> dict[str, float]:
 
 
 def comparison(settings: Settings) -> dict[str, float]:
-    """Seconds of compare on the digits net under its loss, in a fresh process and again, in gradients of that net."""
+    """Time compare on the digits net under its loss, in a fresh process and again, also in gradients of that net."""
     net = fnbp.serial(fnbp.dense(100), fnbp.sigmoid(), fnbp.dense(10), fnbp.sigmoid())
     rng = np.random.default_rng(settings.seed)
     x, y = rng.uniform(size=(16, 64)).astype(np.float32), rng.integers(0, 10, 16).astype(np.int32)
@@ -177,7 +180,7 @@ def comparison(settings: Settings) -> dict[str, float]:
 
 
 def figure(path: Path, measured: dict[str, Cost]) -> None:
-    """The time ratios with their quartiles."""
+    """Draw the time ratios with their quartiles."""
     with plt.rc_context(report.STYLE):
         fig, axes = plt.subplots(figsize=(9, 0.6 * len(measured) + 1.2))
         at = np.arange(len(measured))[::-1]

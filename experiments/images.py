@@ -1,7 +1,7 @@
-"""A convolutional network on MNIST or Fashion-MNIST, trained by its manual backward alone: LeNet-5 or a residual net.
+"""A convolutional network learns MNIST or Fashion-MNIST by its manual backward alone: LeNet-5 or a residual net.
 
-Prints the network, the test accuracy after each epoch, and what the training took. --side-by-side trains once more by
-jax.grad over the same batches, and holds losses and costs against each other.
+It prints the network, the test accuracy after each epoch, and what the training took. --side-by-side trains once more
+by jax.grad over the same batches and compares losses and costs.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ import fnbp
 from experiments.shared import data, report
 from experiments.shared.classification import Training, classify
 
+MINUTES = 1  # on two CPU cores
+
 
 @dataclass(frozen=True)
 class Settings(Training):
@@ -19,13 +21,13 @@ class Settings(Training):
 
     model: Literal["lenet", "resnet"] = "lenet"
     depth: int = 8
-    """Of the residual network: 6 n + 2 layers; 20 is the least of the paper, and takes some 3 times as long as 8."""
+    """The depth of the residual network, 6 n + 2; the paper starts at 20, which takes about 3 times as long as 8."""
     width: int = 16
-    """Channels of its first stage."""
+    """The number of channels of its first stage."""
     limit: int = 0
-    """Train on so many images only; 0: all 60,000."""
+    """The number of images to train on; 0 means all 60,000."""
     out: Path = Path("results/images")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 def main(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""Does compare name the culprit? One mistake in a random net of eight layers or more: layer, leaf, likely mistake."""
+"""compare names the culprit of one mistake in a random net of many layers: its layer, its leaf, its likely kind."""
 
 import os
 import time
@@ -17,23 +17,25 @@ import fnbp
 from experiments.shared import report
 from experiments.shared.random_nets import random_net, size
 
+MINUTES = 15  # on two CPU cores
+
 
 @dataclass
 class Settings:
-    """Does compare name the culprit? One mistake planted in a random net of eight layers or more."""
+    """Settings of the nets, of eight layers or more, in each of which one mistake is planted."""
 
     trials: int = 200
-    """How many nets. 200 take about 15 minutes on 2 cores."""
+    """The number of nets. 200 take about 15 minutes on two cores."""
     seed: int = 0
-    """Of the first net; the others follow."""
+    """The seed of the first net; the others follow it."""
     jobs: int = os.cpu_count() or 1
-    """How many processes share the work."""
+    """The number of processes that share the work."""
     out: Path = Path("results/localisation")
     """The folder for result.json, trials.jsonl and the figure of the first net."""
 
 
 class Mistake(NamedTuple):
-    """A change to one cotangent: (right, x, dy) -> wrong; and what the hint must say if it says anything."""
+    """A change of one cotangent: (right, x, dy) -> wrong; and what a hint must say if there is one."""
 
     change: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     says: str
@@ -65,7 +67,7 @@ M = 13
 
 
 def planted(net: fnbp.Layer, path: str, leaf: str, mistake: Mistake) -> fnbp.Layer:
-    """net with a mistake in one cotangent of one layer."""
+    """A net with a mistake in one cotangent of one layer."""
 
     def at(here, layer):
         if here != path:
@@ -89,7 +91,7 @@ def planted(net: fnbp.Layer, path: str, leaf: str, mistake: Mistake) -> fnbp.Lay
 
 
 def one_trial(seed: int, figure: Path | None = None) -> dict[str, Any]:
-    """A net, a mistake, and whom compare blames; the report drawn where a path is given."""
+    """Plant a mistake in a net and ask compare which layer is wrong; draw the report if a path is given."""
     rng = np.random.default_rng(seed)
     net = random_net(rng, int(rng.integers(8, 13)), 12)
     x = jnp.asarray(rng.standard_normal((M, size(rng, 11))), jnp.float32)
@@ -130,14 +132,14 @@ ADDED = ("dy twice", "decay", "dy ignored", "slope left out")  # what changes a 
 
 
 def harmless(layer: fnbp.Layer, leaf: str, name: str, dy: Any) -> bool:
-    """True for what is no mistake there: the identity's slope; a factor on the dx of a softmax of one number, 0."""
+    """True if the change is no mistake: the identity's slope, or a factor of the dx of a softmax of one number."""
     slope = layer.name == "identity" and leaf == "x" and name == "slope left out"
     constant = layer.name in ("softmax", "log_softmax") and dy.shape[-1] == 1 and name not in ADDED
     return slope or constant
 
 
 def traced_shapes(net: fnbp.Layer, params: Any, state: Any, x: Any) -> Any:
-    """The shapes of the input and of dy of every layer, where leaves finds them."""
+    """The shapes of the input and of dy of every layer, in a tree that leaves can walk."""
 
     def noted(path, layer):
         def forward(params, state, x, ctx):
@@ -153,14 +155,14 @@ def traced_shapes(net: fnbp.Layer, params: Any, state: Any, x: Any) -> Any:
 
 
 class Shapes(NamedTuple):
-    """Of the input of a layer and of what it returns."""
+    """The shapes of the input of a layer and of its output."""
 
     x: Any
     y: Any
 
 
 def main(settings: Settings) -> int:
-    """Run all trials and print who was blamed; 1 where a number is missed."""
+    """Run all trials and print which layer was blamed. Returns: 1 if a rate is too low, else 0."""
     seeds = range(settings.seed, settings.seed + settings.trials)
     tasks = [(seed, settings.out / "figure.png" if seed == settings.seed else None) for seed in seeds]
     log = settings.out / "trials.jsonl"
@@ -176,7 +178,7 @@ def main(settings: Settings) -> int:
         ("and the right leaf", f"{rates['leaf']:.1%}"),
         ("a likely mistake is named", f"{rates['named']:.1%}"),
         ("and is the right one", f"{rates['mistake']:.1%} of those"),
-        ("others accused beside it", f"{sum(one['others'] for one in said)} leaves in all"),
+        ("other leaves accused", f"{sum(one['others'] for one in said)} leaves in all"),
     ]
     report.console.print(report.figures(rows))
     for one in said:
@@ -184,12 +186,17 @@ def main(settings: Settings) -> int:
             report.console.print(
                 f"[yellow]missed[/] seed {one['seed']}: planted {one['planted']}, blamed {one['blamed']}"
             )
-    report.save(settings.out, settings, rates | {"trials": said})
+    sizes = {
+        "nets": len(said),
+        "fewest_layers": min(o["layers"] for o in said),
+        "most_layers": max(o["layers"] for o in said),
+    }
+    report.save(settings.out, settings, rates | sizes | {"trials": said})
     return int(rates["layer"] < 0.99 or rates["leaf"] < 0.97 or rates["mistake"] < 0.9)
 
 
 def by_mistake(said: list[dict[str, Any]]) -> Table:
-    """A row a kind of mistake."""
+    """A table with one row for each kind of mistake."""
     groups = defaultdict(list)
     for one in said:
         groups[one["planted"][2]].append(one)

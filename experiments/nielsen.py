@@ -1,10 +1,10 @@
-"""Nielsen's network of chapter 1 on MNIST: 784-30-10 sigmoid, quadratic cost, eta 3, batches of 10, 30 epochs.
+"""Nielsen's network of chapter 1 learns MNIST as his book says: 784-30-10, quadratic cost, eta 3, 30 epochs.
 
-His own figures, at the best epoch: 95.42 % with 30 hidden units, 96.59 % with 100. The whole run is compiled. With
---peer, the same loop from the same weights over the same batches runs in PyTorch eager too, and both are timed.
+His own figures, at the best epoch, are 95.42 % with 30 hidden units and 96.59 % with 100. The whole run is compiled.
+With --peer, the same loop also runs in PyTorch eager, from the same weights over the same batches, and both are timed.
 
-Seeds vary, as he says: with weights of variance 1 an output unit may saturate, and its digit is never learned. With 100
-hidden units most runs lose one or more. --init chapter3 takes his own remedy.
+Runs with different seeds vary, as he says: if weights have variance 1, an output unit may saturate and never learn its
+digit. With 100 hidden units most runs lose one digit or more. --init chapter3 is his own remedy.
 
 Source: Nielsen, Neural Networks and Deep Learning, chapter 1.
 """
@@ -25,6 +25,8 @@ from experiments.shared import data, report
 from experiments.shared.report import console
 from fnbp.training.loop import permutation
 
+MINUTES = 2  # on two CPU cores
+
 HIS_BEST = {30: 0.9542, 100: 0.9659}
 TRAINING = 50_000  # he trains on the first 50,000 and keeps 10,000 for validation
 
@@ -34,23 +36,23 @@ class Settings:
     """Nielsen's settings are the defaults."""
 
     hidden: int = 30
-    """Width of the hidden layer; he also tries 100."""
+    """The width of the hidden layer; he also tries 100."""
     init: Literal["chapter1", "chapter3"] = "chapter1"
     """Weights of variance 1, as in his chapter 1, or 1 / n_in, his remedy of chapter 3."""
     eta: float = 3.0
-    """Learning rate of plain gradient descent."""
+    """The learning rate of plain gradient descent."""
     batch_size: int = 10
     epochs: int = 30
     seeds: tuple[int, ...] = (1, 2, 3)
-    """One run each."""
+    """The seeds, one run for each."""
     peer: bool = False
-    """Also run the loop of the first seed in PyTorch eager (extra: peers), and compare wall times."""
+    """Also run the loop of the first seed in PyTorch eager (extra: peers) and compare wall times."""
     data_folder: Path | None = None
-    """Where MNIST lies; else $FNBP_DATA, else the user's cache."""
+    """The folder of MNIST; by default $FNBP_DATA, else the user's cache."""
     download: bool = False
-    """Fetch MNIST if it is not there."""
+    """Download MNIST if it is missing."""
     out: Path = Path("results/nielsen")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 def network(hidden: int, init: str = "chapter1") -> fnbp.Layer:
@@ -60,8 +62,10 @@ def network(hidden: int, init: str = "chapter1") -> fnbp.Layer:
     return fnbp.serial(fnbp.dense(hidden, W, "normal"), fnbp.sigmoid(), fnbp.dense(10, W, "normal"), fnbp.sigmoid())
 
 
-def train(net, loaded: data.Data, settings: Settings, seed: int) -> tuple[np.ndarray, fnbp.Fit, float, tuple]:
-    """Test accuracy after each epoch, the Fit, its wall seconds with compilation, and the weights it began with."""
+def train(
+    net: fnbp.Layer, loaded: data.Data, settings: Settings, seed: int
+) -> tuple[np.ndarray, fnbp.Fit, float, tuple]:
+    """Train once. Returns: test accuracies by epoch, the Fit, wall seconds with compilation, the first weights."""
     key_init, key_fit = jax.random.split(jax.random.key(seed))
     params, state = net.init(key_init, loaded.train_x[:1])
     began = time.perf_counter()
@@ -90,7 +94,7 @@ def batch_order(seed: int, epochs: int) -> list[np.ndarray]:
 
 
 def train_in_torch(params: Any, loaded: data.Data, settings: Settings) -> tuple[np.ndarray, float]:
-    """The same loop in PyTorch eager, weights and batches too: test accuracy after each epoch, and wall seconds."""
+    """Train in PyTorch eager from the same weights on the same batches. Returns: test accuracies, wall seconds."""
     import torch
 
     first, second = torch.nn.Linear(784, settings.hidden), torch.nn.Linear(settings.hidden, 10)
@@ -124,7 +128,7 @@ def main(settings: Settings) -> int:
     loaded = data.load("mnist", settings.data_folder, settings.download)
     net = network(settings.hidden, settings.init)
     params, state = net.init(jax.random.key(0), loaded.train_x[:1])
-    console.print(report.network_table(net, params, state, loaded.train_x[:1]))
+    console.print(fnbp.tabulate(net, loaded.train_x[:1], params, state))
     runs = {seed: train(net, loaded, settings, seed) for seed in settings.seeds}
     first = runs[settings.seeds[0]]
     peer = train_in_torch(first[3], loaded, settings) if settings.peer else None
@@ -167,7 +171,7 @@ def main(settings: Settings) -> int:
 
 
 def require_torch() -> None:
-    """InputError where PyTorch is not installed, before anything is trained."""
+    """Raise InputError if PyTorch is not installed, before anything is trained."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -175,7 +179,7 @@ def require_torch() -> None:
 
 
 def figure(path: Path, accuracies: dict[int, np.ndarray], peer: np.ndarray | None, settings: Settings) -> None:
-    """Test accuracy after each epoch, his best as a line."""
+    """Draw the test accuracy after each epoch, and his best as a line."""
     epochs = np.arange(1, settings.epochs + 1)
     with plt.rc_context(report.STYLE):
         fig, axes = plt.subplots(figsize=(7, 4.2))

@@ -1,7 +1,7 @@
-"""A recurrent network that reads MNIST or Fashion-MNIST row by row, trained by its manual backward through time alone.
+"""A recurrent network reads MNIST row by row, and learns by its manual backward through time alone.
 
-Each image is a sequence of 28 rows of 28 pixels; what the network holds after the last row is scored. --side-by-side
-trains once more by jax.grad over the same batches, and holds losses and costs against each other.
+Each image of MNIST or Fashion-MNIST is a sequence of 28 rows of 28 pixels; what the network holds after the last row is
+scored. --side-by-side trains once more by jax.grad over the same batches and compares losses and costs.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from typing import Literal
 import fnbp
 from experiments.shared import data, report
 from experiments.shared.classification import Training, classify
+
+MINUTES = 1  # on two CPU cores
 
 MODELS = {"lstm": fnbp.models.lstm_classifier, "gru": fnbp.models.gru_classifier}
 
@@ -22,11 +24,11 @@ class Settings(Training):
     model: Literal["lstm", "gru"] = "lstm"
     units: int = 128
     layers: int = 1
-    """Recurrent layers, one on another."""
+    """The number of recurrent layers, stacked."""
     rate: float = 0.0
-    """Of dropout between them."""
+    """The rate of dropout between them."""
     out: Path = Path("results/rows")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 def main(settings: Settings) -> int:

@@ -1,9 +1,10 @@
-"""The document's section 4.3, step by step: a 2-3-1 network, every intermediate with its formula.
+"""The worked 2-3-1 example of fnbp/README.md, step by step: four ways to its gradients agree.
 
 The manual backward of fnbp stands beside jax.grad and finite differences, in float64, and each is checked against the
-formulas worked in NumPy. Two slips of the document are named. Exits with 1 if any of the four disagree.
+formulas worked in NumPy. The two errata are named. The exit code is 1 if any of the four disagree.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,32 +18,34 @@ import fnbp
 from experiments.shared import report
 from experiments.shared.report import console
 
+MINUTES = 0.1  # on two CPU cores
+
 ERRATA = (
-    """Section 4.3, step 2, calls w2^T dJ/dz2 sigma'(z1) by the name dJ/da1. It already holds sigma'(z1), so it is
-  dJ/dz1; dJ/da1 is w2^T dJ/dz2 alone. Step 3 uses it rightly: dJ/dW1 = dJ/dz1 x^T, dJ/db1 = dJ/dz1.""",
-    """Section 4.2 gives y_hat - y at the output layer. J of section 4.1 is a mean over m examples, so it is
-  (y_hat - y)/m; here m = 1. In a batch of m = 2 copies of the example, the delta of each is half:""",
+    """The text that fnbp follows calls w2^T dJ/dz2 sigma'(z1) by the name dJ/da1. It already holds sigma'(z1), so it
+  is dJ/dz1; dJ/da1 is only w2^T dJ/dz2. The text uses it rightly: dJ/dW1 = dJ/dz1 x^T, dJ/db1 = dJ/dz1.""",
+    """The text gives y_hat - y at the output layer. But J is a mean over m examples, so it is (y_hat - y)/m;
+  here m = 1. In a batch of m = 2 copies of the example, the delta of each is half:""",
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of the example; the document leaves them open."""
+    """The numbers of the example."""
 
     x1: float = 0.5
     x2: float = -1.0
     y: float = 1.0
     """The label, 0 or 1."""
     alpha: float = 0.1
-    """Learning rate of step 4."""
+    """The learning rate of step 4."""
     seed: int = 0
-    """Of the weights, drawn from a normal distribution and rounded to two digits."""
+    """The seed of the weights, which are drawn from a normal distribution and rounded to two digits."""
     out: Path = Path("results/worked_example")
-    """Where figure.png and result.json go."""
+    """The folder for figure.png and result.json."""
 
 
 def weights(seed: int) -> dict[str, np.ndarray]:
-    """Round numbers, so that a pocket calculator can follow."""
+    """Weights of two digits, so that a pocket calculator can follow."""
     rng = np.random.default_rng(seed)
     shapes = {"W1": (3, 2), "b1": (3,), "w2": (1, 3), "b2": (1,)}
     return {name: rng.normal(size=shape).round(2) for name, shape in shapes.items()}
@@ -54,7 +57,7 @@ def sigma(z: np.ndarray) -> np.ndarray:
 
 
 def by_hand(w: dict[str, np.ndarray], x: np.ndarray, y: float) -> list[tuple[str, str, np.ndarray]]:
-    """(name, formula, value) of every line of section 4.3, in plain NumPy, with dJ/da1 and dJ/dz1 told apart."""
+    """(name, formula, value) of every line of the example, in plain NumPy, with dJ/da1 and dJ/dz1 told apart."""
     z1 = w["W1"] @ x + w["b1"]
     a1 = sigma(z1)
     z2 = w["w2"] @ a1 + w["b2"]
@@ -80,7 +83,7 @@ def by_hand(w: dict[str, np.ndarray], x: np.ndarray, y: float) -> list[tuple[str
 
 
 def by_fnbp(w: dict[str, np.ndarray], x: np.ndarray, y: float) -> tuple[dict[str, np.ndarray], fnbp.Trace]:
-    """The same names, from the manual backward."""
+    """The values of the same names, from the manual backward."""
     net = fnbp.serial(fnbp.dense(3), fnbp.sigmoid(), fnbp.dense(1), fnbp.sigmoid())
     params = ({"W": w["W1"], "b": w["b1"]}, {}, {"W": w["w2"], "b": w["b2"]}, {})
     state = net.init(jax.random.key(0), x)[1]
@@ -111,8 +114,8 @@ def J_from(start: str, values: dict, w: dict, y: float):
     return J
 
 
-def finite_differences(J, at: np.ndarray, h: float = 1e-6) -> np.ndarray:
-    """Central differences, one number at a time."""
+def finite_differences(J: Callable, at: np.ndarray, h: float = 1e-6) -> np.ndarray:
+    """Slopes by central differences, one number at a time."""
     slopes = np.empty(at.shape)
     for i in np.ndindex(at.shape):
         step = np.zeros(at.shape)
@@ -122,7 +125,7 @@ def finite_differences(J, at: np.ndarray, h: float = 1e-6) -> np.ndarray:
 
 
 def main(settings: Settings) -> int:
-    """Run the experiment; 0 if all four agree."""
+    """Run the experiment. Returns: 0 if all four agree, else 1."""
     if settings.y not in (0, 1):
         raise report.InputError(f"--y must be 0 or 1, got {settings.y:g}")
     with jax.enable_x64(True):
@@ -130,7 +133,7 @@ def main(settings: Settings) -> int:
 
 
 def walk(settings: Settings) -> int:
-    """All lines of the example, in float64."""
+    """Work all lines of the example, in float64."""
     w, x, y = weights(settings.seed), np.array([settings.x1, settings.x2]), settings.y
     hand = by_hand(w, x, y)
     values = {name: value for name, _, value in hand} | {"x": x}
@@ -138,7 +141,7 @@ def walk(settings: Settings) -> int:
     for name, value in {"x": x, "y": y, **w}.items():
         console.print(f"{name:2} = {np.asarray(value).tolist()}", highlight=False, markup=False)
 
-    table = Table(title="section 4.3, in float64", title_justify="left", show_lines=True)
+    table = Table(title="the worked example, in float64", title_justify="left", show_lines=True)
     for name in ("", "formula", "manual backward", "jax.grad", "finite differences"):
         table.add_column(name)
     worst_manual, worst_automatic, worst_differences = 0.0, 0.0, 0.0
@@ -159,7 +162,7 @@ def walk(settings: Settings) -> int:
     new = {name: w[name] - settings.alpha * values[f"dJ/d{name}"] for name in w}
     J_before, J_after = (float(np.sum(by_hand(v, x, y)[4][2])) for v in (w, new))
     console.print(f"step 4, alpha = {settings.alpha:g}: J falls from {J_before:.6f} to {J_after:.6f}", highlight=False)
-    console.print("\nErrata of the document", style="bold")
+    console.print("\nErrata", style="bold")
     for number, erratum in enumerate(ERRATA, 1):
         console.print(f"{number} {erratum}", highlight=False)
     halves = two_copies(w, x, y)
@@ -187,7 +190,7 @@ def walk(settings: Settings) -> int:
 
 
 def two_copies(w: dict[str, np.ndarray], x: np.ndarray, y: float) -> np.ndarray:
-    """delta at z2 of a batch that holds the example twice."""
+    """The delta at z2 of a batch that holds the example twice."""
     net = fnbp.serial(fnbp.dense(3), fnbp.sigmoid(), fnbp.dense(1), fnbp.sigmoid())
     params = ({"W": w["W1"], "b": w["b1"]}, {}, {"W": w["w2"], "b": w["b2"]}, {})
     loss = fnbp.binary_cross_entropy()
@@ -201,14 +204,14 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def text(value: np.ndarray) -> str:
-    """A vector as a column, as the document has them; a matrix row by row."""
+    """A vector as a column, a matrix row by row."""
     value = np.asarray(value)
     rows = value[:, None] if value.ndim == 1 else np.atleast_2d(value)
     return "\n".join(" ".join(f"{number:+.5f}" for number in row) for row in rows)
 
 
 def figure(path: Path, hand: list, settings: Settings) -> None:
-    """The network with its numbers: forward above each unit, delta below."""
+    """Draw the network with its numbers: the forward in each unit, its delta below."""
     v = {name: np.atleast_1d(value) for name, _, value in hand}
     w = weights(settings.seed)
     layers = [

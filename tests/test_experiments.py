@@ -2,9 +2,11 @@
 
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +14,83 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tyro
 
 import fnbp
 from experiments import architectures, digits, gradient_cost, images, nielsen, rows, worked_example
 from experiments.charlm import __main__ as charlm
-from experiments.shared import data, report
+from experiments.shared import commands, data, markdown, report, results, tables
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_every_experiment_says_what_it_claims_and_how_long_it_takes():
+    found = commands.commands()
+    assert {"digits", "mutants", "charlm"} <= {command.name for command in found}
+    for command in found:
+        assert command.claim.endswith(".") and len(command.claim) > 40, command.name
+        assert command.minutes is not None and command.minutes > 0, f"{command.name} needs MINUTES"
+
+
+def test_the_list_of_experiments(tmp_path):
+    done = command("experiments")
+    assert done.returncode == 0, done.stderr
+    for one in commands.commands():
+        assert one.name in done.stdout and one.claim.split()[0] in done.stdout
+    done = command("experiments", "--publish", str(tmp_path))
+    assert done.returncode == 2 and "does not exist: run a command with --out" in done.stderr.replace("\n", " ")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    text = markdown.README.read_text()
+    assert markdown.rendered(text) == text, "run python -m experiments --write"
+
+
+def test_published_runs_name_commands_that_can_be_given():
+    names = {command.name: command.path for command in commands.commands()}
+    paths = sorted(results.RESULTS.glob("*.json"))
+    assert len(paths) >= 10
+    for path in paths:
+        for run, record in results.read(path.stem).items():
+            words = shlex.split(record["command"])[2:]
+            name = words[0].removeprefix("experiments.")
+            assert name == path.stem, run
+            module = f"experiments.{name}" + (".__main__" if names[name].stem == "__main__" else "")
+            tyro.cli(importlib.import_module(module).Settings, args=words[1:])
+
+
+def test_a_record_that_does_not_follow_the_schema_is_refused():
+    record = json.loads((results.RESULTS / "digits.json").read_text())["default"]
+    results.check("a", record)
+    for change, words in (
+        ({"date": "today"}, "expected a date"),
+        ({"command": "python -m experiments.nothing"}, "is not a command"),
+        ({"figures": []}, "figures must be of type"),
+        ({"more": 1}, "expected the entries"),
+    ):
+        with pytest.raises(report.InputError, match=words):
+            results.check("a", record | change)
+
+
+def test_a_run_is_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "published")
+    settings = digits.Settings(epochs=3, out=tmp_path)
+    assert report.command_of(settings) == "python -m experiments.digits --epochs 3"
+    report.save(tmp_path, settings, {"test_accuracy": 0.5, "losses": list(range(1000)), "at": {"a": np.float32(2)}})
+    path = results.publish(tmp_path, "short", "a note")
+    assert results.read("digits").keys() == {"short"} and path.name == "digits.json"
+    record = results.read("digits")["short"]
+    assert record["figures"] == {"test_accuracy": 0.5, "at": {"a": 2.0}} and record["note"] == "a note"
+    results.publish(tmp_path, "default")
+    assert set(results.read("digits")) == {"short", "default"}
+
+
+def test_a_row_without_its_figure_is_told():
+    row = tables.Row("accuracy", "digits/default", ("{nothing:.2%}",))
+    with pytest.raises(report.InputError, match="no figure for the row 'accuracy'"):
+        markdown.cells_of(row)
+    with pytest.raises(report.InputError, match="has no run 'other'"):
+        markdown.cells_of(row._replace(run="digits/other"))
 
 
 def test_digits_saves_its_figures_and_exits_with_0(tmp_path, capsys):

@@ -11,20 +11,19 @@ from pathlib import Path
 import pytest
 
 import fnbp
+from experiments.shared.commands import commands
 from tests.cases import CASES
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "fnbp").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
-RUNNABLE = [
-    path.parent.name if path.stem == "__main__" else path.stem for path in EXPERIMENTS if "__main__" in path.read_text()
-]
+RUNNABLE = [command.name for command in commands()]
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
 DIFFERENTIATORS = {"comparison", "measurement", "interop"}  # modules, and a package
 FLOORS = (  # rooms: files and packages; imports run down these, one way
-    {"arrays", "docs", "rendering"},
+    {"arrays", "docs"},
     {"layer", "factor", "losses"},
-    {"contraction", "layers"},
+    {"contraction", "layers", "rendering"},
     {"combinators", "backpropagation"},
     {"factors", "models", "interop", "training", "comparison"},
     {"measurement", "testing", "__main__"},

@@ -104,6 +104,16 @@ def test_compare_catches(part, fault):
     assert (found["fault"], found["in"]) == (fault, "float32")
 
 
+def test_a_saved_logarithm_that_is_rounded_is_caught():
+    """Too slow as a whole, so by its last trial alone: thousands of classes, nearly alike."""
+    mutant = named("layers/activation.py:log_softmax.forward saves:residual: y: y.astype(x.dtype) saved in its place")
+    made = mutations_code.build(mutant, "layers/activation.py", "log_softmax")
+    found = mutations_trials.compared(
+        mutations_trials.subject(made, mutations_trials.trials_of("log_softmax")[-1], "bfloat16")
+    )
+    assert not found.ok and found.first_fault.kind == "precision"
+
+
 def test_an_equivalent_mutant_survives_with_a_reason():
     mutant = named("layers/activation.py:relu.forward saves:residual: x > 0 -> x >= 0 in (x > 0,)")
     found = mutations_trials.judged(mutant, with_peer=False)

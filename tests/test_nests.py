@@ -6,24 +6,20 @@ import numpy as np
 import pytest
 
 import fnbp
-from experiments.mutants.table import cell_of, with_start
 from tests.cases import relative, sum_of_squares
 
 W, BLOCKS = (0, 0, "W"), tuple(fnbp.repeat(fnbp.dense(5), n) for n in (2, 2))
-TURNED, DEEP = fnbp.scan(fnbp.rnn_cell(5)), fnbp.scan(cell_of(fnbp.repeat(fnbp.dense(5), 2)))
+TURNED, DEEP = fnbp.scan(fnbp.rnn_cell(5)), fnbp.scan(fnbp.repeat(fnbp.rnn_cell(5), 2))
+SCANS = {"scan of repeat": 1, "repeat of scan of repeat": 1, "tie of scans of repeats": 2}  # how many h_0 they take
 NESTS = {
     "tie of repeats": (fnbp.tie(fnbp.serial(*BLOCKS), W, (1, 0, "W")), (5,)),
     "tie of scans": (fnbp.tie(fnbp.serial(TURNED, TURNED), (0, "U"), (1, "U")), (7, 5)),
-    "tie of scans of repeats": (
-        fnbp.tie(fnbp.serial(DEEP, DEEP), W, (1, 0, "W")),
-        (3, 5),
-    ),
+    "tie of scans of repeats": (fnbp.tie(fnbp.serial(DEEP, DEEP), W, (1, 0, "W")), (3, 5)),
     "tie of casts of repeats": (
         fnbp.tie(fnbp.serial(*(fnbp.cast(block, "float64") for block in BLOCKS)), (0, *W), (1, *W)),
         (5,),
     ),
     "scan of repeat": (DEEP, (7, 5)),
-    "scan of a repeated cell": (with_start(fnbp.scan(fnbp.repeat(fnbp.rnn_cell(5), 2)), True), (7, 5)),
     "repeat of scan of repeat": (fnbp.repeat(DEEP, 3), (7, 5)),
     "repeat of repeat": (fnbp.repeat(fnbp.repeat(fnbp.dense(5), 2), 3), (7, 5)),
     "cast of repeat": (fnbp.cast(fnbp.repeat(fnbp.dense(5), 2), "float64"), (5,)),
@@ -33,22 +29,44 @@ NESTS = {
 }
 
 
+def squares() -> fnbp.Loss:
+    """sum_of_squares of every array of a prediction."""
+    each = sum_of_squares()
+
+    def forward(p, t):
+        return sum(jax.tree.leaves(jax.tree.map(lambda a, b: each.forward(a, b)[0], p, t))), (p, t)
+
+    def backward(res):
+        return jax.tree.map(lambda a, b: each.backward((a, b)), *res)
+
+    return fnbp.Loss(forward, backward, "squares")
+
+
+def drawn(name, m, shape, rng):
+    """x of m examples: numbers, tokens, or (h_0, x)."""
+    if name.startswith("gpt"):
+        return jnp.asarray(rng.integers(0, 5, (m, *shape)))
+    x = jnp.asarray(rng.standard_normal((m, *shape)))
+    starts = tuple(jnp.asarray(rng.standard_normal((m, 5))) for _ in range(SCANS.get(name, 0)))
+    return x if not starts else (starts if len(starts) > 1 else starts[0], x)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("gpt")) for name in NESTS]
 )
 @pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_contractions_of_nests_are_those_of_each_example_alone(x64, name, m):
     net, shape = NESTS[name]
-    rng, loss = np.random.default_rng(0), sum_of_squares()
-    tokens = name.startswith("gpt")
-    x = jnp.asarray(rng.integers(0, 5, (m, *shape)) if tokens else rng.standard_normal((m, *shape)))
+    rng, loss = np.random.default_rng(0), squares()
+    x = drawn(name, m, shape, rng)
     params, state = net.init(jax.random.key(0), x)
     params = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape) / 3), params)
-    y = jnp.asarray(rng.standard_normal(net.forward(params, state, x, fnbp.Context())[0].shape))
+    y = net.forward(params, state, x, fnbp.Context())[0]
+    y = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), y)
 
-    def alone(x, y):
-        of = lambda p: loss.forward(net.forward(p, state, x[None], fnbp.Context())[0], y[None])[0].sum()  # noqa: E731
-        return jax.grad(of)(params)
+    def alone(*example):
+        x, y = jax.tree.map(lambda a: a[None], example)
+        return jax.grad(lambda p: loss.forward(net.forward(p, state, x, fnbp.Context())[0], y)[0].sum())(params)
 
     due = jax.vmap(alone)(x, y)
     norms = jnp.sqrt(sum(jnp.sum(rows**2, range(1, rows.ndim)) for rows in jax.tree.leaves(due)))

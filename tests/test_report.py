@@ -1,15 +1,11 @@
 """The report: rows and faults, the table in a terminal and in a log, the figure."""
 
-import io
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 import fnbp
-from experiments.shared import report as report_of_experiments
 from fnbp.comparison.report import FAULTS, Row
 
 RIGHT = Row("serial[0].dense(3)", "W", (3, 7), "float32", error=1e-16, limit=7e-15, z=1.2, rho=0.9, whole=2e-16)
@@ -128,7 +124,3 @@ def test_a_name_is_printed_as_it_is(name, tmp_path):
     report = fnbp.compare(wrong, x, probes=("given",), transforms=())
     assert name in str(report) and name in report.first_fault.path
     report.plot(tmp_path / "figure.png")
-    params, state = net.init(jax.random.key(0), x)
-    out = io.StringIO()
-    Console(file=out, width=200).print(report_of_experiments.network_table(net, params, state, x))
-    assert name in out.getvalue()

@@ -1,9 +1,9 @@
-"""A transformer that learns Shakespeare letter by letter, by its manual backward alone; at the end it writes.
+"""A transformer learns Shakespeare letter by letter, by its manual backward alone; at the end it writes.
 
 The defaults are the CPU recipe of nanoGPT (github.com/karpathy/nanoGPT, README): 4 layers, 4 heads, width 128, 64
-letters of context, batches of 12, 2,000 steps, no dropout, but for the learning rate (--learning-rate 1e-3 is its own);
-its validation loss is 1.88. --peer trains the same model in PyTorch eager in turns with this one, from the same
-weights, on the same batches; --side-by-side trains by jax.grad too.
+letters of context, batches of 12, 2,000 steps, no dropout. Only the learning rate differs (--learning-rate 1e-3 is
+nanoGPT's); its validation loss is 1.88. --peer trains the same model in PyTorch eager in turns with this one, from the
+same weights, on the same batches; --side-by-side also trains by jax.grad.
 """
 
 import math
@@ -25,6 +25,8 @@ from experiments.charlm import peer as charlm_torch
 from experiments.shared import data, report
 from experiments.shared.report import console
 
+MINUTES = 2  # on two CPU cores
+
 NANOGPT = 1.88
 SAMPLED = 240  # blocks that its figure is the mean of: 20 batches of 12, drawn from the last tenth
 STEPS = 200  # over which the losses of two trainings are compared
@@ -34,7 +36,7 @@ DECAYED = frozenset("EPQKVOW")  # matrices; biases, gains and shifts are not
 
 @dataclass(frozen=True)
 class Settings:
-    """nanoGPT's CPU recipe, with a larger learning rate."""
+    """The CPU recipe of nanoGPT, with a larger learning rate."""
 
     layers: int = 4
     heads: int = 4
@@ -44,7 +46,7 @@ class Settings:
     batch_size: int = 12
     steps: int = 2_000
     learning_rate: float = 8e-3
-    """Of AdamW: up in 100 steps, then down half a cosine to a tenth. nanoGPT's own is 1e-3."""
+    """The largest learning rate of AdamW, reached after 100 steps; then it falls to a tenth. nanoGPT's is 1e-3."""
     dropout: float = 0.0
     seed: int = 0
     held_out: Literal["tenth", "ninth"] = "tenth"
@@ -53,19 +55,19 @@ class Settings:
     evaluate_every: int = 250
     """Steps between two measurements on the held-out part."""
     letters: int = 500
-    """How many to write at the end."""
+    """The number of letters to write at the end."""
     temperature: float = 0.8
-    """Below 1 it writes what is likely, above 1 what is not."""
+    """Below 1, likely letters are preferred; above 1, unlikely ones."""
     side_by_side: bool = False
-    """Train by jax.grad too, in turns, on the same batches."""
+    """Also train by jax.grad, in turns, on the same batches."""
     peer: bool = False
-    """Train the same model in PyTorch eager too, in turns, on the same batches (extra: peers)."""
+    """Also train the same model in PyTorch eager, in turns, on the same batches (extra: peers)."""
     data_folder: Path | None = None
-    """Where tinyshakespeare.txt lies; else $FNBP_DATA, else the user's cache."""
+    """The folder of tinyshakespeare.txt; by default $FNBP_DATA, else the user's cache."""
     download: bool = False
-    """Fetch it if it is not there."""
+    """Download the text if it is missing."""
     out: Path = Path("results/charlm")
-    """Where figure.png, sample.txt and result.json go."""
+    """The folder for figure.png, sample.txt and result.json."""
 
 
 @dataclass
@@ -89,7 +91,7 @@ def main(settings: Settings) -> int:
     train, held_out = split(text, settings.held_out)
     net = network(settings, len(letters))
     params, state = jax.jit(net.init)(jax.random.key(settings.seed), train[None, : settings.block])
-    console.print(report.network_table(net, params, state, train[None, : settings.block]))
+    console.print(fnbp.tabulate(net, train[None, : settings.block], params, state))
 
     trained = Trained(net, params, state, train, held_out, settings)
     sides = [Side("fnbp", trained.by(fnbp.value_and_grad), trained.evaluate)]
@@ -131,7 +133,7 @@ def main(settings: Settings) -> int:
 
 
 def network(settings: Settings, vocabulary: int) -> fnbp.Layer:
-    """The model. InputError for sizes that do not fit."""
+    """The model. Raises: InputError if the sizes do not fit each other."""
     try:
         sizes = (settings.block, settings.layers, settings.heads, settings.width)
         return fnbp.models.gpt(vocabulary, *sizes, rate=settings.dropout)
@@ -140,13 +142,13 @@ def network(settings: Settings, vocabulary: int) -> fnbp.Layer:
 
 
 def schedule(settings: Settings) -> optax.Schedule:
-    """nanoGPT's: 100 steps up, half a cosine down to a tenth."""
+    """The schedule of nanoGPT: up over 100 steps, then down along half a cosine to a tenth."""
     top, warmup = settings.learning_rate, min(100, settings.steps // 2)
     return optax.warmup_cosine_decay_schedule(0.0, top, warmup, max(settings.steps, warmup + 1), top / 10)
 
 
 def optimizer_of(settings: Settings) -> optax.GradientTransformation:
-    """nanoGPT's: the gradient cut to a norm of 1, AdamW with weight decay on matrices."""
+    """The optimizer of nanoGPT: clip the gradient to a norm of 1, then AdamW with weight decay on matrices."""
 
     def matrices(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
@@ -156,9 +158,11 @@ def optimizer_of(settings: Settings) -> optax.GradientTransformation:
 
 
 class Trained:
-    """Parameters on their way: one step after another on crops of a text."""
+    """A training: parameters that take one step after another on crops of a text."""
 
-    def __init__(self, net: fnbp.Layer, params, state, train: np.ndarray, held_out: np.ndarray, settings: Settings):
+    def __init__(
+        self, net: fnbp.Layer, params: Any, state: Any, train: np.ndarray, held_out: np.ndarray, settings: Settings
+    ):
         self.net, self.params, self.state, self.settings = net, params, state, settings
         self.optimizer, self.key = optimizer_of(settings), jax.random.key(settings.seed + 1)
         self.opt_state = self.optimizer.init(params)
@@ -166,12 +170,12 @@ class Trained:
         self.measure = jax.jit(lambda p, s, x, y: LOSS.forward(net.forward(p, s, x, fnbp.Context())[0], y)[0])
 
     def batch(self, step: int) -> tuple[jax.Array, jax.Array]:
-        """Crops of the text, and the letters that come next."""
+        """The crops of one step, and the letters that follow them."""
         s = self.settings
         return crops(self.train, jax.random.fold_in(self.key, step), s.batch_size, s.block)
 
     def by(self, gradient: Callable) -> Callable[[int, int], tuple[np.ndarray, float]]:
-        """The training with that maker of gradients: TURN steps in one compiled call."""
+        """The training by one kind of gradient: TURN steps in one compiled call."""
         run = gradient(self.net, LOSS)
 
         def step(n, carry):
@@ -199,7 +203,7 @@ class Trained:
         return np.concatenate([self.measure(self.params, self.state, *part) for part in parts])
 
     def evaluate(self) -> float:
-        """Their mean."""
+        """The mean loss of these blocks."""
         return float(self.block_losses().mean())
 
 
@@ -207,14 +211,14 @@ LOSS = fnbp.softmax_cross_entropy()
 
 
 def split(text: np.ndarray, held_out: Literal["tenth", "ninth"]) -> tuple[np.ndarray, np.ndarray]:
-    """What is trained on, and the tenth after it, which is held out."""
+    """Split a text into the part to train on and the tenth after it, which is held out."""
     tenths = 9 if held_out == "tenth" else 8
     train, held, _ = np.split(text, [len(text) * tenths // 10, len(text) * (tenths + 1) // 10])
     return train, held
 
 
 def crops(text: jax.Array, key: jax.Array, batch_size: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """Random crops, (batch_size, block), and the same one letter on."""
+    """Random crops, (batch_size, block), and the same crops one letter later."""
     starts = jax.random.randint(key, (batch_size, 1), 0, len(text) - block)
     at = starts + jnp.arange(block + 1)
     cut = text[at]
@@ -222,13 +226,13 @@ def crops(text: jax.Array, key: jax.Array, batch_size: int, block: int) -> tuple
 
 
 def blocks(text: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """A text in whole blocks, and the same one letter on."""
+    """A text in whole blocks, and the same blocks one letter later."""
     n = (len(text) - 1) // block
     return text[: n * block].reshape(n, block), text[1 : n * block + 1].reshape(n, block)
 
 
 def in_turns(sides: list[Side], settings: Settings) -> str:
-    """All sides to the last step, TURN steps each at a time; Ctrl-C ends it after a turn that is whole."""
+    """Train all sides to the last step, TURN steps at a time; Ctrl-C ends the training after a whole turn."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     n = 0
     with Progress(*columns, console=console) as bar:
@@ -255,7 +259,7 @@ def in_turns(sides: list[Side], settings: Settings) -> str:
 
 
 def compared(ours: Side, other: Side) -> dict[str, float]:
-    """The median ratio of the turns' times, the first with its compilation left out, and how far the losses part."""
+    """The median ratio of the times of a turn, without the first, which compiles; and how far the losses part."""
     n = min(len(ours.turns), len(other.turns))
     ratios = np.asarray(other.turns[1:n]) / np.asarray(ours.turns[1:n])
     m = min(STEPS, len(ours.losses), len(other.losses))
@@ -270,7 +274,7 @@ def compared(ours: Side, other: Side) -> dict[str, float]:
 
 
 def write(net: fnbp.Layer, params: Any, state: Any, letters: str, settings: Settings) -> str:
-    """A sample of the model's writing: it starts from a line's end, and sees the last block of what it wrote."""
+    """Let the model write: it starts after the end of a line and sees the last block of its own letters."""
     block = settings.block
 
     def one(carry, key):
@@ -290,7 +294,7 @@ def write(net: fnbp.Layer, params: Any, state: Any, letters: str, settings: Sett
 
 
 def figure(path: Path, sides: list[Side]) -> None:
-    """The losses of training, smoothed, and of the held-out text."""
+    """Draw the losses of the training, smoothed, and those of the held-out text."""
     colours = {"fnbp": report.MANUAL, "jax.grad": report.AUTOMATIC, "PyTorch eager": report.ACCENT}
     with plt.rc_context(report.STYLE):
         fig, axes = plt.subplots(figsize=(7, 4.2))

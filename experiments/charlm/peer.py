@@ -10,7 +10,7 @@ from experiments.shared.report import InputError
 
 
 def require() -> None:
-    """InputError where PyTorch is not installed, before anything is trained."""
+    """Raise InputError if PyTorch is not installed, before anything is trained."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -18,7 +18,7 @@ def require() -> None:
 
 
 class Peer:
-    """Parameters on their way, in PyTorch."""
+    """The same training in PyTorch."""
 
     def __init__(self, params: Any, settings: Any, schedule: Any, decayed: frozenset[str]):
         import torch
@@ -75,13 +75,13 @@ class Peer:
         return torch.nn.functional.cross_entropy(self.forward(tokens).flatten(0, 1), targets.flatten())
 
     def turn(self, n: int, batches: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, float]:
-        """A step on each batch, the first of that number: the losses, and the seconds."""
+        """Take a step on each batch, starting at step n. Returns: the losses and the seconds."""
         began = time.perf_counter()
         losses = [self.step(n + i, *batch) for i, batch in enumerate(batches)]
         return np.asarray(losses), time.perf_counter() - began
 
     def step(self, n: int, x: np.ndarray, y: np.ndarray) -> float:
-        """One update; its loss."""
+        """Update the parameters once. Returns: the loss."""
         import torch
 
         for group in self.optimizer.param_groups:

@@ -1,10 +1,10 @@
-"""Fifty-four mistakes of backwards written by hand: does fnbp.compare find them, and what does it say?
+"""compare finds each of fifty-four known mistakes of hand-written backwards, and accuses no right backward.
 
-Each stands in a small function of the kind that it is made in, beside the right backward, which must not be accused.
-At kinks and ties, a slope between those of the two sides is a convention and no fault. Beside compare:
-jax.test_util.check_vjp with its defaults, float32, on five draws of the arguments; its differences know no
-stop_gradient, and straddle kinks, so there it fails on right backwards too. Exit code 1 where compare misses a
-fault, takes a convention for one, or accuses a right backward.
+Each mistake stands in a small function of the kind in which people make it, beside the right backward, which must not
+be accused. At a kink or a tie, a slope between those of the two sides is a convention and no fault. Beside compare runs
+jax.test_util.check_vjp at its defaults, in float32, on five draws of the arguments; its differences see through
+stop_gradient and straddle kinks, so there it fails on right backwards too. The exit code is 1 if compare misses a
+fault, takes a convention for a fault, or accuses a right backward.
 """
 
 import time
@@ -25,7 +25,9 @@ from experiments.mistakes.catalogue import CATALOGUE, Mistake
 from experiments.shared import report
 from experiments.shared.report import console
 
-DRAWS, MOST = 5, 4  # check_vjp has found a mistake where it fails on four draws of five
+MINUTES = 2  # on two CPU cores
+
+DRAWS, MOST = 5, 4  # check_vjp has found a mistake if it fails on four draws of five
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,13 @@ class Settings:
     """Settings of the table."""
 
     only: tuple[int, ...] = ()
-    """Numbers of mistakes; all by default."""
+    """The numbers of the mistakes to run; by default all."""
     peer: bool = True
     """Run jax.test_util.check_vjp beside compare."""
     seed: int = 0
-    """Of the arguments."""
+    """The seed of the arguments."""
     out: Path = Path("results/mistakes")
-    """Where result.json goes."""
+    """The folder for result.json."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Outcome:
     """What was said of one mistake, and of the right backward of the same function.
 
     caught, accused   by compare: the mistake is a fault, the right backward is
-    peer_*            on how many draws check_vjp fails; None where it was not run
+    peer_*            on how many draws check_vjp fails; None if it was not run
     """
 
     number: int
@@ -64,7 +66,7 @@ class Outcome:
 
 
 def main(settings: Settings) -> int:
-    """Run the table; 0 if every verdict of compare is as it should be."""
+    """Run all mistakes. Returns: 0 if every verdict of compare is the expected one, else 1."""
     began = time.perf_counter()
     jax.config.update("jax_num_cpu_devices", 4)
     chosen = choose(settings.only)
@@ -88,7 +90,7 @@ def main(settings: Settings) -> int:
 
 
 def choose(numbers: Sequence[int]) -> list[Mistake]:
-    """The mistakes of these numbers. InputError for a number that there is not."""
+    """The mistakes of these numbers. Raises: InputError if a number does not exist."""
     known = {mistake.number for mistake in CATALOGUE}
     if not set(numbers) <= known:
         unknown = ", ".join(map(str, sorted(set(numbers) - known)))
@@ -103,7 +105,7 @@ def choose(numbers: Sequence[int]) -> list[Mistake]:
 
 
 def judge_right(mistake: Mistake, settings: Settings) -> tuple[bool, int | None]:
-    """Is the right backward accused by compare, and on how many draws by check_vjp?"""
+    """Whether compare accuses the right backward, and on how many draws check_vjp does."""
     said = fnbp.compare(mistake.f, *mistake.args(settings.seed), vjp=mistake.right)
     if not said.ok:
         console.print(f"{mistake.f.__name__}: its right backward is accused", style="bold red")
@@ -112,7 +114,7 @@ def judge_right(mistake: Mistake, settings: Settings) -> tuple[bool, int | None]
 
 
 def judge(mistake: Mistake, settings: Settings, accused: bool, peer_accused: int | None) -> Outcome:
-    """What compare and check_vjp say of the mistake."""
+    """Ask compare and check_vjp about a mistake."""
     said = fnbp.compare(mistake.f, *mistake.args(settings.seed), vjp=mistake.wrong)
     row = said.first_fault or next(iter(said.conventions), None)
     kind, leaf, hint = (row.kind, row.leaf, row.hint) if row else ("ok", "", "")
@@ -132,14 +134,14 @@ def judge(mistake: Mistake, settings: Settings, accused: bool, peer_accused: int
 
 
 def peer_failures(mistake: Mistake, backward: Callable, settings: Settings) -> int:
-    """On how many draws of the arguments check_vjp fails."""
+    """The number of draws of the arguments on which check_vjp fails."""
     f = jax.jit(mistake.f)
     pull = backward if mistake.expected == "random" else jax.jit(backward)
     return sum(not passes_check_vjp(f, pull, mistake.args(settings.seed + i)) for i in range(DRAWS))
 
 
 def passes_check_vjp(f: Callable, backward: Callable, args: tuple) -> bool:
-    """check_vjp with its defaults, over the floating arguments: it takes no others."""
+    """True if check_vjp at its defaults accepts a backward; it takes only floating arguments."""
     flowing = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
 
     def whole(floats: Sequence[Any]) -> tuple:
@@ -159,7 +161,7 @@ def passes_check_vjp(f: Callable, backward: Callable, args: tuple) -> bool:
 
 
 def table(found: Sequence[Outcome], peer: bool) -> None:
-    """A row a mistake; of check_vjp, on how many draws it fails, for the mistake and for the right backward."""
+    """Print each mistake, with the number of draws on which check_vjp fails for it and for the right backward."""
     shown = Table(title="what compare says of each mistake", title_justify="left")
     for name in ("", "mistake", "verdict", "leaf", "hint"):
         shown.add_column(name, justify="left" if name else "right", no_wrap=name in ("", "verdict", "leaf"))
@@ -175,7 +177,7 @@ def table(found: Sequence[Outcome], peer: bool) -> None:
 
 
 def summary(found: Sequence[Outcome], right: Sequence[tuple[bool, int | None]], peer: bool) -> dict[str, Any]:
-    """The counts, printed and returned."""
+    """Print the counts and return them."""
     faults = [one for one in found if one.expected != "convention"]
     kinks = [one for one in found if one.expected == "convention"]
     counts = {

@@ -16,7 +16,7 @@ class Mistake:
     """One wrong backward. f and draw make the case; backward(args, dy, mistake=title) makes the mistake.
 
     expected   "fault"; "random": a fault of that kind; "convention": at a kink, and no fault
-    devices    it takes several devices to make it
+    devices    True if the mistake needs several devices
     """
 
     number: int
@@ -36,7 +36,7 @@ class Mistake:
         return partial(self.backward, mistake=self.title)
 
     def args(self, seed: int) -> tuple:
-        """The same draw for every mistake in the same function."""
+        """The arguments, which are the same for every mistake in one function."""
         return self.draw(np.random.default_rng(seed))
 
 

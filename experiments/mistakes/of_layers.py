@@ -13,12 +13,12 @@ from experiments.mistakes.of_nets import draw, gaussian, labels
 # --- softmax and the loss of a language model ---
 
 
-def softmax(z):
+def softmax(z: jax.Array):
     """p = softmax(z) along each row."""
     return jax.nn.softmax(z)
 
 
-def softmax_backward(args, dp, mistake=""):
+def softmax_backward(args: tuple, dp: jax.Array, mistake: str = ""):
     """dz = p (dp - sum p dp)"""
     p = jax.nn.softmax(*args)
     axis = 0 if mistake == "softmax backward along the wrong axis" else -1
@@ -33,7 +33,7 @@ SOFTMAX = softmax, softmax_backward, draw((7, 5))
 SMOOTHING, Z_LOSS, IGNORED = 0.1, 1e-4, -1
 
 
-def token_loss(z, y):
+def token_loss(z: jax.Array, y: jax.Array):
     """Cross-entropy with labels smoothed by 0.1 and a z-loss of 1e-4, the mean over rows with a label."""
     lse = jax.nn.logsumexp(z, -1)
     picked = jnp.take_along_axis(z, jnp.maximum(y, 0)[:, None], -1)[:, 0]
@@ -42,7 +42,7 @@ def token_loss(z, y):
     return jnp.sum(jnp.where(valid, loss, 0)) / jnp.maximum(valid.sum(), 1)
 
 
-def token_loss_backward(args, dJ, mistake=""):
+def token_loss_backward(args: tuple, dJ: jax.Array, mistake: str = ""):
     """dz = (p - target + 2e-4 lse p) / n_valid, 0 in rows without a label"""
     z, y = args
     p, lse = jax.nn.softmax(z), jax.nn.logsumexp(z, -1, keepdims=True)
@@ -58,7 +58,7 @@ def token_loss_backward(args, dJ, mistake=""):
     return dJ * jnp.where(valid, dz, 0) / n, None
 
 
-def draw_token_loss(rng):
+def draw_token_loss(rng: np.random.Generator):
     """Logits and labels, three of them -1."""
     y = labels(rng, 17, 13)
     y[rng.permutation(13)[:3]] = IGNORED
@@ -73,13 +73,13 @@ TOKEN_LOSS = token_loss, token_loss_backward, draw_token_loss
 EPSILON = 1e-5
 
 
-def layernorm(x, gamma, beta):
+def layernorm(x: jax.Array, gamma: jax.Array, beta: jax.Array):
     """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + 1e-5) over each row."""
     mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     return gamma * (x - mean) / jnp.sqrt(var + EPSILON) + beta
 
 
-def layernorm_backward(args, dy, mistake=""):
+def layernorm_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dx = (g - mean g - xhat mean(g xhat)) / sqrt(var + 1e-5), g = gamma dy"""
     x, gamma, _ = args
     n = x.shape[-1] - (mistake == "N - 1 for N, width 1021")
@@ -99,12 +99,12 @@ LAYERNORM = layernorm, layernorm_backward, draw((7, 11), (11,), (11,))
 WIDE_LAYERNORM = layernorm, layernorm_backward, draw((7, 1021), (1021,), (1021,))
 
 
-def batchnorm(x, gamma, beta):
+def batchnorm(x: jax.Array, gamma: jax.Array, beta: jax.Array):
     """y = gamma xhat + beta, xhat = (x - mean) / sqrt(var + 1e-5) over the batch."""
     return gamma * (x - x.mean(0)) / jnp.sqrt(x.var(0) + EPSILON) + beta
 
 
-def batchnorm_backward(args, dy, mistake=""):
+def batchnorm_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dx = gamma (dy - mean dy - xhat mean(dy xhat)) / sqrt(var + 1e-5)"""
     x, gamma, _ = args
     rstd = 1 / jnp.sqrt(x.var(0) + EPSILON)
@@ -124,18 +124,18 @@ BATCHNORM = batchnorm, batchnorm_backward, draw((13, 5), (5,), (5,))
 # --- attention ---
 
 
-def attention_weights(q, k):
+def attention_weights(q: jax.Array, k: jax.Array):
     """Causal softmax(q k^T / sqrt(d)): heads (kv, group), each group of queries shares a head of keys."""
     s = jnp.einsum("tkgd,skd->kgts", q, k) / math.sqrt(q.shape[-1])
     return jax.nn.softmax(jnp.where(jnp.tri(len(q), dtype=bool), s, -jnp.inf))
 
 
-def grouped_attention(q, k, v):
+def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array):
     """o = softmax(q k^T / sqrt(d)) v, causal, with fewer heads of keys than of queries."""
     return jnp.einsum("kgts,skd->tkgd", attention_weights(q, k), v)
 
 
-def grouped_attention_backward(args, do, mistake=""):
+def grouped_attention_backward(args: tuple, do: jax.Array, mistake: str = ""):
     """ds = p (dp - sum p dp)      dq = ds k / sqrt(d)      dk = sum over the group of ds^T q / sqrt(d)"""
     q, k, v = args
     p = attention_weights(q, k)
@@ -154,19 +154,19 @@ def grouped_attention_backward(args, do, mistake=""):
 GROUPED_ATTENTION = grouped_attention, grouped_attention_backward, draw((11, 2, 3, 7), (11, 2, 7), (11, 2, 7))
 
 
-def masked_weights(q, k, mask):
+def masked_weights(q: jax.Array, k: jax.Array, mask: jax.Array):
     """softmax(q k^T / sqrt(d) where mask); a row that is masked throughout is 0."""
     alive = mask.any(-1, keepdims=True)
     s = jnp.where(mask | ~alive, q @ k.T / math.sqrt(q.shape[-1]), -jnp.inf)
     return jnp.where(alive, jax.nn.softmax(s), 0)
 
 
-def masked_attention(q, k, v, mask):
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array):
     """o = masked_weights v."""
     return masked_weights(q, k, mask) @ v
 
 
-def masked_attention_backward(args, do, mistake=""):
+def masked_attention_backward(args: tuple, do: jax.Array, mistake: str = ""):
     """ds = p (dp - sum p dp) with p computed again      dq = ds k / sqrt(d)      dk = ds^T q / sqrt(d)"""
     q, k, v, mask = args
     p = masked_weights(q, k, mask)
@@ -177,7 +177,7 @@ def masked_attention_backward(args, do, mistake=""):
     return ds @ k, ds.T @ q, p.T @ do, None
 
 
-def draw_masked_attention(rng):
+def draw_masked_attention(rng: np.random.Generator):
     """A row of the mask all False, one all True."""
     mask = rng.random((5, 11)) < 0.7
     mask[2], mask[3] = False, True
@@ -187,7 +187,7 @@ def draw_masked_attention(rng):
 MASKED_ATTENTION = masked_attention, masked_attention_backward, draw_masked_attention
 
 
-def rotate(x, sign=1):
+def rotate(x: jax.Array, sign: float = 1):
     """Each pair (x_i, x_{i + d/2}) of position t turned by sign t / 10000^(2i/d)."""
     half = x.shape[-1] // 2
     angle = jnp.arange(len(x))[:, None, None] * 10000.0 ** -(jnp.arange(half, dtype=x.dtype) / half)
@@ -196,12 +196,12 @@ def rotate(x, sign=1):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def rope(x):
+def rope(x: jax.Array):
     """Rotary positions of (length, heads, d)."""
     return rotate(x)
 
 
-def rope_backward(args, dy, mistake=""):
+def rope_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dx = dy turned back"""
     return (rotate(dy, 1 if mistake == "turned on, not back" else -1),)
 
@@ -209,12 +209,12 @@ def rope_backward(args, dy, mistake=""):
 ROPE = rope, rope_backward, draw((11, 3, 14))
 
 
-def dropout(x, key):
+def dropout(x: jax.Array, key: jax.Array):
     """y = x mask / 0.7, of 0.3 dropped."""
     return jnp.where(jax.random.bernoulli(key, 0.7, x.shape), x / 0.7, 0)
 
 
-def dropout_backward(args, dy, mistake=""):
+def dropout_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dx = dy mask / 0.7"""
     x, key = args
     if mistake == "a fresh mask":
@@ -231,7 +231,7 @@ DROPOUT = dropout, dropout_backward, lambda rng: (gaussian(rng, 7, 11), jax.rand
 # --- sequences and tokens ---
 
 
-def rnn(x, h0, Wx, Wh, b):
+def rnn(x: jax.Array, h0: jax.Array, Wx: jax.Array, Wh: jax.Array, b: jax.Array):
     """h_t = tanh(x_t Wx^T + h_{t-1} Wh^T + b), all of them; x (length, batch, features)."""
 
     def step(h, x_t):
@@ -241,7 +241,7 @@ def rnn(x, h0, Wx, Wh, b):
     return lax.scan(step, h0, x)[1]
 
 
-def rnn_backward(args, dhs, mistake=""):
+def rnn_backward(args: tuple, dhs: jax.Array, mistake: str = ""):
     """dz_t = (dh_t + dz_{t+1} Wh) (1 - h_t^2), from the last step to the first"""
     x, h0, Wx, Wh, _ = args
     hs = rnn(*args)
@@ -269,12 +269,12 @@ def rnn_backward(args, dhs, mistake=""):
 RNN = rnn, rnn_backward, draw((11, 3, 5), (3, 7), (7, 5), (7, 7), (7,))
 
 
-def embedding(E, tokens):
+def embedding(E: jax.Array, tokens: jax.Array):
     """y = E[tokens]."""
     return E[tokens]
 
 
-def embedding_backward(args, dy, mistake=""):
+def embedding_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dE[token] = the sum of dy where it stands"""
     E, tokens = args
     at = jnp.zeros_like(E).at[tokens]
@@ -284,12 +284,12 @@ def embedding_backward(args, dy, mistake=""):
 EMBEDDING = embedding, embedding_backward, lambda rng: (gaussian(rng, 13, 5), labels(rng, 13, 3, 11))
 
 
-def tied(E, W, tokens):
+def tied(E: jax.Array, W: jax.Array, tokens: jax.Array):
     """logits = tanh(E[tokens] W^T) E^T: the embedding is the unembedding too."""
     return jnp.tanh(E[tokens] @ W.T) @ E.T
 
 
-def tied_backward(args, dz, mistake=""):
+def tied_backward(args: tuple, dz: jax.Array, mistake: str = ""):
     """dE of both uses"""
     E, W, tokens = args
     x = E[tokens]
@@ -309,12 +309,12 @@ TIED = tied, tied_backward, lambda rng: (*draw((13, 5), (5, 5))(rng), labels(rng
 IMAGES, KERNEL = "NHWC", "HWIO"
 
 
-def conv(x, K):
+def conv(x: jax.Array, K: jax.Array):
     """y = x * K, a cross-correlation without padding."""
     return lax.conv_general_dilated(x, K, (1, 1), "VALID", dimension_numbers=(IMAGES, KERNEL, IMAGES))
 
 
-def conv_backward(args, dy, mistake=""):
+def conv_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dx = dy, padded, * K flipped, with its channels swapped      dK = x * dy over the batch"""
     x, K = args
     flipped = K if mistake == "kernel not flipped" else K[::-1, ::-1]
@@ -328,12 +328,12 @@ def conv_backward(args, dy, mistake=""):
 CONV = conv, conv_backward, draw((2, 7, 11, 3), (3, 2, 3, 5))
 
 
-def max_pool(x):
+def max_pool(x: jax.Array):
     """The largest of every two along the length; x (batch, length, channels)."""
     return x.reshape(len(x), -1, 2, x.shape[-1]).max(2)
 
 
-def max_pool_backward(args, dy, mistake=""):
+def max_pool_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dy in equal parts to all that are largest"""
     (x,) = args
     pairs = x.reshape(len(x), -1, 2, x.shape[-1])
@@ -362,12 +362,12 @@ def mesh():
 ROWS, ALL = PartitionSpec("batch"), PartitionSpec()
 
 
-def sharded(x, W):
+def sharded(x: jax.Array, W: jax.Array):
     """a = tanh(x W^T), the batch spread over the devices."""
     return jax.shard_map(lambda x, W: jnp.tanh(x @ W.T), mesh=mesh(), in_specs=(ROWS, ALL), out_specs=ROWS)(x, W)
 
 
-def sharded_backward(args, da, mistake=""):
+def sharded_backward(args: tuple, da: jax.Array, mistake: str = ""):
     """dW = the sum over devices of dz^T x"""
 
     x, W = args

@@ -35,12 +35,12 @@ def labels(rng: np.random.Generator, classes: int, *shape: int) -> np.ndarray:
 # --- losses over one dense layer ---
 
 
-def squared_error(x, W, b, t):
+def squared_error(x: jax.Array, W: jax.Array, b: jax.Array, t: jax.Array):
     """J = 1/m sum (x W^T + b - t)^2."""
     return jnp.sum((x @ W.T + b - t) ** 2) / len(x)
 
 
-def squared_error_backward(args, dJ, mistake=""):
+def squared_error_backward(args: tuple, dJ: jax.Array, mistake: str = ""):
     """dz = 2 (z - t) / m      dW = dz^T x      db = sum dz      dx = dz W      dt = -dz"""
     x, W, b, t = args
     z = x @ W.T + b
@@ -59,13 +59,13 @@ def squared_error_backward(args, dJ, mistake=""):
 SQUARED_ERROR = squared_error, squared_error_backward, draw((7, 11), (5, 11), (5,), (7, 5))
 
 
-def cross_entropy(x, W, b, y):
+def cross_entropy(x: jax.Array, W: jax.Array, b: jax.Array, y: jax.Array):
     """J = 1/m sum -log softmax(x W^T + b)[y]."""
     z = x @ W.T + b
     return jnp.mean(jax.nn.logsumexp(z, -1) - z[jnp.arange(len(z)), y])
 
 
-def cross_entropy_backward(args, dJ, mistake=""):
+def cross_entropy_backward(args: tuple, dJ: jax.Array, mistake: str = ""):
     """dz = (softmax(z) - onehot(y)) / m"""
     x, W, b, y = args
     z = x @ W.T + b
@@ -77,7 +77,7 @@ def cross_entropy_backward(args, dJ, mistake=""):
     return dz @ W, dz.T @ x, dz.sum(0), None
 
 
-def draw_cross_entropy(rng):
+def draw_cross_entropy(rng: np.random.Generator):
     """A dense layer, and a class a row."""
     return *draw((7, 11), (5, 11), (5,))(rng), labels(rng, 5, 7)
 
@@ -85,13 +85,13 @@ def draw_cross_entropy(rng):
 CROSS_ENTROPY = cross_entropy, cross_entropy_backward, draw_cross_entropy
 
 
-def log_of_softmax(z, y):
+def log_of_softmax(z: jax.Array, y: jax.Array):
     """J = 1/m sum -log(softmax(z)[y] + 1e-6)."""
     p = jax.nn.softmax(z)[jnp.arange(len(z)), y]
     return -jnp.mean(jnp.log(p + 1e-6))
 
 
-def log_of_softmax_backward(args, dJ, mistake=""):
+def log_of_softmax_backward(args: tuple, dJ: jax.Array, mistake: str = ""):
     """dp = -1 / (m (p + 1e-6))      dz = p dp (onehot(y) - softmax(z))"""
     z, y = args
     q = jax.nn.softmax(z)
@@ -106,12 +106,12 @@ def log_of_softmax_backward(args, dJ, mistake=""):
 LOG_OF_SOFTMAX = log_of_softmax, log_of_softmax_backward, lambda rng: (3 * gaussian(rng, 7, 5), labels(rng, 5, 7))
 
 
-def entropy(p):
+def entropy(p: jax.Array):
     """H = -sum p log p for each row, with 0 log 0 = 0."""
     return -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), -1)
 
 
-def entropy_backward(args, dH, mistake=""):
+def entropy_backward(args: tuple, dH: jax.Array, mistake: str = ""):
     """dp = -(log p + 1) where p > 0"""
     (p,) = args
     dp = dH[:, None] * -jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)) + 1, 0)
@@ -120,7 +120,7 @@ def entropy_backward(args, dH, mistake=""):
     return (dp,)
 
 
-def draw_entropy(rng):
+def draw_entropy(rng: np.random.Generator):
     """Probabilities, some of them 0."""
     p = np.maximum(gaussian(rng, 7, 5), 0) + np.eye(7, 5, dtype=np.float32)
     p[5:, 0] += 1
@@ -130,13 +130,13 @@ def draw_entropy(rng):
 ENTROPY = entropy, entropy_backward, draw_entropy
 
 
-def value_loss(x, successor, r, W, w):
+def value_loss(x: jax.Array, successor: jax.Array, r: jax.Array, W: jax.Array, w: jax.Array):
     """J = 1/m sum (r + 0.9 v(successor) - v(x))^2 / 2 with v(x) = tanh(x W^T) w; the target is held constant."""
     target = jax.lax.stop_gradient(r + 0.9 * jnp.tanh(successor @ W.T) @ w)
     return jnp.mean((target - jnp.tanh(x @ W.T) @ w) ** 2) / 2
 
 
-def value_loss_backward(args, dJ, mistake=""):
+def value_loss_backward(args: tuple, dJ: jax.Array, mistake: str = ""):
     """dv = (v - target) / m, and nothing for the target"""
     x, successor, r, W, w = args
     h, g = jnp.tanh(x @ W.T), jnp.tanh(successor @ W.T)
@@ -156,12 +156,12 @@ VALUE_LOSS = value_loss, value_loss_backward, draw((7, 11), (7, 11), (7,), (5, 1
 # --- dense layers ---
 
 
-def dense(x, W, b):
+def dense(x: jax.Array, W: jax.Array, b: jax.Array):
     """z = x W^T + b."""
     return x @ W.T + b
 
 
-def dense_backward(args, dz, mistake=""):
+def dense_backward(args: tuple, dz: jax.Array, mistake: str = ""):
     """dx = dz W      dW = dz^T x      db = sum dz"""
     x, W, _ = args
     dx, dW, db = dz @ W, dz.T @ x, dz.sum(0)
@@ -185,12 +185,12 @@ SQUARE_DENSE = dense, dense_backward, draw((7, 11), (11, 11), (11,))
 LARGE_DENSE = dense, dense_backward, draw((3, 769), (761, 769), (761,))
 
 
-def mlp(x, W1, b1, W2, b2):
+def mlp(x: jax.Array, W1: jax.Array, b1: jax.Array, W2: jax.Array, b2: jax.Array):
     """z2 = sigma(x W1^T + b1) W2^T + b2."""
     return jax.nn.sigmoid(x @ W1.T + b1) @ W2.T + b2
 
 
-def mlp_backward(args, dz2, mistake=""):
+def mlp_backward(args: tuple, dz2: jax.Array, mistake: str = ""):
     """dz1 = dz2 W2 a (1 - a)      dW = dz^T input      db = sum dz"""
     x, W1, b1, W2, _ = args
     z1 = x @ W1.T + b1
@@ -214,13 +214,13 @@ def mlp_backward(args, dz2, mistake=""):
 MLP = mlp, mlp_backward, draw((7, 11), (13, 11), (13,), (5, 13), (5,))
 
 
-def classifier(x, W1, b1, W2, b2, y):
+def classifier(x: jax.Array, W1: jax.Array, b1: jax.Array, W2: jax.Array, b2: jax.Array, y: jax.Array):
     """J = mean cross-entropy of mlp(x)."""
     z = mlp(x, W1, b1, W2, b2)
     return jnp.mean(jax.nn.logsumexp(z, -1) - z[jnp.arange(len(z)), y])
 
 
-def classifier_backward(args, dJ, mistake=""):
+def classifier_backward(args: tuple, dJ: jax.Array, mistake: str = ""):
     """dz2 = (softmax(z2) - onehot(y)) / m, and on through the net"""
     x, W1, b1, W2, b2, y = args
     a = jax.nn.sigmoid(x @ W1.T + b1)
@@ -234,7 +234,7 @@ def classifier_backward(args, dJ, mistake=""):
     return dz1 @ W1, dW1, dz1.sum(0), dW2, dz2.sum(0), None
 
 
-def draw_classifier(rng):
+def draw_classifier(rng: np.random.Generator):
     """A net, and a class a row."""
     return *draw((17, 11), (13, 11), (13,), (5, 13), (5,))(rng), labels(rng, 5, 17)
 
@@ -245,12 +245,12 @@ CLASSIFIER = classifier, classifier_backward, draw_classifier
 # --- activations ---
 
 
-def leaky(x, W):
+def leaky(x: jax.Array, W: jax.Array):
     """a = leaky_relu(x W^T), slope 0.01 below 0."""
     return jax.nn.leaky_relu(x @ W.T, 0.01)
 
 
-def leaky_backward(args, da, mistake=""):
+def leaky_backward(args: tuple, da: jax.Array, mistake: str = ""):
     """dz = da (z >= 0), 0.01 da below"""
     x, W = args
     dz = da * jnp.where(x @ W.T >= 0, 1, 0 if mistake == "the leaky slope is left out" else 0.01).astype(da.dtype)
@@ -260,13 +260,13 @@ def leaky_backward(args, da, mistake=""):
 LEAKY = leaky, leaky_backward, draw((7, 11), (5, 11))
 
 
-def prelu(x, W, alpha, t):
+def prelu(x: jax.Array, W: jax.Array, alpha: jax.Array, t: jax.Array):
     """J = mean (a - t)^2 with a = z where z > 0, alpha z below, z = x W^T; alpha is learned."""
     z = x @ W.T
     return jnp.mean((jnp.where(z > 0, z, alpha * z) - t) ** 2)
 
 
-def prelu_backward(args, dJ, mistake=""):
+def prelu_backward(args: tuple, dJ: jax.Array, mistake: str = ""):
     """dalpha = sum of da z below 0"""
     x, W, alpha, t = args
     z = x @ W.T
@@ -278,7 +278,7 @@ def prelu_backward(args, dJ, mistake=""):
     return dz @ W, dz.T @ x, dalpha, -da
 
 
-def draw_prelu(rng):
+def draw_prelu(rng: np.random.Generator):
     """The learned slope is one number."""
     x, W, t = draw((23, 61), (29, 61), (23, 29))(rng)
     return x, W, np.float32(0.25), t
@@ -287,12 +287,12 @@ def draw_prelu(rng):
 PRELU = prelu, prelu_backward, draw_prelu
 
 
-def swiglu(x, G, U):
+def swiglu(x: jax.Array, G: jax.Array, U: jax.Array):
     """y = silu(x G^T) (x U^T)."""
     return jax.nn.silu(x @ G.T) * (x @ U.T)
 
 
-def swiglu_backward(args, dy, mistake=""):
+def swiglu_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dg = dy u s (1 + g (1 - s)) with s = sigma(g)      du = dy silu(g)"""
     x, G, U = args
     g, u = x @ G.T, x @ U.T
@@ -305,12 +305,12 @@ def swiglu_backward(args, dy, mistake=""):
 SWIGLU = swiglu, swiglu_backward, draw((7, 11), (5, 11), (5, 11))
 
 
-def gelu(x, W):
+def gelu(x: jax.Array, W: jax.Array):
     """a = z Phi(z), z = x W^T."""
     return jax.nn.gelu(x @ W.T, approximate=False)
 
 
-def gelu_backward(args, da, mistake=""):
+def gelu_backward(args: tuple, da: jax.Array, mistake: str = ""):
     """dz = da (Phi(z) + z phi(z))"""
     x, W = args
     z = x @ W.T
@@ -326,12 +326,12 @@ def gelu_backward(args, da, mistake=""):
 GELU = gelu, gelu_backward, draw((7, 11), (5, 11))
 
 
-def relu(x):
+def relu(x: jax.Array):
     """a = max(x, 0)."""
     return jax.nn.relu(x)
 
 
-def relu_backward(args, da, mistake=""):
+def relu_backward(args: tuple, da: jax.Array, mistake: str = ""):
     """dx = da where x > 0"""
     (x,) = args
     at_zero = {"relu'(0) = 1": 1, "relu'(0) = 2": 2}.get(mistake, 0)
@@ -344,12 +344,12 @@ RELU = relu, relu_backward, lambda rng: (np.round(gaussian(rng, 7, 11), 0),)
 # --- around the layer ---
 
 
-def residual(x, W1, b1, W2):
+def residual(x: jax.Array, W1: jax.Array, b1: jax.Array, W2: jax.Array):
     """y = x + relu(x W1^T + b1) W2^T."""
     return x + jax.nn.relu(x @ W1.T + b1) @ W2.T
 
 
-def residual_backward(args, dy, mistake=""):
+def residual_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dx = dy + dz W1"""
     x, W1, b1, W2 = args
     z = x @ W1.T + b1
@@ -363,12 +363,12 @@ def residual_backward(args, dy, mistake=""):
 RESIDUAL = residual, residual_backward, draw((7, 11), (13, 11), (13,), (11, 13))
 
 
-def layer_scale(x, W, g):
+def layer_scale(x: jax.Array, W: jax.Array, g: jax.Array):
     """y = x + g (x W^T), the scale g near 0."""
     return x + g * (x @ W.T)
 
 
-def layer_scale_backward(args, dy, mistake=""):
+def layer_scale_backward(args: tuple, dy: jax.Array, mistake: str = ""):
     """dW = (g dy)^T x, small as g is"""
     x, W, g = args
     dz = g * dy
@@ -376,7 +376,7 @@ def layer_scale_backward(args, dy, mistake=""):
     return dy + dz @ W, dW, jnp.sum(dy * (x @ W.T), 0)
 
 
-def draw_layer_scale(rng):
+def draw_layer_scale(rng: np.random.Generator):
     """The scale is of the order of 1e-6."""
     x, W, g = draw((3, 547), (547, 547), (547,))(rng)
     return x, W, np.float32(1e-6) * g

@@ -1,10 +1,10 @@
-"""Mistakes planted by a machine in every hand-written backward of fnbp: which of them does fnbp.compare catch?
+"""compare catches the mistakes that a machine plants in every hand-written backward of fnbp.
 
-Each mutant is the library's own source with one expression of a backward, of a factor's total or of what a forward
-saves replaced: operators, signs, constants, axes, names, casts, rows. fnbp.compare sees it at its defaults, in float32,
-then in bfloat16 and float16; beside it jax.test_util.check_grads at its defaults, on the same arguments, in float32,
-but for those where it calls the library itself wrong. A mutant that is no mistake is named with the reason; one that
-survives without a reason makes exit code 1.
+Each mutant is the source of the library with one expression of a backward, of a factor's total, or of what a forward
+saves replaced: operators, signs, constants, axes, names, casts, rows. compare sees it at its defaults, in float32, then
+in bfloat16 and float16. Beside it runs jax.test_util.check_grads at its defaults, in float32, on the same arguments,
+but not where it calls the library itself wrong. A mutant that computes the same is listed with the reason; the exit
+code is 1 if one survives without a reason. The minutes are those of --limit 1200; all take twelve times as long.
 """
 
 import json
@@ -31,42 +31,45 @@ from experiments.mutants.equivalent import reason_of
 from experiments.shared import report
 from experiments.shared.report import console
 
+MINUTES = 40  # on two CPU cores
+
 RENEWED = 40  # mutants after which a process is replaced: compiled programs pile up in it
 LOUD = ("raises", "structure")  # no checker is needed to see these
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the hunt."""
+    """Settings of the study."""
 
     only: str = ""
-    """Only mutants whose id contains this, or one of several: "dense|losses"."""
+    """Run only the mutants whose id contains this, or one of several: "dense|losses"."""
     limit: int = 0
-    """At most so many mutants, spread over the catalogue; 0: all."""
+    """The number of mutants to run, spread over the catalogue; 0 means all."""
     peer: bool = True
-    """Ask jax.test_util.check_grads too."""
+    """Also ask jax.test_util.check_grads."""
     jobs: int = os.cpu_count() or 1
-    """Processes side by side."""
+    """The number of processes."""
     resume: bool = False
-    """Keep what is in mutants.jsonl, and go on from there."""
+    """Keep the mutants in mutants.jsonl and go on from there."""
     originals: bool = True
-    """First hold the unmutated library against the same checkers."""
+    """First run the same checkers on the library itself."""
     list: bool = False
-    """Print the ids, and check nothing."""
+    """Only print the ids."""
     out: Path = Path("results/mutants")
-    """Where mutants.jsonl, figure.png and result.json go."""
+    """The folder for mutants.jsonl, figure.png and result.json."""
 
 
 def main(settings: Settings) -> int:
-    """Plant, check, count."""
+    """Plant the mutants, check them, and count."""
     began = time.perf_counter()
-    chosen = choose(mutations.catalogue(), settings)
+    catalogue = mutations.catalogue()
+    chosen = choose(catalogue, settings)
     for mutant in chosen if settings.list else ():
         console.print(mutant.id, markup=False, highlight=False, soft_wrap=True)
     if settings.list:
         return 0
     for owner in dict.fromkeys(mutant.owner for mutant in chosen):
-        mutations_trials.trials(owner)  # raises where there are none
+        mutations_trials.trials(owner)  # raises if there are none
     known = earlier(settings.out / "mutants.jsonl") if settings.resume else {}
     with pool(settings.jobs) as workers:
         originals = unspoilt(workers) if settings.originals else []
@@ -78,7 +81,8 @@ def main(settings: Settings) -> int:
         one["reason"] = reason_of(one["id"]) if not one["fault"] else ""
     console.print(table("site", "site", found, settings.peer))
     console.print(table("class", "class of mistake", found, settings.peer))
-    measured = totals(found, originals) | {"wall_seconds": time.perf_counter() - began}
+    measured = totals(found, originals)
+    measured |= {"catalogue": len(catalogue), "wall_seconds": time.perf_counter() - began}
     say(measured, found, settings.peer)
     figure(settings.out / "figure.png", found, settings.peer)
     report.save(settings.out, settings, measured)
@@ -98,7 +102,7 @@ def choose(catalogue: list[Mutant], settings: Settings) -> list[Mutant]:
 
 
 def earlier(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What an interrupted run has found, by site and code."""
+    """The findings of an interrupted run, by site and code."""
     lines = path.read_text().splitlines() if path.exists() else []
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for line in lines:
@@ -125,7 +129,7 @@ def pool(jobs: int) -> Iterator[Any]:
 
 
 def judged(task: tuple[Mutant, bool]) -> dict[str, Any]:
-    """One mutant, in a process of its own."""
+    """Judge one mutant, in a worker process."""
     return mutations_trials.judged(*task)
 
 
@@ -136,7 +140,7 @@ def progress() -> Progress:
 
 
 def unspoilt(workers: Any) -> list[dict[str, Any]]:
-    """The library itself on every trial."""
+    """Run the checkers on the library itself, on every trial."""
     tasks = mutations_trials.original_tasks()
     with progress() as bar:
         return list(
@@ -145,7 +149,7 @@ def unspoilt(workers: Any) -> list[dict[str, Any]]:
 
 
 def check(workers: Any, chosen: list[Mutant], known: dict, settings: Settings) -> list[dict[str, Any]]:
-    """Every mutant checked, each written down as it comes; in the order of the catalogue."""
+    """Check every mutant and write each down as it comes. Returns: the findings in the order of the catalogue."""
     keys = {(mutant.site, mutant.code): mutant for mutant in chosen}
     found = {key: known[key] | {"id": mutant.id, "class": mutant.kind} for key, mutant in keys.items() if key in known}
     due = [(mutant, settings.peer) for key, mutant in keys.items() if key not in known]
@@ -173,6 +177,7 @@ def totals(found: list[dict[str, Any]], originals: list[dict[str, Any]]) -> dict
     return {
         "planted": len(found),
         "equivalent": len(found) - len(wrong),
+        "wrong": len(wrong),
         "caught": sum(caught(one) for one in wrong),
         "rate": rate(map(caught, wrong)),
         "caught_in_float32": sum(one["in"] == "float32" for one in wrong),
@@ -198,12 +203,12 @@ def totals(found: list[dict[str, Any]], originals: list[dict[str, Any]]) -> dict
 
 
 def caught(one: dict[str, Any]) -> bool:
-    """True where compare calls the mutant wrong."""
+    """True if compare calls the mutant wrong."""
     return one["fault"] not in ("", "ERROR")
 
 
 def rate(flags: Iterable[bool]) -> float:
-    """The fraction that is true; NaN of none."""
+    """The fraction that is true; NaN if there are none."""
     flags = list(flags)
     return sum(flags) / len(flags) if flags else float("nan")
 
@@ -217,7 +222,7 @@ def grouped(key: str, found: list[dict[str, Any]]) -> dict[str, list[dict[str, A
 
 
 def counts(group: list[dict[str, Any]]) -> dict[str, int]:
-    """Planted, caught, equivalent, missed, and what the peer caught of those that are wrong."""
+    """The numbers planted, caught, equivalent and missed, and the number of the wrong ones that the peer caught."""
     wrong = [one for one in group if not one["reason"]]
     hit = sum(caught(one) for one in wrong)
     peer = sum(bool(one["peer"]) for one in wrong)
@@ -229,7 +234,7 @@ def counts(group: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def table(key: str, title: str, found: list[dict[str, Any]], peer: bool) -> Table:
-    """Counts by site or by class."""
+    """A table of the counts by site or by class."""
     made = Table(title=f"mutants by {title}", title_justify="left")
     columns = ("planted", "caught", "equivalent", "missed", *(("check_grads caught",) if peer else ()))
     made.add_column(title, no_wrap=True)
@@ -244,7 +249,7 @@ def table(key: str, title: str, found: list[dict[str, Any]], peer: bool) -> Tabl
 
 
 def say(measured: dict[str, Any], found: list[dict[str, Any]], peer: bool) -> None:
-    """The survivors with their reasons, and the totals."""
+    """Print the survivors with their reasons, and the totals."""
     survivors = [one for one in found if not one["fault"]]
     for reason, group in grouped("reason", survivors).items():
         console.print(f"\n[cyan]equivalent:[/] {reason}" if reason else "\n[bold red]NOT EXPLAINED[/]", highlight=False)
@@ -253,7 +258,10 @@ def say(measured: dict[str, Any], found: list[dict[str, Any]], peer: bool) -> No
     for one in found:
         if caught(one) and reason_of(one["id"]):
             console.print(
-                f"caught, though said to be no mistake: {one['id']}", style="red", markup=False, soft_wrap=True
+                f"caught, although a reason says that it is no mistake: {one['id']}",
+                style="red",
+                markup=False,
+                soft_wrap=True,
             )
         if one["fault"] == "ERROR":
             console.print(f"ERROR {one['id']}: {one['hint']}", style="bold red", markup=False, soft_wrap=True)
@@ -263,7 +271,7 @@ def say(measured: dict[str, Any], found: list[dict[str, Any]], peer: bool) -> No
         ("fnbp.compare", f"catches {measured['caught']:,} of {wrong:,}: {measured['rate']:.2%}"),
         (
             "",
-            f"{measured['caught_in_float32']:,} in float32, {measured['caught_in_narrow_only']:,} in narrow ones alone",
+            f"{measured['caught_in_float32']:,} in float32, {measured['caught_in_narrow_only']:,} only in narrow ones",
         ),
         (
             "",
@@ -285,7 +293,7 @@ def say(measured: dict[str, Any], found: list[dict[str, Any]], peer: bool) -> No
 
 
 def figure(path: Path, found: list[dict[str, Any]], peer: bool) -> None:
-    """What share of the wrong mutants of each class the checkers catch."""
+    """Draw the share of the wrong mutants of each class that the checkers catch."""
     rows = {name: counts(group) for name, group in grouped("class", found).items()}
     wrong = {name: row["planted"] - row["equivalent"] for name, row in rows.items()}
     names = sorted(

@@ -20,7 +20,7 @@ PASSIVE = ("annotation", "returns", "decorator_list", "targets", "target", "func
 
 
 class Mutant(NamedTuple):
-    """One mistake: the statement of the module that it is in, as it then reads."""
+    """One mistake: the statement of the module that holds it, as it then reads."""
 
     id: str
     file: str
@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
     kind: str
     statement: int
     code: str
-    shared: bool = False  # a helper that is spoilt for backwards alone
+    shared: bool = False  # a helper that is spoilt only for backwards
 
 
 # --- mistakes ---
@@ -61,7 +61,7 @@ def mistakes(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, s
 
 
 def backward(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str, str]]:
-    """Each expression of a backward changed; then each of its results, and its cotangent."""
+    """Change each expression of a backward, then each of its results, then its cotangent."""
     for place in list(expressions(site.node)):
         parent, field, index, node, _ = place
         scope = scope_at(site, top, module, node.lineno)
@@ -123,7 +123,7 @@ def saved(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str,
     for place in [Place(whole, "elts", len(whole.elts) - 1, res, res), *expressions(res, res)]:
         for _, new in changes(place.node, place.parent, scope):
             words = words_of(place, new)
-            with replaced(place.parent, place.field, place.index, new):
+            with replaced(place.parent, place.field, place.item, new):
                 yield "residual", words, ast.unparse(top)
     if not isinstance(res, ast.Tuple):
         return
@@ -161,7 +161,7 @@ class Place(NamedTuple):
 
     parent: Any
     field: str
-    index: int | None
+    item: int | None
     node: Any
     within: Any
 

@@ -1,4 +1,4 @@
-"""A mutant as code: its module made anew, and what is built of it."""
+"""A mutant as code: a fresh module, and the constructor that is built from it."""
 
 import ast
 import inspect
@@ -21,7 +21,7 @@ FACTORS = "factor.py"  # the base of every factor: what is no Factor is taken fo
 def run(file: str, code: str = "", statement: int = -1, label: str = FRESH, alias: str = "") -> types.ModuleType:
     """The source of a file as a fresh module, with one statement of it replaced by code.
 
-    alias: a function that its backwards, and they alone, are to find under the name spoilt_name(alias).
+    alias: a function that only its backwards find under the name spoilt_name(alias).
     """
     source = read(file)
     if code:
@@ -41,7 +41,7 @@ def run(file: str, code: str = "", statement: int = -1, label: str = FRESH, alia
 
 
 def spoilt_name(name: str) -> str:
-    """What backwards call a helper that is right elsewhere."""
+    """The name by which backwards call a helper that is right elsewhere."""
     return f"{name}_of_backwards"
 
 
@@ -77,14 +77,14 @@ def wired(file: str, user: types.ModuleType) -> list[str]:
 
 
 def wire(fresh: types.ModuleType, file: str, user: types.ModuleType, only: tuple[str, ...] = ()) -> None:
-    """user with those of a fresh module, or only these names, in place of what it imported from that file."""
+    """Replace what user imported from that file, or only these names, by what a fresh module holds."""
     for name in only or wired(file, user):
         if user.__dict__.get(name) is getattr(live(file), name):
             user.__dict__[name] = fresh.__dict__[name]
 
 
 def factor_of(changed: type, file: str, name: str) -> type:
-    """The library's own factor of that name, with the total of the mutant: what is no Factor is taken for an array."""
+    """The library's own factor of that name, with the total of the mutant: it must stay a Factor."""
     real = getattr(live(file), name)
     factor = type(name, (real,), {"total": changed.total})  # type: ignore[attr-defined]
     fields = tuple(real.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""Mutants that are no mistakes: what survives because it computes the same, and why."""
+"""Mutants that are no mistakes: each survives because it computes the same, for the reason given."""
 
 import re
 from functools import cache
@@ -14,14 +14,15 @@ CENTRED = "the rows of this dx sum to 0: their mean is rounding"
 CHECKED = "it only checks lengths, which are alike"
 ALIKE = "dy has the dtype of y"
 ROUNDED = "its own rounding is no larger than that of the result, in a dtype of 8 or 11 bits"
-SHAPED = "of what is saved here, the shape behind the first axis alone is read"
+SHAPED = "only the shape behind the first axis is read of what is saved here"
 WHOLE = "tokens are whole numbers of at least 0: in an array of integers no such change is to be seen"
-SLIDING = "where windows are slid the size of what they lie over is not read"
-TYPED = "of what is saved here, the dtype alone is read"
+SLIDING = "where windows are slid, the size of the array below them is not read"
+TYPED = "only the dtype is read of what is saved here"
 DROPPED = "JAX drops what is added out of range, asked to or not"
 VECTOR = "a vector is its own transpose"
 BOUNDED = "x^ is at most the root of the number of features"
 GROUPS = "it is the number of groups, a whole number of at least 1"
+RECORDED = "it changes only what trace and the whole pass of compare record; the gradients stay as they are"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
 ELU = "layers/activation.py:elu.backward:"
@@ -58,11 +59,19 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/pooling.py:avg_pool.backward:precision: wide(dy) -> dy in *", ROUNDED),
     ("layers/pooling.py:avg_pool.backward:name: dy -> like_x in *.astype(dy.dtype)", "x has the dtype of dy"),
     ("layers/pooling.py:global_avg_pool.backward:name: dy -> spread in *", "both have as many examples"),
+    ("combinators/parallel.py:JOINS.backward:moved: result: reversed", "every layer of a sum is given the same dy"),
+    (
+        "combinators/parallel.py:JOINS.backward:zeroed: result: right for two examples or more #2",
+        "a tuple that another layer takes has at least two entries",
+    ),
+    ("combinators/tie.py:look_up:name: at -> tree in isinstance(at, Around)", RECORDED),
+    ("combinators/tie.py:put:name: value -> * in put(tree.inside, keys, value)", RECORDED),
     ("combinators/parts.py:one_part.backward_packed:constant: 0 -> -1 in backward(params[0], res, dy)", ONE_ENTRY),
     ("combinators/parts.py:one_part.backward_packed:factors: factors: in another order", ONE_ENTRY),
     ("combinators/parts.py:one_part.backward_packed:factors: factors: those of the first, throughout", ONE_ENTRY),
     ("combinators/*:*.backward:*: True -> False in zip(*, strict=True)", CHECKED),
     ("combinators/*:*.backward:*: zip(*, strict=True) -> zip(*)", CHECKED),
+    ("combinators/wrappers.py:cast.forward saves:residual: x -> due in like(x)", "y has the dtype of x"),
     ("combinators/wrappers.py:cast.forward saves:*: like(*): saved in *", TYPED),
     ("combinators/wrappers.py:cast.forward saves:*: like(*): saved as *", TYPED),
     ("combinators/wrappers.py:cast.forward saves:*: like(*): saved of *", TYPED),
@@ -117,10 +126,10 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
 
 @cache
 def pattern(text: str) -> re.Pattern:
-    """A pattern in which * alone is special."""
+    """A pattern in which only * is special."""
     return re.compile(".*".join(re.escape(part) for part in text.split("*")))
 
 
 def reason_of(name: str) -> str:
-    """Why the mutant of that id is equivalent, "" where no reason is known."""
+    """The reason why the mutant of that id is equivalent, or "" if none is known."""
     return next((reason for text, reason in EQUIVALENT if pattern(text).fullmatch(name)), "")

@@ -104,7 +104,7 @@ def number(value: float) -> ast.expr:
 
 
 def negative(node: ast.expr) -> ast.expr:
-    """Minus that."""
+    """The tree of minus a node."""
     return ast.UnaryOp(ast.USub(), node)
 
 
@@ -116,7 +116,7 @@ def is_number(node: ast.AST) -> bool:
 
 
 def called(node: ast.AST) -> str:
-    """The last name of what is called, "sum" of jnp.sum; "" of what is no call."""
+    """The last name of the function of a call, "sum" of jnp.sum; "" if the node is no call."""
     if not isinstance(node, ast.Call):
         return ""
     return getattr(node.func, "attr", None) or getattr(node.func, "id", "")
@@ -214,7 +214,7 @@ def comparisons(node: ast.Compare, parent: ast.AST, scope: Scope) -> Iterator[Ch
 
 
 def calls(node: ast.Call, parent: ast.AST, scope: Scope) -> Iterator[Change]:
-    """Another function, its argument alone, its arguments swapped or dropped."""
+    """Another function; only its argument; its arguments swapped or dropped."""
     name, method = called(node), is_method(node)
     if method:
         for other in SWAPPED_METHODS.get(name, ()):
@@ -280,7 +280,7 @@ def indices(node: ast.Subscript, parent: ast.AST, scope: Scope) -> Iterator[Chan
 
 
 def names(node: ast.Name, parent: ast.AST, scope: Scope) -> Iterator[Change]:
-    """Another array in scope; a number of the constructor that is off, or not there."""
+    """Another array in scope; a number of the constructor that is off, or left out."""
     if node.id in scope.arrays:
         for other in scope.arrays:
             if other != node.id:
@@ -292,7 +292,7 @@ def names(node: ast.Name, parent: ast.AST, scope: Scope) -> Iterator[Change]:
 
 
 def dicts(node: ast.Dict, parent: ast.AST, scope: Scope) -> Iterator[Change]:
-    """Two entries swapped; one not there; one under another name."""
+    """Two entries swapped; one left out; one under another name."""
     keys, values = node.keys, node.values
     for i, j in combinations(range(len(values)), 2):
         order = list(values)

@@ -1,8 +1,7 @@
 """Where mistakes can be planted: backwards, the helpers that they call, totals of factors, what forwards save.
 
 A helper that only the backwards of its own file call is spoilt where it stands. One that stands in another file, or
-that forwards call too, is spoilt for the backwards alone: the forward keeps the right one, so it is the pair that is
-wrong.
+that forwards call too, is spoilt only for the backwards: the forward keeps the right one, so that the pair is wrong.
 """
 
 import ast
@@ -46,7 +45,7 @@ class Module(NamedTuple):
 
 
 ROOMS = ("layer.py", "factor.py", "layers", "losses", "combinators", "arrays")  # files and packages
-REFUSALS = "check"  # a function of this name raises or hands on what it was given
+REFUSALS = ("check", "is_")  # such functions refuse what they are given or find it good; they compute nothing
 
 
 @cache

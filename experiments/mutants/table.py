@@ -31,7 +31,7 @@ LENGTHS = np.array([3, 5, 1, 0, 7])
 
 
 def of_lengths(layer: fnbp.Layer) -> fnbp.Layer:
-    """A ragged layer as one of x alone, with fixed lengths."""
+    """A ragged layer as a layer of x, with fixed lengths."""
 
     def init(key, x):
         return layer.init(key, (x, LENGTHS[: x.shape[0]]))
@@ -48,11 +48,11 @@ def of_lengths(layer: fnbp.Layer) -> fnbp.Layer:
 
 def closed(layer: fnbp.Layer) -> fnbp.Layer:
     """A combinator as a leaf: its factors come out open, and are contracted only then."""
-    return fnbp.Layer(layer.init, layer.forward, layer.backward, layer.name)
+    return fnbp.replace_functions(layer, forward=layer.forward)
 
 
 def with_start(scan: fnbp.Layer, given: bool) -> fnbp.Layer:
-    """A scan of x alone that is given a start, the first position of x, or None; y and the end come out as a sum."""
+    """A scan as a layer of x: it starts at the first position of x, or at None, and returns y plus the end."""
 
     def start(x):
         return (x[:, 0] if given else None), x
@@ -65,7 +65,7 @@ def with_start(scan: fnbp.Layer, given: bool) -> fnbp.Layer:
         factors, (dstart, dx) = scan.backward(params, res, (dy.sum(1), dy))
         return factors, dx if dstart is None else dx.at[:, 0].add(dstart)
 
-    return fnbp.Layer(lambda key, x: scan.init(key, start(x)), forward, backward, scan.name)
+    return fnbp.replace_functions(scan, lambda key, x: scan.init(key, start(x)), forward, backward)
 
 
 def cell_of(layer: fnbp.Layer) -> fnbp.Layer:
@@ -128,6 +128,31 @@ def used_twice(added: type) -> fnbp.Layer:
     return fnbp.stateless(init, forward, backward, "used twice")
 
 
+def nearly_flat(n: int) -> fnbp.Layer:
+    """x (m, k) spread over n outputs, each near the k-th of x / 16 that it stands for.
+
+    Where log_softmax behind it rounds its y, all of a kind are rounded alike, and dx, a sum over each kind, shows it;
+    the rounding of the result averages out.
+    """
+    offsets = np.linspace(-0.02, 0.02, n)
+
+    def kinds(k: int) -> np.ndarray:
+        return np.eye(k)[np.arange(n) % k] / 16
+
+    def init(key, x):
+        return {}
+
+    def forward(params, x):
+        return x @ jnp.asarray(kinds(x.shape[-1]), x.dtype).T + jnp.asarray(offsets, x.dtype), (x,)
+
+    def backward(params, res, dy):
+        (x,) = res
+        return {}, dy @ jnp.asarray(kinds(x.shape[-1]), dy.dtype)
+
+    return fnbp.stateless(init, forward, backward, "nearly_flat")
+
+
+MEAN = (fnbp.reshape(-1, 1), fnbp.global_avg_pool())  # of each row
 WITH_MEMORY = fnbp.parallel(fnbp.identity(), fnbp.conv(7, 2, padding="VALID"), join="tuple")
 WITH_SAME = fnbp.parallel(fnbp.identity(), fnbp.dense(7), join="tuple")
 WEIGHTS = np.linspace(0.5, 1.5, 11)
@@ -137,7 +162,11 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "elu": (Trial(lambda f: f(1.7)),),
     "gelu": (Trial(), Trial(lambda f: f(approximate=True))),
     "softmax": (Trial(), Trial(shape=(5, 3, 11))),
-    "log_softmax": (Trial(), Trial(shape=(5, 3, 11))),
+    "log_softmax": (
+        Trial(),
+        Trial(shape=(5, 3, 11)),
+        Trial(lambda f: closed(fnbp.serial(nearly_flat(4_096), f(), *MEAN)), (5, 4)),
+    ),
     "dense": (
         Trial(lambda f: f(5)),
         Trial(lambda f: f(5), (5, 3, 11)),
@@ -229,16 +258,24 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(fnbp.dense(5), fnbp.dense(5)), (7, 3)),
         Trial(lambda f: f(fnbp.dense(5), fnbp.tanh(), join="concat"), (7, 3)),
         Trial(lambda f: f(fnbp.dense(5), fnbp.dense(5), fnbp.dense(5), join="product"), (7, 3)),
+        Trial(lambda f: f(fnbp.dense(5), fnbp.tanh(), fnbp.dense(2), join="concat"), (5, 3, 7)),
+        Trial(lambda f: f(fnbp.dense(5)), (7, 3)),
+        Trial(lambda f: fnbp.serial(f(fnbp.identity(), fnbp.dense(7), join="tuple"), fnbp.attention(3)), (2, 5, 6)),
+        Trial(lambda f: f(fnbp.dense(5), join="product"), (7, 3)),
+        Trial(lambda f: f(fnbp.dense(5), join="concat"), (7, 3)),
     ),
     "repeat": (
         Trial(lambda f: f(fnbp.dense(3), 2), (7, 3)),
         Trial(lambda f: closed(f(fnbp.serial(fnbp.dense(3), fnbp.tanh()), 2)), (7, 3)),
+        Trial(lambda f: closed(f(fnbp.dense(3), 1)), (7, 3)),
         Trial(lambda f: closed(f(fnbp.batch_norm(), 2)), (7, 3), train=True),
     ),
     "ragged": (Trial(lambda f: of_lengths(f(fnbp.serial(fnbp.scan(fnbp.rnn_cell(2)), fnbp.last()))), (5, 7, 3)),),
     "remat": (
         Trial(lambda f: f(fnbp.dense(5)), (7, 3)),
         Trial(lambda f: f(fnbp.dropout(0.3)), (7, 3), train=True),
+        Trial(lambda f: closed(f(fnbp.dense(5))), (7, 3)),
+        Trial(lambda f: f(fnbp.batch_norm()), (7, 3)),
     ),
     "cast": (
         Trial(lambda f: f(fnbp.dense(5), "float32"), (7, 3)),

@@ -1,4 +1,4 @@
-"""What a mutant is tried on: its constructor called, an input and a target for it, and both checkers on them."""
+"""Trials of a mutant: its constructor is called, an input and a target are drawn, and both checkers run."""
 
 import ast
 import inspect
@@ -63,7 +63,7 @@ def uses() -> dict[str, set[str]]:
 
 
 def users(owner: str) -> list[str]:
-    """The public constructor owner, or those that owner, a helper or a factor, is for."""
+    """The public constructor owner, or those that use owner, a helper or a factor."""
     public = constructors()
     if owner in public or owner in FOR:
         return list(FOR.get(owner, (owner,)))
@@ -77,7 +77,7 @@ def users(owner: str) -> list[str]:
 
 
 def trials_of(name: str) -> tuple[Trial, ...]:
-    """The trials of a public constructor; where TABLE has none, a layer that needs no arguments is called without."""
+    """The trials of a public constructor; if TABLE has none, a layer that needs no arguments is called without any."""
     if name in TABLE:
         return TABLE[name]
     signature = inspect.signature(unspoilt(name))
@@ -86,7 +86,7 @@ def trials_of(name: str) -> tuple[Trial, ...]:
 
 
 def trials(owner: str) -> list[tuple[str, Trial]]:
-    """Constructors and trials for a mutant of that owner. InputError where there are none."""
+    """The constructors and trials for a mutant of that owner. Raises: InputError if there are none."""
     found = [(name, trial) for name in users(owner) for trial in trials_of(name)]
     if not found:
         raise InputError(f"TABLE in experiments/mutants/table.py has no call of {owner}, or of what uses it")
@@ -105,7 +105,7 @@ class Subject(NamedTuple):
 
     @property
     def data(self) -> tuple:
-        """What a Loss takes beside the prediction."""
+        """The arguments of a Loss after the prediction."""
         return (self.y,) if self.ctx.mask is None else (self.y, self.ctx.mask)
 
 
@@ -122,7 +122,7 @@ def draw(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndar
 
 
 def subject(constructor: Any, trial: Trial, dtype: str = "float32") -> Subject:
-    """What the constructor makes, and data, the same each time."""
+    """What the constructor makes, with data that are the same each time."""
     rng = np.random.default_rng(0)
     x = draw(trial.x, rng, trial.shape)
     x = x if trial.x in TOKENS else np.asarray(x, jnp.dtype(dtype))
@@ -143,14 +143,14 @@ def subject(constructor: Any, trial: Trial, dtype: str = "float32") -> Subject:
 
 
 def compared(s: Subject, **options: Any) -> fnbp.Report:
-    """fnbp.compare on it: a Layer at its x, a Loss on what identity returns."""
+    """Run fnbp.compare on a subject: a Layer at its x, or a Loss behind the identity."""
     if isinstance(s.made, fnbp.Loss):
         return fnbp.compare(fnbp.identity(), s.x, loss=s.made, y=s.y, ctx=s.ctx, **options)
     return fnbp.compare(s.made, s.x, params=s.params, state=s.state, ctx=s.ctx, **options)
 
 
 def alone(s: Subject) -> fnbp.Report:
-    """fnbp.compare on it as a function and its vjp, at two probes: the same judge, and far less to compile."""
+    """Run fnbp.compare on a subject as a function and its vjp, at two probes: far less is compiled."""
     made = s.made
     if isinstance(made, fnbp.Loss):
 
@@ -193,7 +193,7 @@ def fault(s: Subject, label: str) -> tuple[str, str]:
 
 
 def raised_by(error: BaseException, label: str) -> bool:
-    """True where the error, or a cause of it, comes out of the code of that label."""
+    """True if the error, or a cause of it, comes from the code of that label."""
     while error is not None:
         frames = traceback.walk_tb(error.__traceback__)
         if any(frame.f_code.co_filename == label for frame, _ in frames):
@@ -203,7 +203,7 @@ def raised_by(error: BaseException, label: str) -> bool:
 
 
 def peer(s: Subject) -> str:
-    """What jax.test_util.check_grads says at its defaults, "" for no complaint."""
+    """The complaint of jax.test_util.check_grads at its defaults, or ""."""
     try:
         if isinstance(s.made, fnbp.Loss):
             jax.test_util.check_grads(
@@ -218,7 +218,7 @@ def peer(s: Subject) -> str:
 
 @cache
 def fair(name: str, trial: Trial) -> bool:
-    """False where check_grads calls the library itself wrong: there its word on a mutant counts for nothing."""
+    """False if check_grads calls the library itself wrong: then its word on a mutant counts for nothing."""
     return not peer(subject(unspoilt(name), trial))
 
 
@@ -241,7 +241,7 @@ def of_prediction(loss: fnbp.Loss) -> Callable[[Any, Any], Any]:
 
 
 def judged(mutant: Mutant, with_peer: bool = True) -> dict[str, Any]:
-    """What the two checkers say of a mutant, as one line of JSON: float32 first, narrower where it survives that."""
+    """Ask both checkers about a mutant, in float32, then in narrower dtypes if it survives. Returns: a line of JSON."""
     began = time.perf_counter()
     pairs = trials(mutant.owner)
     with warnings.catch_warnings():
@@ -264,7 +264,7 @@ def judged(mutant: Mutant, with_peer: bool = True) -> dict[str, Any]:
 
 
 def verdict(made: dict[str, Any], pairs: list[tuple[str, Trial]], label: str) -> tuple[str, str, str]:
-    """Kind and hint of the first fault over all trials, and the dtype that it was found in."""
+    """The kind and hint of the first fault over all trials, and the dtype in which it was found."""
     for dtype in ("float32", *NARROW):
         for name, trial in pairs:
             kind, hint = fault(subject(made[name], trial, dtype), label)
@@ -291,7 +291,7 @@ def distance(constructor: Any, name: str, trial: Trial) -> float:
 
 
 def cotangents(s: Subject, x: np.ndarray, dy: np.ndarray) -> Any:
-    """What the backward returns at x in float64, its factors summed."""
+    """The cotangents that the backward returns at x in float64, with its factors summed."""
     if isinstance(s.made, fnbp.Loss):
         return s.made.backward(s.made.forward(jnp.asarray(x), *map(jnp.asarray, s.data))[1])
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), s.params)
@@ -301,7 +301,7 @@ def cotangents(s: Subject, x: np.ndarray, dy: np.ndarray) -> Any:
 
 
 def differentiable(s: Subject, params: Any, x: jax.Array) -> tuple[Callable, tuple]:
-    """A Layer as a function with its manual backward for VJP, and the arguments that it can be differentiated by."""
+    """A Layer as a function with its manual backward as VJP, and the arguments by which it can be differentiated."""
     apply = fnbp.to_jax(s.made, state=s.state, ctx=s.ctx)
     if jnp.issubdtype(x.dtype, jnp.floating):
         return apply, (params, x)
@@ -312,7 +312,7 @@ def differentiable(s: Subject, params: Any, x: jax.Array) -> tuple[Callable, tup
 
 
 def original_tasks() -> list[tuple[str, int, str]]:
-    """Constructor, trial and dtype of all that the mutants are tried on."""
+    """The constructor, trial and dtype of everything that the mutants are tried on."""
     return [
         (name, i, dtype)
         for name in constructors()
@@ -322,7 +322,7 @@ def original_tasks() -> list[tuple[str, int, str]]:
 
 
 def original(task: tuple[str, int, str]) -> dict[str, Any]:
-    """What the two checkers say of the unmutated constructor on one trial."""
+    """Ask both checkers about the library's own constructor, on one trial."""
     name, i, dtype = task
     s = subject(unspoilt(name), trials_of(name)[i], dtype)
     report = compared(s)

@@ -1,1 +1,1 @@
-"""Published backwards, held against compare."""
+"""Backwards that other people published, and what compare finds in them."""

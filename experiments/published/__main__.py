@@ -1,7 +1,8 @@
-"""Backwards that other people wrote by hand and published, rewritten as user code, and what compare finds in each.
+"""compare tells which backwards from papers, courses, docs and kernels are wrong, or less accurate than autodiff.
 
-From papers, courses, documentation and kernels. A form that is found wanting stands beside one that is clean. Each
-entry records the verdict that is due in float32 and in bfloat16; the exit code is 1 where compare finds another.
+People wrote them by hand and published them; here they are rewritten as user code. A form that is found wanting stands
+beside one that is clean. Each entry records the verdict that is expected in float32 and in bfloat16; the exit code is 1
+if compare finds another.
 """
 
 import time
@@ -25,6 +26,8 @@ from experiments.shared import report
 from experiments.shared.report import console
 from fnbp.comparison.report import FAULTS, SEVERITY, Report, Row
 
+MINUTES = 1.5  # on two CPU cores
+
 ENTRIES: tuple[Entry, ...] = (
     *published_norms.ENTRIES,
     *published_losses.ENTRIES,
@@ -39,9 +42,9 @@ class Settings:
     """Settings of the survey."""
 
     only: str = ""
-    """Run the entries with this in their name."""
+    """Run only the entries whose name contains this."""
     out: Path = Path("results/published")
-    """Where result.json goes."""
+    """The folder for result.json."""
 
 
 class Finding(NamedTuple):
@@ -81,16 +84,22 @@ def main(settings: Settings) -> int:
     surprises = [name for name, findings in found.items() if not all(finding.as_expected for finding in findings)]
     faulty = [entry for entry in chosen if any(finding.verdict in FAULTS for finding in found[entry.name])]
     wanting = [entry.name for entry in faulty if not entry.deliberate]
+    counts = {
+        "entries": len(chosen),
+        "wanting": len(wanting),
+        "on_purpose": len(faulty) - len(wanting),
+        "conventions": sum(any(f.verdict == "convention" for f in each) for each in found.values()),
+        "clean": sum(all(f.verdict == "ok" for f in each) for each in found.values()),
+    }
     console.print(report.figures([
         ("entries", f"{len(chosen)}, compared {len(every)} times"),
-        ("found wanting", f"{len(wanting)}"),
-        ("another rule, on purpose", f"{len(faulty) - len(wanting)}"),
-        ("with a convention", f"{sum(any(f.verdict == 'convention' for f in each) for each in found.values())}"),
-        ("clean", f"{sum(all(f.verdict == 'ok' for f in each) for each in found.values())}"),
+        ("found wanting", f"{counts['wanting']}"),
+        ("another rule, on purpose", f"{counts['on_purpose']}"),
+        ("with a convention", f"{counts['conventions']}"),
+        ("clean", f"{counts['clean']}"),
         ("not as recorded", ", ".join(surprises) or "none"),
     ]), highlight=False)  # fmt: skip
-    report.save(settings.out, settings, {
-        "entries": len(chosen),
+    report.save(settings.out, settings, counts | {
         "found_wanting": wanting,
         "another_rule_on_purpose": [entry.name for entry in faulty if entry.deliberate],
         "not_as_expected": surprises,
@@ -101,12 +110,12 @@ def main(settings: Settings) -> int:
 
 
 def dtypes_of(entry: Entry) -> tuple[Any, ...]:
-    """float32, and bfloat16 where it is to be run."""
+    """The dtypes of an entry: float32, and bfloat16 if it is to be run."""
     return (np.float32,) if entry.bfloat16 is None else (np.float32, jnp.bfloat16)
 
 
 def find(entry: Entry, dtype: Any, **options: Any) -> Finding:
-    """compare's word on an entry."""
+    """Ask compare about an entry."""
     began = time.perf_counter()
     told = entry.compare(dtype, **options)
     expected = entry.expected if dtype == np.float32 else entry.bfloat16 or "ok"
@@ -125,7 +134,7 @@ def find(entry: Entry, dtype: Any, **options: Any) -> Finding:
 
 
 def sentence(row: Row) -> str:
-    """Where it is and what compare takes it for."""
+    """A sentence that says where the fault is and what compare takes it for."""
     values = f"{row.manual:.4g} for {row.automatic:.4g}" if row.manual == row.manual and row.index else ""
     said = row.hint or values or FAULTS.get(row.kind, "")
     return f"{'d' + row.leaf if row.leaf else 'all'}{f' on {row.probe!r}' if row.probe else ''}: {said}"
@@ -138,7 +147,7 @@ def described(entry: Entry) -> dict[str, Any]:
 
 
 def table(chosen: list[Entry], found: dict[str, list[Finding]]) -> Table:
-    """An entry a row: float32 above bfloat16."""
+    """A table with one row for each entry: float32 above bfloat16."""
     top = Table(title="Published backwards: float32 above bfloat16", title_justify="left", show_lines=True)
     for name in ("form and source", "way in", "verdict", "z", "rho", "what was found"):
         numeric = name in ("z", "rho")
@@ -162,7 +171,7 @@ def cell(finding: Finding) -> tuple[Text, Text, Text]:
 
 
 def words(entry: Entry, findings: list[Finding]) -> str:
-    """What was found, once where both dtypes tell the same, and our remark."""
+    """The findings, only one of them if both dtypes agree, and our remark."""
     first, *others = findings
     found = [first.told] + [f"{f.dtype}: {f.told}" for f in others if f.told and f.verdict != first.verdict]
     purpose = "another rule, on purpose" if entry.deliberate else ""

@@ -1,5 +1,7 @@
 """Attention by the backwards of FlashAttention: what of the softmax is saved, and how p comes back from it."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,24 +18,24 @@ MASK = np.tril(np.ones((5, 11), bool), 6)
 MASK[2] = False  # one query may see nothing
 
 
-def scores(q, k):
+def scores(q: jax.Array, k: jax.Array):
     """S = q k^T / sqrt(d)."""
     return q @ k.T / q.shape[-1] ** 0.5
 
 
-def attention(q, k, v):
+def attention(q: jax.Array, k: jax.Array, v: jax.Array):
     """o = softmax(q k^T / sqrt(d)) v."""
     return jax.nn.softmax(scores(q, k)) @ v
 
 
-def from_p(q, k, v, o, p, do, tau):
+def from_p(q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, p: jax.Array, do: jax.Array, tau: float):
     """dv = p^T do, dp = do v^T, D = rowsum(do o), ds = p (dp - D), dq = tau ds k, dk = tau ds^T q."""
     D = jnp.sum(do * o, -1, keepdims=True)
     ds = p * (do @ v.T - D)
     return tau * ds @ k, tau * ds.T @ q, p.T @ do
 
 
-def attention_saves_max_and_sum(q, k, v):
+def attention_saves_max_and_sum(q: jax.Array, k: jax.Array, v: jax.Array):
     """o, with the maximum m and the sum l of each row saved."""
     s = scores(q, k)
     m = jnp.max(s, -1, keepdims=True)
@@ -42,38 +44,38 @@ def attention_saves_max_and_sum(q, k, v):
     return o, (q, k, v, o, m, total)
 
 
-def flash_backward(res, do):
+def flash_backward(res: tuple, do: jax.Array):
     """p = e^(s - m) / l anew."""
     q, k, v, o, m, total = res
     return from_p(q, k, v, o, jnp.exp(scores(q, k) - m) / total, do, q.shape[-1] ** -0.5)
 
 
-def attention_saves_log_sum(q, k, v):
+def attention_saves_log_sum(q: jax.Array, k: jax.Array, v: jax.Array):
     """o, with L = log sum e^s of each row saved."""
     o = attention(q, k, v)
     return o, (q, k, v, o, jax.nn.logsumexp(scores(q, k), axis=-1, keepdims=True))
 
 
-def flash_2_backward(res, do):
+def flash_2_backward(res: tuple, do: jax.Array):
     """p = e^(s - L) anew."""
     q, k, v, o, L = res
     return from_p(q, k, v, o, jnp.exp(scores(q, k) - L), do, q.shape[-1] ** -0.5)
 
 
-def flash_2_to_the_letter(res, do):
+def flash_2_to_the_letter(res: tuple, do: jax.Array):
     """The algorithm as it is printed, where s = q k^T: dq and dk have no 1 / sqrt(d)."""
     q, k, v, o, L = res
     return from_p(q, k, v, o, jnp.exp(scores(q, k) - L), do, 1.0)
 
 
-def masked_attention(q, k, v, mask):
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array):
     """Attention to the keys that mask allows; 0 for a query that may see none."""
     s = jnp.where(mask, scores(q, k), -jnp.inf)
     some = mask.any(-1, keepdims=True)
     return jnp.where(some, jax.nn.softmax(jnp.where(some, s, 0)) @ v, 0)
 
 
-def masked_backward(empty):
+def masked_backward(empty: float):
     """p = e^(s - L), L = log sum e^s; empty: what L is of a row with no key, where the sum is 0."""
 
     def backward(args, do):
@@ -86,7 +88,7 @@ def masked_backward(empty):
     return backward
 
 
-def repeated(f):
+def repeated(f: Callable):
     """f with every key twice, as tokens that come twice have them: the two share a row's weight evenly."""
 
     def attend(q, k, v):

@@ -1,4 +1,4 @@
-"""What a published backward is told as: its name, its source, its functions, and the verdict that is due."""
+"""A published backward: its name, its source, its functions, and the expected verdict."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,15 +16,15 @@ class Entry:
     """One published backward, rewritten as a user would write it.
 
     f          the function, or with reference a jax.custom_vjp (or custom_jvp)
-    args       where it is given, in float32
+    args       the arguments, in float32
     vjp        backward(args, dy) -> cotangents of args, or None
     reference  the plain function that jax.vjp differentiates, or None
-    expected   the verdict that is due in float32: "ok", "convention" or a kind of fault
-    bfloat16   the verdict that is due for bfloat16 arguments; None: not run, for remark says why
-    right      True where the formula is right in exact arithmetic
-    mended     the name of an entry that is clean where this one is found wanting
-    deliberate True where it is another rule on purpose
-    remark     what to know of it
+    expected   the expected verdict in float32: "ok", "convention" or a kind of fault
+    bfloat16   the expected verdict in bfloat16; None if it is not run, and remark says why
+    right      True if the formula is right in exact arithmetic
+    mended     the name of a clean entry, if this one is found wanting
+    deliberate True if it is another rule on purpose
+    remark     what a reader must know of it
     """
 
     name: str
@@ -43,7 +43,7 @@ class Entry:
 
     @property
     def way(self) -> str:
-        """The way into compare."""
+        """The keyword by which compare is given the backward."""
         return "vjp=" if self.vjp else "reference="
 
     @property
@@ -52,7 +52,7 @@ class Entry:
         return self.reference or self.f
 
     def cast(self, dtype: Any) -> tuple:
-        """args with floating leaves in dtype."""
+        """The arguments with floating leaves in dtype."""
         return jax.tree.map(lambda a: a.astype(dtype) if np.issubdtype(a.dtype, np.floating) else a, self.args)
 
     def backward(self, args: tuple, dy: Any) -> tuple:
@@ -60,7 +60,7 @@ class Entry:
         return self.vjp(args, dy) if self.vjp else jax.vjp(self.f, *args)[1](dy)
 
     def compare(self, dtype: Any, **options: Any) -> Report:
-        """What compare finds at arguments of dtype."""
+        """Ask compare, at arguments of dtype."""
         options = self.options | options
         return fnbp.compare(self.f, *self.cast(dtype), vjp=self.vjp, reference=self.reference, **options)
 

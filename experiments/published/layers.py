@@ -20,20 +20,20 @@ LSTM = normal(11, (3, 5), (3, 7), (3, 7), (5, 28), (7, 28), (28,), scale=0.7)
 PEEPHOLE = (*normal(12, (3, 5), (3, 7), (3, 7), (5, 28), (7, 28), (28,), scale=0.7), *normal(13, (3, 7)))
 
 
-def gates(a):
+def gates(a: jax.Array):
     """i, f, g, o of the sums a."""
     i, f, g, o = jnp.split(a, 4, -1)
     return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
 
 
-def lstm(x, h, c, W, R, b):
+def lstm(x: jax.Array, h: jax.Array, c: jax.Array, W: jax.Array, R: jax.Array, b: jax.Array):
     """One step: c' = f c + i g, h' = o tanh c'."""
     i, f, g, o = gates(x @ W + h @ R + b)
     c = f * c + i * g
     return o * jnp.tanh(c), c
 
 
-def lstm_backward(truncated=False):
+def lstm_backward(truncated: bool = False):
     """do, then dc' = dc + dh o (1 - tanh^2), then all four gates; truncated: no error leaves the cell through them."""
 
     def backward(args, dy):
@@ -50,14 +50,14 @@ def lstm_backward(truncated=False):
     return backward
 
 
-def peephole_lstm(x, h, c, W, R, b, p):
+def peephole_lstm(x: jax.Array, h: jax.Array, c: jax.Array, W: jax.Array, R: jax.Array, b: jax.Array, p: jax.Array):
     """One step of the LSTM whose gates see the cell: i and f the old one, o the new one."""
     i, f, g, o = jnp.split(x @ W + h @ R + b, 4, -1)
     c_next = jnp.tanh(g) * jax.nn.sigmoid(i + p[0] * c) + c * jax.nn.sigmoid(f + p[1] * c)
     return jnp.tanh(c_next) * jax.nn.sigmoid(o + p[2] * c_next), c_next
 
 
-def peephole_backward(args, dy):
+def peephole_backward(args: tuple, dy: jax.Array):
     """dc' = dh o (1 - tanh^2) + p_o do + dc, and dc = f dc' + p_i di + p_f df."""
     x, h, c, W, R, b, p = args
     dh, dc = dy
@@ -80,12 +80,12 @@ WIDE = normal(15, (11, 7))
 SWIGLU = normal(16, (11, 5), (5, 7), (5, 7), (7, 3))
 
 
-def dense(x, W, b):
+def dense(x: jax.Array, W: jax.Array, b: jax.Array):
     """z = x W + b."""
     return x @ W + b
 
 
-def dense_backward(mean):
+def dense_backward(mean: bool):
     """dW = x^T dz, db = sum dz, dx = dz W^T; mean: dW and db over m."""
 
     def backward(args, dz):
@@ -100,30 +100,30 @@ ROOT = (2 / np.pi) ** 0.5
 CUBE = 0.044715
 
 
-def gelu(x):
+def gelu(x: jax.Array):
     """y = x (1 + tanh u) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3)."""
     return 0.5 * x * (1 + jnp.tanh(ROOT * (x + CUBE * x**3)))
 
 
-def gelu_by_sech(args, dy):
+def gelu_by_sech(args: tuple, dy: jax.Array):
     """dx = dy ((1 + tanh u) / 2 + x u' / (2 cosh^2 u))."""
     (x,) = args
     u = ROOT * (x + CUBE * x**3)
     return (dy * (0.5 * (1 + jnp.tanh(u)) + 0.5 * x * ROOT * (1 + 3 * CUBE * x**2) / (jnp.cosh(u) * jnp.cosh(u))),)
 
 
-def gelu_by_cdf(args, dy):
+def gelu_by_cdf(args: tuple, dy: jax.Array):
     """dx = dy (Phi(x) + x phi(x)): the slope of the exact form."""
     (x,) = args
     return (dy * (0.5 * (1 + jax.lax.erf(x * 0.5**0.5)) + x * jnp.exp(-(x**2) / 2) * (2 * np.pi) ** -0.5),)
 
 
-def swiglu(x, W, V, W_2):
+def swiglu(x: jax.Array, W: jax.Array, V: jax.Array, W_2: jax.Array):
     """y = (silu(x W) x V) W_2."""
     return (jax.nn.silu(x @ W) * (x @ V)) @ W_2
 
 
-def swiglu_backward(args, dy):
+def swiglu_backward(args: tuple, dy: jax.Array):
     """da = dh b s (1 + a (1 - s)) and db = dh a s, of h = silu(a) b, s = sigma(a)."""
     x, W, V, W_2 = args
     a, b = x @ W, x @ V
@@ -139,30 +139,30 @@ TABLE, TOKENS = normal(17, (7, 3))[0], integers(18, 7, 2, 11)
 HEADS, POSITIONS = normal(19, (5, 2, 6))[0], np.arange(5, dtype=np.int32)
 
 
-def embedding(W, tokens):
+def embedding(W: jax.Array, tokens: jax.Array):
     """y = W of the tokens."""
     return W[tokens]
 
 
-def embedding_scatter(args, dy):
+def embedding_scatter(args: tuple, dy: jax.Array):
     """dW sums dy over every place where the token stands."""
     W, tokens = args
     return jnp.zeros_like(W).at[tokens].add(dy), None
 
 
-def embedding_buffered(args, dy):
-    """dW[tokens] += dy as NumPy has it: of a token that comes twice, the last alone counts."""
+def embedding_buffered(args: tuple, dy: jax.Array):
+    """dW[tokens] += dy as NumPy has it: if a token comes twice, only the last one counts."""
     W, tokens = args
     dW = jnp.zeros_like(W)
     return dW.at[tokens].set(dW[tokens] + dy), None
 
 
-def embedding_padded(args, dy):
+def embedding_padded(args: tuple, dy: jax.Array):
     """No gradient for token 0, which pads."""
     return embedding_scatter(args, dy)[0].at[0].set(0), None
 
 
-def turned(x, positions, sign=1):
+def turned(x: jax.Array, positions: jax.Array, sign: float = 1):
     """Halves of x turned by the angles of their positions."""
     half = x.shape[-1] // 2
     angle = sign * positions[:, None, None] * 10000.0 ** (-jnp.arange(half) / half)
@@ -171,19 +171,19 @@ def turned(x, positions, sign=1):
     return jnp.concatenate((a * cos - b * sin, a * sin + b * cos), -1)
 
 
-def turned_in_pairs(x, positions, sign=1):
+def turned_in_pairs(x: jax.Array, positions: jax.Array, sign: float = 1):
     """Neighbours in x turned by the angles of their positions."""
     mixed = jnp.concatenate((x[..., 0::2], x[..., 1::2]), -1)
     a, b = jnp.split(turned(mixed, positions, sign), 2, -1)
     return jnp.stack((a, b), -1).reshape(x.shape)
 
 
-def rotary(x, positions):
+def rotary(x: jax.Array, positions: jax.Array):
     """y = R x in neighbouring pairs."""
     return turned_in_pairs(x, positions)
 
 
-def rotary_halves(x, positions):
+def rotary_halves(x: jax.Array, positions: jax.Array):
     """y = R x in halves."""
     return turned(x, positions)
 
@@ -200,7 +200,7 @@ ENTRIES = (
         bfloat16="formula",
         right=False,
         deliberate=True,
-        remark="errors leave the cell by its output alone",
+        remark="errors leave the cell only by its output",
     ),
     Entry("LSTM step with peepholes", GREFF, peephole_lstm, PEEPHOLE, peephole_backward),
     Entry(

@@ -16,50 +16,50 @@ SCORES, BITS = normal(5, (11,), scale=2)[0], integers(6, 2, 11).astype(np.float3
 NEGATIVE = normal(7, (11,), scale=2, shift=-10)[0]
 
 
-def one_hot(x, y):
+def one_hot(x: jax.Array, y: jax.Array):
     """1 at the label."""
     return jax.nn.one_hot(y, x.shape[-1], dtype=x.dtype)
 
 
-def losses(x, y):
+def losses(x: jax.Array, y: jax.Array):
     """l = log sum e^x - x_y, of each example."""
     return jax.nn.logsumexp(x, axis=-1) - jnp.take_along_axis(x, y[:, None], -1)[:, 0]
 
 
-def mean_loss(x, y):
+def mean_loss(x: jax.Array, y: jax.Array):
     """J = mean l."""
     return jnp.mean(losses(x, y))
 
 
-def course_gradient(x, y):
+def course_gradient(x: jax.Array, y: jax.Array):
     """probs with 1 taken off at the label, over m."""
     e = jnp.exp(x - jnp.max(x, -1, keepdims=True))
     probs = e / jnp.sum(e, -1, keepdims=True)
     return probs.at[jnp.arange(len(x)), y].add(-1) / len(x)
 
 
-def without_upstream(args, dJ):
+def without_upstream(args: tuple, dJ: jax.Array):
     """As the course has it: J is the end of the graph, so dJ = 1."""
     return course_gradient(*args), None
 
 
-def with_upstream(args, dJ):
+def with_upstream(args: tuple, dJ: jax.Array):
     """The same, times dJ."""
     return dJ * course_gradient(*args), None
 
 
-def baked_in(args, dl):
+def baked_in(args: tuple, dl: jax.Array):
     """The losses of the examples are asked for, yet 1/m is in their gradient."""
     return dl[:, None] * course_gradient(*args), None
 
 
-def per_example(args, dl):
+def per_example(args: tuple, dl: jax.Array):
     """dx = dl (p - one_hot)."""
     x, y = args
     return dl[:, None] * (jax.nn.softmax(x) - one_hot(x, y)), None
 
 
-def exercise(args, dJ):
+def exercise(args: tuple, dJ: jax.Array):
     """Every intermediate of the exercise, one by one, from log probs down to logits."""
     x, y = args
     m = len(x)
@@ -82,12 +82,12 @@ def exercise(args, dJ):
 # --- binary cross-entropy ---
 
 
-def binary(z, y):
+def binary(z: jax.Array, y: jax.Array):
     """l = log(1 + e^z) - y z, the cross-entropy of sigma(z) and y."""
     return jnp.logaddexp(z, 0) - y * z
 
 
-def by_probability(args, dl):
+def by_probability(args: tuple, dl: jax.Array):
     """da = -(y / a - (1 - y) / (1 - a)), then dz = da a (1 - a); the loss is taken to be linear in y."""
     z, y = args
     a = jax.nn.sigmoid(z)
@@ -95,7 +95,7 @@ def by_probability(args, dl):
     return da * a * (1 - a), -z * dl
 
 
-def by_logit(args, dl):
+def by_logit(args: tuple, dl: jax.Array):
     """dz = a - y."""
     z, y = args
     return (jax.nn.sigmoid(z) - y) * dl, -z * dl
@@ -104,12 +104,12 @@ def by_logit(args, dl):
 # --- log(1 + e^x) ---
 
 
-def log1pexp(x):
+def log1pexp(x: jax.Array):
     """y = log(1 + e^x)."""
     return jnp.logaddexp(x, 0)
 
 
-def log1pexp_chain(args, dy):
+def log1pexp_chain(args: tuple, dy: jax.Array):
     """dx = dy e^x / (1 + e^x), the chain rule written out."""
     (x,) = args
     return (dy * jnp.exp(x) / (1 + jnp.exp(x)),)
@@ -119,18 +119,18 @@ log1pexp_docs = jax.custom_jvp(log1pexp)
 log1pexp_docs.defjvps(lambda dx, y, x: (1 - 1 / (1 + jnp.exp(x))) * dx)
 
 
-def log1pexp_sigmoid(args, dy):
+def log1pexp_sigmoid(args: tuple, dy: jax.Array):
     """dx = dy sigma(x)."""
     (x,) = args
     return (dy * jax.nn.sigmoid(x),)
 
 
-def sin_times(x, y):
+def sin_times(x: jax.Array, y: jax.Array):
     """z = sin(x) y."""
     return jnp.sin(x) * y
 
 
-def sin_times_backward(res, dz):
+def sin_times_backward(res: tuple, dz: jax.Array):
     """dx = dz y cos x, dy = dz sin x."""
     cos_x, sin_x, y = res
     return cos_x * dz * y, sin_x * dz

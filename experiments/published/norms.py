@@ -19,7 +19,7 @@ X, GAIN, SHIFT = normal(1, (11, 7), scale=2, shift=0.5) + normal(2, (7,), (7,))
 OFFSET = X + 100
 
 
-def mean(a):
+def mean(a: jax.Array):
     """The mean of each row."""
     return jnp.mean(a, -1, keepdims=True)
 
@@ -27,14 +27,14 @@ def mean(a):
 # --- batch norm ---
 
 
-def batch_norm(x, gain, shift):
+def batch_norm(x: jax.Array, gain: jax.Array, shift: jax.Array):
     """y = gain (x - mu) / sqrt(var + eps) + shift, mu and var of each column."""
     mu = jnp.mean(x, 0)
     var = jnp.mean((x - mu) ** 2, 0)
     return gain * (x - mu) / jnp.sqrt(var + EPS) + shift
 
 
-def batch_norm_staged(args, dy):
+def batch_norm_staged(args: tuple, dy: jax.Array):
     """The chain rule of the paper: dx^, dvar, dmu, then dx of all three."""
     x, gain, _ = args
     m = len(x)
@@ -48,7 +48,7 @@ def batch_norm_staged(args, dy):
     return dx, jnp.sum(dy * (x - mu) / std, 0), jnp.sum(dy, 0)
 
 
-def batch_norm_formula(args, dy):
+def batch_norm_formula(args: tuple, dy: jax.Array):
     """dx = gain / (m std) (m dy - sum dy - x^ sum dy x^)."""
     x, gain, _ = args
     m = len(x)
@@ -59,14 +59,14 @@ def batch_norm_formula(args, dy):
     return gain / (m * std) * (m * dy - dshift - x_hat * dgain), dgain, dshift
 
 
-def batch_norm_bessel(x, gain, shift):
+def batch_norm_bessel(x: jax.Array, gain: jax.Array, shift: jax.Array):
     """Batch norm with the variance over m - 1."""
     mu = jnp.mean(x, 0)
     var = jnp.sum((x - mu) ** 2, 0) / (len(x) - 1)
     return gain * (x - mu) * (var + EPS) ** -0.5 + shift
 
 
-def bessel_backward(correction):
+def bessel_backward(correction: float):
     """dx = gain / (m std) (m dy - sum dy - c x^ sum dy x^), c = m / (m - 1) or 1."""
 
     def backward(args, dy):
@@ -85,27 +85,27 @@ def bessel_backward(correction):
 # --- layer norm ---
 
 
-def layer_norm(x, gain, shift):
+def layer_norm(x: jax.Array, gain: jax.Array, shift: jax.Array):
     """y = gain x^ + shift, x^ = (x - mu) / sqrt(var + eps), mu and var of each row."""
     mu = mean(x)
     return gain * (x - mu) / jnp.sqrt(mean((x - mu) ** 2) + EPS) + shift
 
 
-def three_terms(x_hat, rstd, gain, dy):
+def three_terms(x_hat: jax.Array, rstd: jax.Array, gain: jax.Array, dy: jax.Array):
     """dx = rstd (dx^ - mean dx^ - x^ mean(dx^ x^)), and the gradients of gain and shift."""
     dx_hat = dy * gain
     dx = rstd * (dx_hat - mean(dx_hat) - x_hat * mean(dx_hat * x_hat))
     return dx, jnp.sum(dy * x_hat, 0), jnp.sum(dy, 0)
 
 
-def layer_norm_three_terms(args, dy):
+def layer_norm_three_terms(args: tuple, dy: jax.Array):
     """x^ anew from x, in the arithmetic of x."""
     x, gain, _ = args
     rstd = jax.lax.rsqrt(mean((x - mean(x)) ** 2) + EPS)
     return three_terms((x - mean(x)) * rstd, rstd, gain, dy)
 
 
-def layer_norm_fast_variance(args, dy):
+def layer_norm_fast_variance(args: tuple, dy: jax.Array):
     """The variance as E[x^2] - E[x]^2, in one sweep over x."""
     x, gain, _ = args
     mu = mean(x)
@@ -113,39 +113,39 @@ def layer_norm_fast_variance(args, dy):
     return three_terms((x - mu) * rstd, rstd, gain, dy)
 
 
-def layer_norm_saves_statistics(x, gain, shift):
+def layer_norm_saves_statistics(x: jax.Array, gain: jax.Array, shift: jax.Array):
     """y, with x, mu and rstd saved."""
     mu = mean(x)
     rstd = jax.lax.rsqrt(mean((x - mu) ** 2) + EPS)
     return layer_norm(x, gain, shift), (x, mu, rstd, gain)
 
 
-def layer_norm_from_statistics(res, dy):
+def layer_norm_from_statistics(res: tuple, dy: jax.Array):
     """x^ = (x - mu) rstd anew, from what was saved."""
     x, mu, rstd, gain = res
     return three_terms((x - mu) * rstd, rstd, gain, dy)
 
 
-def layer_norm_wide(args, dy, back=False):
+def layer_norm_wide(args: tuple, dy: jax.Array, back: bool = False):
     """The kernel's arithmetic: float32 at least, whatever comes in; back: cast to the dtypes of args at the end."""
     wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (*args, dy)]
     cotangents = layer_norm_three_terms(tuple(wide[:-1]), wide[-1])
     return tuple(d.astype(a.dtype) for d, a in zip(cotangents, args, strict=True)) if back else cotangents
 
 
-def layer_norm_saves_output(x, gain, shift):
+def layer_norm_saves_output(x: jax.Array, gain: jax.Array, shift: jax.Array):
     """y, with y and rstd saved in place of x."""
     y = layer_norm(x, gain, shift)
     return y, (y, jax.lax.rsqrt(mean((x - mean(x)) ** 2) + EPS), gain, shift)
 
 
-def layer_norm_from_output(res, dy):
+def layer_norm_from_output(res: tuple, dy: jax.Array):
     """x^ = (y - shift) / gain."""
     y, rstd, gain, shift = res
     return three_terms((y - shift) / gain, rstd, gain, dy)
 
 
-def layer_norm_from_output_guarded(res, dy):
+def layer_norm_from_output_guarded(res: tuple, dy: jax.Array):
     """x^ = (y - shift) / gain, with a gain of at least eps."""
     y, rstd, gain, shift = res
     divisor = jnp.where(gain >= 0, jnp.maximum(gain, EPS), jnp.minimum(gain, -EPS))
@@ -155,17 +155,17 @@ def layer_norm_from_output_guarded(res, dy):
 # --- RMS norm ---
 
 
-def rms_norm(x, gain):
+def rms_norm(x: jax.Array, gain: jax.Array):
     """y = gain x / sqrt(mean x^2 + eps)."""
     return gain * x / jnp.sqrt(mean(x**2) + EPS)
 
 
-def rms_norm_printed(x, gain):
+def rms_norm_printed(x: jax.Array, gain: jax.Array):
     """The paper's, which has no eps."""
     return gain * x / jnp.sqrt(mean(x**2))
 
 
-def rms_norm_backward(eps):
+def rms_norm_backward(eps: float):
     """dx = (dx^ - x^ mean(dx^ x^)) / rms."""
 
     def backward(args, dy):
@@ -177,7 +177,7 @@ def rms_norm_backward(eps):
     return backward
 
 
-def rms_norm_cubed(args, dy):
+def rms_norm_cubed(args: tuple, dy: jax.Array):
     """dx = r gain dy - r^3 x mean(gain dy x), r = 1 / rms."""
     x, gain = args
     r = jax.lax.rsqrt(mean(x**2) + EPS)

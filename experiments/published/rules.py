@@ -1,5 +1,8 @@
 """Backwards with a rule of their own: clipped, reversed, straight through, implicit, and the choices at a kink."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +19,7 @@ BOUNDS = (np.float32(-0.5), np.float32(0.5))
 CONTRACTION = (*normal(31, (5, 5), scale=0.15), *normal(32, (5,)))
 
 
-def clip_gradient(low, high, x):
+def clip_gradient(low: jax.Array, high: jax.Array, x: jax.Array):
     """y = x."""
     return x
 
@@ -28,7 +31,7 @@ clipped = with_backward(
 )
 
 
-def identity(x):
+def identity(x: jax.Array):
     """y = x."""
     return x
 
@@ -36,12 +39,12 @@ def identity(x):
 reversed_gradient = with_backward(identity, lambda x: (x, None), lambda _, dy: (-dy,))
 
 
-def rounded(x):
+def rounded(x: jax.Array):
     """y = round(x)."""
     return jnp.round(x)
 
 
-def straight_through(x):
+def straight_through(x: jax.Array):
     """round(x), by autodiff the identity."""
     return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
@@ -49,42 +52,42 @@ def straight_through(x):
 estimator = with_backward(rounded, lambda x: (jnp.round(x), None), lambda _, dy: (dy,))
 
 
-def relu(x):
+def relu(x: jax.Array):
     """y = max(x, 0)."""
     return jnp.maximum(x, 0)
 
 
-def relu_backward(args, dy):
+def relu_backward(args: tuple, dy: jax.Array):
     """dx = dy where x > 0."""
     (x,) = args
     return (jnp.where(x > 0, dy, 0),)
 
 
-def largest(x):
+def largest(x: jax.Array):
     """The maximum of each row."""
     return jnp.max(x, -1)
 
 
-def largest_backward(args, dy):
+def largest_backward(args: tuple, dy: jax.Array):
     """All of dy to every element that is the maximum."""
     (x,) = args
     return (dy[:, None] * (x == jnp.max(x, -1, keepdims=True)),)
 
 
-def shared_backward(args, dy):
+def shared_backward(args: tuple, dy: jax.Array):
     """dy in equal parts to every element that is the maximum."""
     (x,) = args
     tie = x == jnp.max(x, -1, keepdims=True)
     return (jnp.where(tie, dy[:, None] / jnp.sum(tie, -1, keepdims=True), 0).astype(x.dtype),)
 
 
-def first_backward(args, dy):
+def first_backward(args: tuple, dy: jax.Array):
     """All of dy to the first element that is the maximum."""
     (x,) = args
     return (dy[:, None] * jax.nn.one_hot(jnp.argmax(x, -1), x.shape[-1], dtype=x.dtype),)
 
 
-def softmax_backward(args, dy):
+def softmax_backward(args: tuple, dy: jax.Array):
     """dx = p dy - p (p . dy), the Jacobian diag(p) - p p^T in one line."""
     (x,) = args
     p = jax.nn.softmax(x)
@@ -94,17 +97,17 @@ def softmax_backward(args, dy):
 # --- a fixed point ---
 
 
-def step(W, b, x):
+def step(W: jax.Array, b: jax.Array, x: jax.Array):
     """x' = tanh(W x + b)."""
     return jnp.tanh(W @ x + b)
 
 
-def unrolled(W, b):
+def unrolled(W: jax.Array, b: jax.Array):
     """The fixed point, by steps enough for float64."""
     return jax.lax.scan(lambda x, _: (step(W, b, x), None), jnp.zeros_like(b), length=60)[0]
 
 
-def iterated(f, x, tolerance):
+def iterated(f: Callable, x: jax.Array, tolerance: Any):
     """x = f(x), until a step is within tolerance."""
 
     def apart(pair):
@@ -113,7 +116,7 @@ def iterated(f, x, tolerance):
     return jax.lax.while_loop(apart, lambda pair: (pair[1], f(pair[1])), (x, f(x)))[1]
 
 
-def fixed_point(tolerance):
+def fixed_point(tolerance: float | None):
     """The fixed point as a custom_vjp: u = dx + u df/dx, itself a fixed point, then u df/d(W, b)."""
 
     def least(x):

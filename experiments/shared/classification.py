@@ -1,6 +1,7 @@
 """What the experiments on labelled examples share: training by the manual backward, and by jax.grad on request."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,19 +29,19 @@ class Training:
     epochs: int = 5
     batch_size: int = 64
     learning_rate: float = 2e-3
-    """Of Adam, at the top: up to it, then down half a cosine to 0."""
+    """The largest learning rate of Adam; it rises to this, then falls along half a cosine to 0."""
     warmup: float = 0.1
-    """The share of the steps in which it goes up."""
+    """The share of the steps in which it rises."""
     seed: int = 0
-    """Of the parameters and the order of the batches."""
+    """The seed of the parameters and of the order of the batches."""
     side_by_side: bool = False
-    """Train by jax.grad too, over the same batches; compare losses, and the cost of a gradient."""
+    """Also train by jax.grad over the same batches; compare losses and the cost of a gradient."""
     data: Literal["mnist", "fashion"] = "mnist"
     """The digits of MNIST, or the clothes of Fashion-MNIST."""
     data_folder: Path | None = None
-    """Where they lie; else $FNBP_DATA, else the user's cache."""
+    """The folder of the data; by default $FNBP_DATA, else the user's cache."""
     download: bool = False
-    """Fetch them if they are not there."""
+    """Download the data if they are missing."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class Run:
 
 
 def classify(net: fnbp.Layer, loaded: Data, settings: Training, out: Path) -> int:
-    """Train, measure, draw, write down; 1 where the two trainings part, or end in numbers that are not finite."""
+    """Train, measure, draw and save. Returns: 1 if the two trainings part or end in numbers that are not finite."""
     began = time.perf_counter()
     if not 0 <= settings.warmup < 1:
         raise report.InputError(f"--warmup must be at least 0 and below 1, got {settings.warmup}")
     loss = fnbp.softmax_cross_entropy()
     key_init, key_fit = jax.random.split(jax.random.key(settings.seed))
     params, state = jax.jit(net.init)(key_init, loaded.train_x[:1])
-    console.print(report.network_table(net, params, state, loaded.train_x[:1]))
+    console.print(fnbp.tabulate(net, loaded.train_x[:1], params, state))
 
     console.print("training by the manual backward" + (", then by jax.grad" if settings.side_by_side else ""))
     runs = {"manual": train(net, loss, params, state, loaded, settings, key_fit, fnbp.value_and_grad)}
@@ -93,12 +94,21 @@ def classify(net: fnbp.Layer, loaded: Data, settings: Training, out: Path) -> in
 
 
 def training(key: jax.Array) -> fnbp.Context:
-    """What a forward knows in training."""
+    """The Context of a forward in training."""
     return fnbp.Context(key, train=True)
 
 
-def train(net, loss, params, state, loaded: Data, settings: Training, key, gradient) -> Run:
-    """Adam, its learning rate going up, then down; the accuracy on the test part after each epoch."""
+def train(
+    net: fnbp.Layer,
+    loss: fnbp.Loss,
+    params: Any,
+    state: Any,
+    loaded: Data,
+    settings: Training,
+    key: jax.Array,
+    gradient: Callable,
+) -> Run:
+    """Train by Adam, and measure the accuracy on the test part after each epoch."""
     measure, accuracies = report.accuracy(net), []
     steps = settings.epochs * (len(loaded.train_y) // settings.batch_size)
     up = int(settings.warmup * steps)
@@ -135,7 +145,7 @@ def apart(one: Run, other: Run) -> float:
 
 
 def by_epoch(runs: dict[str, Run]) -> Table:
-    """Test accuracy after each epoch, and the seconds of the whole."""
+    """A table of the test accuracy after each epoch and of the seconds of the whole training."""
     table = Table(title="test accuracy", title_justify="left")
     epochs = max(len(run.accuracies) for run in runs.values())
     for name in ("", *(f"epoch {i + 1}" for i in range(epochs)), "seconds"):
@@ -148,7 +158,7 @@ def by_epoch(runs: dict[str, Run]) -> Table:
 
 
 def figure(path: Path, title: str, runs: dict[str, Run]) -> None:
-    """The loss, smoothed, and the test error after each epoch."""
+    """Draw the loss, smoothed, and the test error after each epoch."""
     colours = {"manual": report.MANUAL, "automatic": report.AUTOMATIC}
     with plt.rc_context(report.STYLE):
         fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))

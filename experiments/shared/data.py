@@ -1,4 +1,4 @@
-"""The data of the experiments: digits that need no download; MNIST, Fashion-MNIST and a text, where they lie."""
+"""The data of the experiments: digits that need no download, and MNIST, Fashion-MNIST and a text, which do."""
 
 import gzip
 import hashlib
@@ -14,7 +14,7 @@ from experiments.shared.report import InputError
 
 
 class Source(NamedTuple):
-    """A set of images in four IDX files: its name, its folder, where it is to be had, SHA-256 of each file unpacked."""
+    """A set of images in four IDX files: its name, its folder, its address, the SHA-256 of each unpacked file."""
 
     name: str
     folder: str
@@ -82,8 +82,8 @@ def digits() -> Data:
 def images(source: Source, folder: Path | None = None, download: bool = False) -> Data:
     """60,000 training and 10,000 test images of 28x28, checked by their SHA-256.
 
-    Looks in folder, else $FNBP_DATA, else the user's cache; in each also under the set's own folder, mnist/ or
-    fashion-mnist/. Downloads only when asked to.
+    They are looked for in folder, else in $FNBP_DATA, else in the user's cache; in each also under the set's own
+    folder, mnist/ or fashion-mnist/. They are downloaded only if download is True.
     """
     folder = data_folder(folder)
     if download:
@@ -96,7 +96,8 @@ def images(source: Source, folder: Path | None = None, download: bool = False) -
 def shakespeare(folder: Path | None = None, download: bool = False) -> tuple[str, np.ndarray]:
     """The 65 characters of tinyshakespeare in their order, and its 1,115,394 characters as their numbers, uint8.
 
-    Looks in folder, else $FNBP_DATA, else the user's cache. Downloads only when asked to.
+    The text is looked for in folder, else in $FNBP_DATA, else in the user's cache. It is downloaded only if download is
+    True.
     """
     path = data_folder(folder) / TEXT
     if download:
@@ -115,13 +116,13 @@ def shakespeare(folder: Path | None = None, download: bool = False) -> tuple[str
 
 
 def data_folder(folder: Path | None) -> Path:
-    """The argument, else $FNBP_DATA, else the user's cache."""
+    """The folder of the data: the argument, else $FNBP_DATA, else the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fnbp"
     return Path(folder or os.environ.get("FNBP_DATA") or cache)
 
 
 def read_idx(folder: Path, name: str, source: Source) -> np.ndarray:
-    """The array of an IDX file, packed or not. InputError where it is absent or not the file that it should be."""
+    """The array of an IDX file, packed or not. Raises: InputError if it is absent or is another file."""
     places = [where / (name + end) for where in (folder / source.folder, folder) for end in (".gz", "")]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
@@ -149,7 +150,7 @@ def read_idx(folder: Path, name: str, source: Source) -> np.ndarray:
 
 
 def check_length(path: Path, length: int, source: str) -> None:
-    """InputError for more bytes than any of these files holds."""
+    """Raise InputError if there are more bytes than any of these files holds."""
     if length > LARGEST:
         raise InputError(
             f"{path} is corrupt: it holds more than {LARGEST >> 20} MiB. Delete it, and fetch it anew from {source}"
@@ -157,24 +158,24 @@ def check_length(path: Path, length: int, source: str) -> None:
 
 
 def check_sum(path: Path, raw: bytes, due: str, source: str) -> None:
-    """InputError where the content is not what it should be."""
+    """Raise InputError if the content is not the expected one."""
     found = hashlib.sha256(raw).hexdigest()
     if found != due:
         raise InputError(
-            f"{path} is corrupt: the SHA-256 of its content is {found}, {due} was due. "
+            f"{path} is corrupt: the SHA-256 of its content is {found}, expected {due}. "
             f"Delete it, and fetch it anew from {source}"
         )
 
 
 def fetch(folder: Path, source: Source) -> None:
-    """The four files of a set into folder, those that are not there yet."""
+    """Download the files of a set that are missing in folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in source.sha256:
         fetch_file(f"{source.url}{name}.gz", folder / f"{name}.gz")
 
 
 def fetch_file(source: str, target: Path) -> None:
-    """What lies at source as the file target, unless that is there."""
+    """Download source to the file target, unless the file exists."""
     if target.exists():
         return
     try:

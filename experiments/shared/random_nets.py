@@ -25,7 +25,7 @@ ACTIVATIONS = (
 
 
 class Drawn(NamedTuple):
-    """A net with all that compare takes."""
+    """A net with everything that compare takes."""
 
     net: fnbp.Layer
     x: jax.Array

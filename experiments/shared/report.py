@@ -1,14 +1,16 @@
-"""What every experiment does around its claim: settings in, tables out, a figure and a result.json into --out."""
+"""What every experiment does around its claim: read settings, print tables, write a figure and a result.json."""
 
 import json
 import multiprocessing
 import os
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
 import fnbp
 
@@ -43,11 +44,11 @@ STYLE: dict[Any, Any] = {
 
 
 class InputError(Exception):
-    """A mistake of the person at the keyboard, told in a sentence and without a traceback."""
+    """A mistake of the person at the keyboard, reported in a sentence without a traceback."""
 
 
 def run(settings_type: type, main: Callable[[Any], int]) -> None:
-    """Parse the command line into settings, run main on them, exit with its code; 2 for a mistake in the settings."""
+    """Parse the command line into settings, run main on them, and exit with its code, or with 2 after an InputError."""
     settings = tyro.cli(settings_type, description=sys.modules[settings_type.__module__].__doc__)
     try:
         if getattr(settings, "out", None) is not None:
@@ -60,7 +61,7 @@ def run(settings_type: type, main: Callable[[Any], int]) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """The folder for results, tried before anything is computed. InputError where it cannot be written."""
+    """Make the folder for results before anything is computed. Raises: InputError if it cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         trial = out / ".trial"
@@ -71,8 +72,10 @@ def make_folder(out: Path) -> None:
 
 
 def save(out: Path, settings: Any, measured: dict[str, Any]) -> None:
-    """result.json: settings, measured figures, versions, device."""
+    """Write result.json: the command, its settings, the measured figures, the day, the versions, the device."""
     result = {
+        "command": command_of(settings),
+        "date": date.today().isoformat(),
         "settings": {name: plain(value) for name, value in asdict(settings).items()},
         "measured": {name: plain(value) for name, value in measured.items()},
         "versions": versions(),
@@ -82,8 +85,32 @@ def save(out: Path, settings: Any, measured: dict[str, Any]) -> None:
     console.print(f"\nsaved {out / 'result.json'}", highlight=False)
 
 
+PLACES = ("out", "data_folder", "download", "jobs", "resume")  # settings that change no figure
+
+
+def command_of(settings: Any) -> str:
+    """What a shell is given to run with these settings: "python -m experiments.digits --seed 1"."""
+    module = sys.modules[type(settings).__module__]
+    spec = getattr(module, "__spec__", None)
+    name = (spec.name if spec is not None else module.__name__).removesuffix(".__main__")
+    words = [f"python -m {name}"]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in PLACES and value != field.default:
+            words += option(field.name.replace("_", "-"), value)
+    return " ".join(words)
+
+
+def option(name: str, value: Any) -> list[str]:
+    """The words of one option on a command line."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--{name}", *(shlex.quote(str(one)) for one in values)]
+
+
 def plain(value: Any) -> Any:
-    """value as JSON has it."""
+    """A value in the types of JSON."""
     if isinstance(value, (np.ndarray, jax.Array)):
         return value.tolist()
     if isinstance(value, np.generic):
@@ -96,14 +123,14 @@ def plain(value: Any) -> Any:
 
 
 def share_compiled(folder: str) -> None:
-    """For worker processes: what one has compiled the others load. Call it before the first computation."""
+    """In a worker process: load what other workers have compiled. Call it before the first computation."""
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def spread(f: Callable, tasks: list[tuple], jobs: int, log: Path, title: str) -> Iterator[dict[str, Any]]:
-    """f of every task, over processes that share what they compile; each result is a line of log as it comes."""
+    """Run f on every task, in processes that share what they compile; write each result to log as it comes."""
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as compiled,
@@ -119,13 +146,13 @@ def spread(f: Callable, tasks: list[tuple], jobs: int, log: Path, title: str) ->
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """The versions of the software that the figures depend on."""
     modules = {"jax": jax, "numpy": np, "optax": optax}
     return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
 
 
 def device() -> dict[str, Any]:
-    """Where it ran."""
+    """The device and the machine that run this process."""
     return {
         "platform": jax.default_backend(),
         "kind": jax.devices()[0].device_kind,
@@ -135,42 +162,8 @@ def device() -> dict[str, Any]:
     }
 
 
-def network_table(net: fnbp.Layer, params: Any, state: Any, x: Any, notes: dict[str, str] | None = None) -> Table:
-    """Each leaf of a net with what it puts out and holds; notes add a column, by path. Nets in a net are indented."""
-    shapes = jax.eval_shape(
-        fnbp.trace(net, fnbp.mean_squared_error()), params, state, x, prediction_of(net, params, state, x)
-    )
-    table = Table(title=Text(f"{net.name}: {count(params):,} parameters"), title_justify="left")
-    for name in ("layer", "output", "parameters", *(("formula",) if notes else ())):
-        table.add_column(name, no_wrap=name != "parameters")
-    nested = any(part.parts for part in net.parts)
-
-    def add(path: str, shown: str, layer: fnbp.Layer, p: Any, loops: int) -> None:
-        """The rows of a node; arrays in loops have as many axes before the example's."""
-        if layer.rebuild is None:
-            held = "  ".join(f"{name} {'x'.join(map(str, leaf.shape))}" for name, leaf in p.items())
-            output = "x".join(map(str, ("m", *shapes.outputs[path].shape[loops + 1 :])))
-            table.add_row(Text(shown), output, Text(held), *([Text(notes.get(path, ""))] if notes else []))
-            return
-        if nested:
-            table.add_row(Text(shown))
-        loops += layer.traits.turns is not None
-        indent = " " * (len(shown) - len(shown.lstrip()) + 2)
-        for i, (part, each) in enumerate(zip(layer.parts, p, strict=True)):
-            at = f"{path}[{i}].{part.name}"
-            add(at, f"{indent}[{i}] {part.name}" if nested else at, part, each, loops)
-
-    add(net.name, net.name, net, params, 0)
-    return table
-
-
-def prediction_of(net: fnbp.Layer, params: Any, state: Any, x: Any) -> jax.ShapeDtypeStruct:
-    """The shape of what net returns."""
-    return jax.eval_shape(lambda p, s, x: net.forward(p, s, x, fnbp.Context())[0], params, state, x)
-
-
 def count(params: Any) -> int:
-    """How many numbers a tree of parameters holds."""
+    """The number of numbers in a tree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -186,7 +179,7 @@ def accuracy(net: fnbp.Layer) -> Callable[[Any, Any, Any, Any], jax.Array]:
 
 
 def figures(rows: list[tuple[str, str]]) -> Table:
-    """Measured figures, a line each."""
+    """A table of measured figures, one on each line."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows:
         table.add_row(name, value)
