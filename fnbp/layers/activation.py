@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fnbp.arrays.checks import check_is, check_last_axis, check_number, choose
-from fnbp.arrays.sums import log_total, wide
+from fnbp.arrays.sums import log_total
 from fnbp.layer import Layer, parameterless
+from fnbp.layers.widening import in_wide
 
 __all__ = [
     "activation",
@@ -177,14 +178,14 @@ def silu() -> Layer:
     """
 
     def forward(x: X) -> tuple[X, tuple]:
-        return (wide(x) * jax.nn.sigmoid(wide(x))).astype(x.dtype), (x,)
+        return x * jax.nn.sigmoid(x), (x,)
 
     def backward(res: tuple, dy: X) -> X:
-        x = wide(res[0])
+        (x,) = res
         s = jax.nn.sigmoid(x)
-        return (wide(dy) * s * (1 + x * (1 - s))).astype(dy.dtype)
+        return dy * s * (1 + x * (1 - s))
 
-    return parameterless(forward, backward, "silu", "elementwise")
+    return parameterless(*in_wide(forward, backward, x=0), "silu", "elementwise")
 
 
 def gelu(approximate: bool = False) -> Layer:
@@ -199,31 +200,37 @@ def gelu(approximate: bool = False) -> Layer:
     Forward: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
     """
 
+    check_is("gelu", "approximate", approximate, bool)
+    if approximate:
+        return gelu_tanh()
+
     def forward(x: X) -> tuple[X, tuple]:
-        return (wide(x) * jax.scipy.special.erfc(-wide(x) * math.sqrt(0.5)) / 2).astype(x.dtype), (x,)
+        return x * jax.scipy.special.erfc(-x * math.sqrt(0.5)) / 2, (x,)
 
     def backward(res: tuple, dy: X) -> X:
-        x = wide(res[0])
+        (x,) = res
         Phi = jax.scipy.special.erfc(-x * math.sqrt(0.5)) / 2
         phi = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-        return (wide(dy) * (Phi + x * phi)).astype(dy.dtype)
+        return dy * (Phi + x * phi)
 
-    check_is("gelu", "approximate", approximate, bool)
+    return parameterless(*in_wide(forward, backward, x=0), "gelu", "elementwise")
+
+
+def gelu_tanh() -> Layer:
+    """gelu in its tanh form."""
 
     def share(x):  # (1 + tanh u) / 2 cancels below 0
         return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
-    def forward_tanh(x: X) -> tuple[X, tuple]:
-        return (wide(x) * share(wide(x))).astype(x.dtype), (x,)
+    def forward(x: X) -> tuple[X, tuple]:
+        return x * share(x), (x,)
 
-    def backward_tanh(res: tuple, dy: X) -> X:
-        x = wide(res[0])  # x^2 overflows float16 where 1 - s is 0
+    def backward(res: tuple, dy: X) -> X:
+        (x,) = res
         s, slope = share(x), math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
-        return (wide(dy) * s * (1 + 2 * x * (1 - s) * slope)).astype(dy.dtype)
+        return dy * s * (1 + 2 * x * (1 - s) * slope)
 
-    if approximate:
-        return parameterless(forward_tanh, backward_tanh, "gelu(approximate)", "elementwise")
-    return parameterless(forward, backward, "gelu", "elementwise")
+    return parameterless(*in_wide(forward, backward, x=0), "gelu(approximate)", "elementwise")
 
 
 def log_softmax() -> Layer:
@@ -236,16 +243,15 @@ def log_softmax() -> Layer:
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
         check_last_axis("log_softmax", x)
-        M, r = log_total(wide(x))
-        y = (wide(x) - M) - jnp.log1p(r)
-        return y.astype(x.dtype), (y,)
+        M, r = log_total(x)
+        y = (x - M) - jnp.log1p(r)
+        return y, (y,)
 
     def backward(res: tuple, dy: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
         (y,) = res
-        dx = wide(dy) - jnp.exp(y) * jnp.sum(wide(dy), -1, keepdims=True)
-        return dx.astype(dy.dtype)
+        return dy - jnp.exp(y) * jnp.sum(dy, -1, keepdims=True)
 
-    return parameterless(forward, backward, "log_softmax", "position")
+    return parameterless(*in_wide(forward, backward, x=0), "log_softmax", "position")
 
 
 def softmax() -> Layer:
@@ -261,15 +267,14 @@ def softmax() -> Layer:
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
         check_last_axis("softmax", x)
-        y = jax.nn.softmax(wide(x), -1)
-        return y.astype(x.dtype), (y,)
+        y = jax.nn.softmax(x, -1)
+        return y, (y,)
 
     def backward(res: tuple, dy: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
         (y,) = res
-        dy_wide = wide(dy)
-        return (y * (dy_wide - jnp.sum(dy_wide * y, -1, keepdims=True))).astype(dy.dtype)
+        return y * (dy - jnp.sum(dy * y, -1, keepdims=True))
 
-    return parameterless(forward, backward, "softmax", "position")
+    return parameterless(*in_wide(forward, backward, x=0), "softmax", "position")
 
 
 ACTIVATIONS = {

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fnbp.arrays.checks import check_params, check_size
+from fnbp.arrays.checks import check_size
 from fnbp.arrays.masks import Rule, by_position
 from fnbp.arrays.placement import each_example, over_examples
 from fnbp.arrays.sums import wide
 from fnbp.factor import Factor, Outer, Sum, along_examples, register_factor
-from fnbp.layer import Layer, stateless, without
-from fnbp.layers.initializers import initializer_of, weights
+from fnbp.layer import Layer, stateless
+from fnbp.layers.initializers import initializer_of
+from fnbp.layers.parameters import Shapes, add_bias, due, optional, weights
 from fnbp.layers.windows import Padding, Sizes, Sliding, Windows
 
 __all__ = ["bias", "conv", "conv_transpose"]
@@ -170,26 +171,24 @@ def conv(
     check_size(name, "groups", groups)
     check_divides(name, "n_out", n_out, groups)
 
-    def over(x):
+    def over(x: Any) -> Windows:
         check_divides(name, "the channels of x", x.shape[-1], groups)
         return slide.over(x.shape)
 
-    def shapes(x):
-        due = {"W": (n_out, *over(x).kernel, x.shape[-1] // groups), "b": (n_out,)}
-        return due if b is not None else {"W": due["W"]}
+    def shapes(x: Any) -> Shapes:
+        return {"W": (n_out, *over(x).kernel, x.shape[-1] // groups), "b": (n_out,)}
+
+    init, check = weights(name, shapes, W=initializer_of(name, "W", W, out_axis=0), b=optional(name, "b", b))
 
     def forward(params: dict, x: Float[Array, "m *s n_in"]) -> tuple[Float[Array, "m *t n_out"], tuple]:
-        check_params(name, params, x, shapes)
-        y = convolve(x, params["W"], over(x), groups)
-        return y + params["b"] if "b" in params else y, (x,)
+        check(params, x)
+        return add_bias(convolve(x, params["W"], over(x), groups), params), (x,)
 
     def backward(params: dict, res: tuple, dy: Float[Array, "m *t n_out"]) -> tuple[dict, Float[Array, "m *s n_in"]]:
         (x,) = res
-        return {"W": Correlation(dy, x, over(x), groups), "b": Sum(dy)}, convolve_back(dy, params["W"], over(x), groups)
+        dx = convolve_back(dy, params["W"], over(x), groups)
+        return due(params, W=Correlation(dy, x, over(x), groups), b=Sum(dy)), dx
 
-    init_b = initializer_of(name, "b", "zeros" if b is None else b)
-    init = weights(name, shapes, {"W": initializer_of(name, "W", W, out_axis=0), "b": init_b})
-    backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, mask=a_window_for_each(over), alone=True)
 
 
@@ -240,28 +239,25 @@ def conv_transpose(
     check_size(name, "groups", groups)
     check_divides(name, "n_out", n_out, groups)
 
-    def over(x):
+    def over(x: Any) -> Windows:
         """The windows over y."""
         check_divides(name, "the channels of x", x.shape[-1], groups)
         return slide.behind(x.shape)
 
-    def shapes(x):
-        due = {"W": (x.shape[-1], *over(x).kernel, n_out // groups), "b": (n_out,)}
-        return due if b is not None else {"W": due["W"]}
+    def shapes(x: Any) -> Shapes:
+        return {"W": (x.shape[-1], *over(x).kernel, n_out // groups), "b": (n_out,)}
+
+    init, check = weights(name, shapes, W=initializer_of(name, "W", W, 0, -1), b=optional(name, "b", b))
 
     def forward(params: dict, x: Float[Array, "m *s n_in"]) -> tuple[Float[Array, "m *t n_out"], tuple]:
-        check_params(name, params, x, shapes)
-        y = convolve_back(x, params["W"], over(x), groups)
-        return y + params["b"] if "b" in params else y, (x,)
+        check(params, x)
+        return add_bias(convolve_back(x, params["W"], over(x), groups), params), (x,)
 
     def backward(params: dict, res: tuple, dy: Float[Array, "m *t n_out"]) -> tuple[dict, Float[Array, "m *s n_in"]]:
         (x,) = res
-        factors = {"W": Correlation(dy, x, over(x), groups, spread=True), "b": Sum(dy)}
-        return factors, convolve(dy, params["W"], over(x), groups)
+        dx = convolve(dy, params["W"], over(x), groups)
+        return due(params, W=Correlation(dy, x, over(x), groups, spread=True), b=Sum(dy)), dx
 
-    init_b = initializer_of(name, "b", "zeros" if b is None else b)
-    init = weights(name, shapes, {"W": initializer_of(name, "W", W, 0, -1), "b": init_b})
-    backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, alone=True)
 
 
@@ -275,17 +271,18 @@ def bias(b: str | Callable = "zeros") -> Layer:
     Raises: ValueError for params that do not fit x; TypeError for x that is not floating point.
     """
 
-    def shapes(x):
+    def shapes(x: Any) -> Shapes:
         return {"b": x.shape[-1:]}
 
+    init, check = weights("bias", shapes, b=initializer_of("bias", "b", b))
+
     def forward(params: dict, x: Float[Array, "*m n"]) -> tuple[Float[Array, "*m n"], tuple]:
-        check_params("bias", params, x, shapes)
+        check(params, x)
         return x + params["b"], ()
 
     def backward(params: dict, res: tuple, dy: Float[Array, "*m n"]) -> tuple[dict, Float[Array, "*m n"]]:
         return {"b": Sum(dy)}, dy
 
-    init = weights("bias", shapes, {"b": initializer_of("bias", "b", b)})
     return stateless(init, forward, backward, "bias", mask="position", alone=True)
 
 

@@ -1,13 +1,15 @@
 """The fully connected layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array, Float
 
-from fnbp.arrays.checks import check_params, check_size
+from fnbp.arrays.checks import check_size
 from fnbp.factor import Outer, Sum
-from fnbp.layer import Layer, stateless, without
-from fnbp.layers.initializers import initializer_of, weights
+from fnbp.layer import Layer, stateless
+from fnbp.layers.initializers import initializer_of
+from fnbp.layers.parameters import Shapes, add_bias, due, optional, weights
 
 __all__ = ["dense"]
 
@@ -29,21 +31,18 @@ def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | 
     name = f"dense({n_out})"
     check_size(name, "n_out", n_out)
 
-    def shapes(x):
-        due = {"W": (n_out, x.shape[-1]), "b": (n_out,)}
-        return due if b is not None else {"W": due["W"]}
+    def shapes(x: Any) -> Shapes:
+        return {"W": (n_out, x.shape[-1]), "b": (n_out,)}
+
+    hint = "; the number of inputs is inferred from x"
+    init, check = weights(name, shapes, W=initializer_of(name, "W", W, hint=hint), b=optional(name, "b", b))
 
     def forward(params: dict, x: Float[Array, "*m n_in"]) -> tuple[Float[Array, "*m n_out"], tuple]:
-        check_params(name, params, x, shapes)
-        z = x @ params["W"].T
-        return z + params["b"] if "b" in params else z, (x,)
+        check(params, x)
+        return add_bias(x @ params["W"].T, params), (x,)
 
     def backward(params: dict, res: tuple, dz: Float[Array, "*m n_out"]) -> tuple[dict, Float[Array, "*m n_in"]]:
         (x,) = res
-        return {"W": Outer(dz, x), "b": Sum(dz)}, dz @ params["W"]
+        return due(params, W=Outer(dz, x), b=Sum(dz)), dz @ params["W"]
 
-    hint = "; the number of inputs is inferred from x"
-    makers = {"W": initializer_of(name, "W", W, hint=hint), "b": initializer_of(name, "b", "zeros" if b is None else b)}
-    init = weights(name, shapes, makers)
-    backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, mask="position", alone=True)

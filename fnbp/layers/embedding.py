@@ -14,7 +14,6 @@ from fnbp.arrays.checks import (
     check_floating,
     check_held,
     check_key,
-    check_params,
     check_positive,
     check_size,
     concrete,
@@ -25,7 +24,8 @@ from fnbp.arrays.placement import by_example, each_example, over_examples
 from fnbp.arrays.sums import wide
 from fnbp.factor import Factor, along_examples, chunked, register_factor
 from fnbp.layer import Layer, parameterless, stateless
-from fnbp.layers.initializers import check_numbers, initializer_of, weights
+from fnbp.layers.initializers import initializer_of
+from fnbp.layers.parameters import Shapes, check_numbers, weights
 
 __all__ = ["embedding", "positions", "sinusoids"]
 
@@ -172,19 +172,20 @@ def positions(length: int, P: str | Callable = "normal") -> Layer:
     name = f"positions({length})"
     check_size(name, "length", length)
 
-    def shapes(x):
+    def shapes(x: Any) -> Shapes:
         if len(x.shape) != 3 or not 1 <= x.shape[1] <= length:
             raise ValueError(f"{name}: x must be (m, t, d) with t from 1 to {length}, got shape {x.shape}")
         return {"P": (length, x.shape[-1])}
 
+    init, check = weights(name, shapes, P=initializer_of(name, "P", P))
+
     def forward(params: dict, x: Tokens) -> tuple[Tokens, tuple]:
-        check_params(name, params, x, shapes)
+        check(params, x)
         return x + params["P"][: x.shape[1]], ()
 
     def backward(params: dict, res: tuple, dy: Tokens) -> tuple[dict, Tokens]:
         return {"P": Rows(dy, length)}, dy
 
-    init = weights(name, shapes, {"P": initializer_of(name, "P", P)})
     return stateless(init, forward, backward, name, mask="position", alone=True)
 
 

@@ -1,18 +1,14 @@
 """Initializers of jax.nn.initializers by name, for weights whose fans stand where fnbp puts them."""
 
-import math
 import warnings
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from fnbp.arrays.checks import check_floating, check_last_axis, choose, describe, shown
+from fnbp.arrays.checks import choose, describe, shown
 
 __all__ = ["initialiser", "initializer"]
-
-MOST_NUMBERS = 2**36  # of one parameter: 256 GiB in float32
 
 FANNED = {
     "glorot_normal": initializers.glorot_normal,
@@ -103,29 +99,5 @@ def of_matrices(layer: str, leaf: str, name: str, make: Callable) -> Callable:
                 f"{layer}: {leaf}: {name} is for matrices, {leaf} has shape {tuple(shape)}; use normal, ones or zeros"
             )
         return make(key, shape, dtype)
-
-    return init
-
-
-def check_numbers(name: str, leaf: str, shape: tuple[int, ...]) -> None:
-    """ValueError for more numbers in one parameter than any device holds."""
-    if math.prod(shape) > MOST_NUMBERS:
-        raise ValueError(f"{name}: {leaf} of shape {shape} is too large: {math.prod(shape):,} numbers")
-
-
-def weights(name: str, shapes: Callable, makers: dict[str, Callable]) -> Callable:
-    """The init (key, x) -> params of a layer of that name, a key for each maker.
-
-    shapes: x -> the shape of each parameter, by name; one without a shape is left out.
-    """
-
-    def init(key, x):
-        check_floating(name, "x", x)
-        check_last_axis(name, x)
-        due = shapes(x)
-        for leaf, shape in due.items():
-            check_numbers(name, leaf, shape)
-        keys = dict(zip(makers, jax.random.split(key, len(makers)), strict=True))
-        return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in due.items()}
 
     return init

@@ -12,6 +12,7 @@ from fnbp.arrays.masks import by_position, check_mask, of_positions
 from fnbp.arrays.placement import reshaped
 from fnbp.arrays.sums import like, wide
 from fnbp.layer import Layer, Traits, mask_aware, parameterless
+from fnbp.layers.widening import in_wide
 from fnbp.layers.windows import Padding, Sizes, Sliding, Windows
 
 __all__ = ["avg_pool", "flatten", "global_avg_pool", "last", "max_pool", "reshape"]
@@ -88,18 +89,18 @@ def avg_pool(
     def over(x):
         at = covered(name, slide.over(x.shape), x)
         n = len(at.offsets) if count_padding else at.inside()[..., None]
-        return at, jnp.asarray(n, wide(x).dtype)
+        return at, jnp.asarray(n, x.dtype)
 
     def forward(x: X) -> tuple[Y, tuple]:
         at, n = over(x)
-        return (jnp.sum(jnp.stack(at.views(wide(x))), 0) / n).astype(x.dtype), (like(x),)
+        return jnp.sum(jnp.stack(at.views(x)), 0) / n, (like(x),)
 
     def backward(res: tuple, dy: Y) -> X:
         (like_x,) = res
         at, n = over(like_x)
-        return at.scatter([wide(dy) / n] * len(at.offsets)).astype(dy.dtype)
+        return at.scatter([dy / n] * len(at.offsets))
 
-    return parameterless(forward, backward, name)
+    return parameterless(*in_wide(forward, backward, x=0), name)
 
 
 def global_avg_pool() -> Layer:

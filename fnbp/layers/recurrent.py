@@ -11,7 +11,8 @@ from fnbp.arrays.checks import check_floating, check_params, check_size, describ
 from fnbp.arrays.placement import zeros_beside
 from fnbp.factor import Outer, Sum
 from fnbp.layer import Layer, stateless
-from fnbp.layers.initializers import check_numbers, initializer, initializer_of
+from fnbp.layers.initializers import initializer, initializer_of
+from fnbp.layers.parameters import Shapes, drawn
 
 __all__ = ["gru_cell", "lstm_cell", "rnn_cell"]
 
@@ -24,7 +25,7 @@ def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     """Elman's cell: a dense layer of the input and of its own last output, and a tanh.
 
         h' = tanh(W x + b + U h + c)      y = h'
-        da = (dh' + dy) (1 - h'^2)        dW = da x^T    db = dc = sum da    dU = da h^T    dx = W^T da    dh = U^T da
+        da = dh' (1 - h'^2)        dW = da x^T    db = dc = sum da    dU = da h^T    dx = W^T da    dh = U^T da
 
     Shapes:   x (m, d); h, h', y (m, n); W (n, d); U (n, n); b, c (n,); saved x, h, h'.
     Forward:  Elman 1990, Cognitive Science 14; the two biases as in PyTorch.
@@ -42,7 +43,8 @@ def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     def backward(params: dict, res: tuple, d: tuple[Any, Y]) -> tuple[dict, tuple[Any, X]]:
         x, h, y = res
         dh, dy = d
-        da = (dh + dy) * (1 + y) * (1 - y)
+        dh = dh + dy
+        da = dh * (1 + y) * (1 - y)
         factors = {"W": Outer(da, x), "U": Outer(da, h), "b": Sum(da), "c": Sum(da)}
         return factors, (da @ params["U"], da @ params["W"])
 
@@ -135,7 +137,7 @@ def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     return stateless(init_of(name, n, 3, W, U), forward, backward, name)
 
 
-def due(n: int, gates: int, x: Any) -> dict[str, tuple[int, ...]]:
+def shapes_of(n: int, gates: int, x: Any) -> Shapes:
     """The shapes of a cell's params."""
     return {"W": (gates * n, x.shape[-1]), "U": (gates * n, n), "b": (gates * n,), "c": (gates * n,)}
 
@@ -146,15 +148,12 @@ def init_of(name: str, n: int, gates: int, W: str | Callable, U: str | Callable)
     zeros = initializer("zeros")
     makers = {"W": initializer_of(name, "W", W), "U": initializer_of(name, "U", U), "b": zeros, "c": zeros}
 
-    def init(key, hx):
+    def init(key: Any, hx: Any) -> dict[str, jax.Array]:
         _, x = check_pair(name, hx)
         check_floating(name, "x", x)
         if len(x.shape) != 2 or not x.shape[1]:
             raise ValueError(f"{name}: x must be (m, d) with d at least 1, got shape {x.shape}")
-        for leaf, shape in due(n, gates, x).items():
-            check_numbers(name, leaf, shape)
-        keys = dict(zip(makers, jax.random.split(key, 4), strict=True))
-        return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in due(n, gates, x).items()}
+        return drawn(name, key, shapes_of(n, gates, x), makers, x.dtype)
 
     return init
 
@@ -175,7 +174,7 @@ def check_turn(name: str, params: Any, hx: Any, n: int, gates: int) -> tuple[tup
     check_floating(name, "x", x)
     if len(x.shape) != 2:
         raise ValueError(f"{name}: x must be (m, d), got shape {x.shape}; for a whole sequence: fnbp.scan({name})")
-    check_params(name, params, x, due(n, gates, x))
+    check_params(name, params, x, shapes_of(n, gates, x))
     count = 2 if gates == 4 else 1
     if h is None:
         return (zeros_beside(x, (x.shape[0], n), x.dtype),) * count, x
