@@ -1,4 +1,4 @@
-"""Activations: element by element, and the two that normalise along the last axis."""
+"""Activations: elementwise ones, and the two that normalise along the last axis."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ X = Float[Array, "*s"]
 
 
 def identity() -> Layer:
-    """The input as it is.
+    """Return the input as it is.
 
         y = x      dx = dy
 
@@ -53,8 +53,7 @@ def sigmoid() -> Layer:
         y = 1 / (1 + e^-x)      dx = dy y (1 - y)
 
     Shapes:   x, y (...); saved y.
-    Forward:  the document, section 4.1.
-    Backward: the document, section 4.2, sigma'(z) = sigma(z) (1 - sigma(z)).
+    Backward: fnbp/README.md, B4, with sigma'(x) = sigma(x) (1 - sigma(x)).
     """
 
     def forward(x: X) -> tuple[X, tuple]:
@@ -73,7 +72,8 @@ def tanh() -> Layer:
 
         y = tanh x      dx = dy (1 + y) (1 - y)
 
-    Shapes: x, y (...); saved y.
+    Shapes:   x, y (...); saved y.
+    Backward: fnbp/README.md, B4, with tanh'(x) = 1 - tanh^2 x.
     """
 
     def forward(x: X) -> tuple[X, tuple]:
@@ -88,13 +88,14 @@ def tanh() -> Layer:
 
 
 def relu() -> Layer:
-    """The rectifier.
+    """The rectified linear unit.
 
         y = max(x, 0)      dx = dy where x > 0, else 0
 
-    Shapes:  x, y (...); saved x > 0, one byte an element.
-    Kink:    dx = 0 at x = 0, as jax.nn.relu has it.
-    Forward: the document, section 4.1, names it.
+    Shapes:   x, y (...); saved x > 0, one byte for each element.
+    Kink:     dx = 0 at x = 0, as in jax.nn.relu.
+    Forward:  Nair & Hinton 2010, Rectified linear units improve restricted Boltzmann machines, ICML.
+    Backward: fnbp/README.md, B4.
     """
 
     def forward(x: X) -> tuple[X, tuple]:
@@ -108,12 +109,13 @@ def relu() -> Layer:
 
 
 def leaky_relu(slope: float = 0.01) -> Layer:
-    """A rectifier that lets a little through below zero.
+    """The rectified linear unit with a slope below zero.
 
         y = x where x >= 0, else slope x      dx = dy where x >= 0, else slope dy
 
-    Shapes:  x, y (...); saved x >= 0, one byte an element.
-    Kink:    dx = dy at x = 0, as jax.nn.leaky_relu has it.
+    Shapes:  x, y (...); saved x >= 0, one byte for each element.
+    Kink:    dx = dy at x = 0, as in jax.nn.leaky_relu.
+    Options: slope: dy/dx below zero.
     """
     check_number("leaky_relu", "slope", slope)
 
@@ -134,8 +136,9 @@ def elu(alpha: float = 1.0) -> Layer:
         y = x where x > 0, else alpha (e^x - 1)      dx = dy where x > 0, else dy alpha e^x
 
     Shapes:  x, y (...); saved x.
-    Kink:    for alpha other than 1, dx = alpha dy at x = 0.
+    Kink:    dx = alpha dy at x = 0, which matters unless alpha = 1.
     Forward: Clevert et al. 2015, arXiv:1511.07289.
+    Options: alpha: y tends to -alpha far below zero.
     """
     check_number("elu", "alpha", alpha)
 
@@ -144,14 +147,14 @@ def elu(alpha: float = 1.0) -> Layer:
 
     def backward(res: tuple, dy: X) -> X:
         (x,) = res
-        # from x, not as y + alpha, which cancels for x far below 0
+        # from x, not as y + alpha, which cancels far below 0
         return jnp.where(x > 0, dy, dy * (alpha * jnp.exp(jnp.where(x > 0, 0, x))))
 
     return parameterless(forward, backward, f"elu({alpha:g})", "elementwise")
 
 
 def softplus() -> Layer:
-    """The smooth rectifier.
+    """The smooth rectified linear unit.
 
         y = log(1 + e^x)      dx = dy sigma(x)
 
@@ -198,8 +201,9 @@ def gelu(approximate: bool = False) -> Layer:
 
     Shapes:  x, y (...); saved x.
     Forward: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
+    Options: approximate: True for the tanh form. JAX's gelu is the tanh form by default, PyTorch's is exact.
+    Raises:  TypeError if approximate is not a bool.
     """
-
     check_is("gelu", "approximate", approximate, bool)
     if approximate:
         return gelu_tanh()
@@ -217,9 +221,9 @@ def gelu(approximate: bool = False) -> Layer:
 
 
 def gelu_tanh() -> Layer:
-    """gelu in its tanh form."""
+    """gelu in its tanh form, y = x s."""
 
-    def share(x):  # (1 + tanh u) / 2 cancels below 0
+    def share(x):  # s as a sigmoid: (1 + tanh u) / 2 cancels below 0
         return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
     def forward(x: X) -> tuple[X, tuple]:
@@ -230,15 +234,16 @@ def gelu_tanh() -> Layer:
         s, slope = share(x), math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
         return dy * s * (1 + 2 * x * (1 - s) * slope)
 
+    # in a narrow dtype x^2 overflows where 1 - s is 0
     return parameterless(*in_wide(forward, backward, x=0), "gelu(approximate)", "elementwise")
 
 
 def log_softmax() -> Layer:
-    """The logarithm of a distribution over the last axis.
+    """The logarithm of softmax, over the last axis.
 
         y = x - log sum e^x      dx = dy - e^y sum dy
 
-    Shapes:   x, y (..., k); saved y in at least float32, in which the sums over k are.
+    Shapes: x, y (..., k); saved y in at least float32, the dtype of the sums over k.
     """
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
@@ -255,14 +260,15 @@ def log_softmax() -> Layer:
 
 
 def softmax() -> Layer:
-    """A distribution over the last axis.
+    """Turn scores into a distribution over the last axis.
 
         y = e^x / sum e^x      dx = y (dy - sum(dy y))
 
-    Shapes:  x, y (..., k); saved y in at least float32, in which the sums over k are: near 1, y in a narrow dtype keeps
-             no digit of 1 - y.
-    Forward: the document, section 4.1. Under a cross-entropy leave it out: softmax_cross_entropy holds it, and is
-             stable.
+    Before softmax_cross_entropy leave it out: that loss contains it, in a stable form.
+
+    Shapes:  x, y (..., k); saved y in at least float32, the dtype of the sums over k: near 1, a narrower y has no
+             digit of 1 - y.
+    Forward: Goodfellow, Bengio & Courville 2016, Deep Learning, section 6.2.2.3.
     """
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
@@ -283,8 +289,8 @@ ACTIVATIONS = {
 
 
 def activation(name: str, **options: Any) -> Layer:
-    """The activation of that name, for settings that come as text: activation("elu", alpha=0.5).
+    """Make the activation called name, for settings that come as text: activation("elu", alpha=0.5).
 
-    Raises: ValueError, with the nearest name, where there is none of that name.
+    Raises: ValueError, with the nearest name, if no activation is called so.
     """
     return choose("activation", name, ACTIVATIONS, "activation: ")(**options)

@@ -1,4 +1,4 @@
-"""Attention: every position a weighted mean of what others hold, the weights by how well they match."""
+"""Attention: at every position a weighted mean over others, with weights that say how well they match."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def attention(
     b: str | Callable | None = "zeros",
     W_out: str | Callable | None = None,
 ) -> Layer:
-    """Multi-head attention: of a sequence to itself, or, given a pair (x, memory), to another.
+    """Multi-head attention of a sequence to itself or, for a pair (x, memory), to another one.
 
         q = Q x + b_Q    k = K z    v = V z + b_V      z = x, or memory      (head by head)
         p = softmax(q k^T / sqrt d)      o = p v      y = O o + b_O
@@ -90,7 +90,7 @@ def attention(
 
 
 def of_memory(name: str, x: Any, mask: Any) -> Any:
-    """The rule of attention: of a pair (x, memory) the mask speaks of memory, and all positions of y count."""
+    """The mask rule of attention: for a pair (x, memory) the mask is of memory, and all positions of y count."""
     pair = x if isinstance(x, tuple) else (x, x)
     if mask is not None and all(len(getattr(a, "shape", ())) > 1 for a in pair):
         check_mask(name, mask, pair[-1].shape[:2], (*pair[0].shape[:2], pair[-1].shape[1]))
@@ -98,7 +98,7 @@ def of_memory(name: str, x: Any, mask: Any) -> Any:
 
 
 def of_use(z: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """z, and 0 at positions that no query sees: there 0 times NaN would be NaN."""
+    """z, with 0 at positions that no query sees, since 0 times NaN is NaN."""
     if mask is None:
         return z
     seen = mask.any(1) if mask.ndim == 3 else mask
@@ -133,7 +133,7 @@ def makers_of(
 
 
 def attend(q: Queries, k: Keys, v: Keys, seen: Seen | None) -> tuple[Queries, Weights]:
-    """o and p. Where seen is False p is 0."""
+    """Compute o and p, which is 0 where seen is False."""
     s = jnp.einsum("mtkgd,mskd->mkgts", wide(q), wide(k)) / np.sqrt(q.shape[-1])
     s = s if seen is None else jnp.where(seen, s, -jnp.inf)
     most = jnp.max(s, -1, keepdims=True)
@@ -144,7 +144,7 @@ def attend(q: Queries, k: Keys, v: Keys, seen: Seen | None) -> tuple[Queries, We
 
 
 def attend_back(q: Queries, k: Keys, v: Keys, p: Weights, do: Queries) -> tuple[Queries, Keys, Keys]:
-    """dq, dk, dv of do."""
+    """Compute dq, dk, dv from do."""
     do = wide(do)
     dv = jnp.einsum("mkgts,mtkgd->mskd", p, do)
     dp = jnp.einsum("mtkgd,mskd->mkgts", do, wide(v))
@@ -155,17 +155,17 @@ def attend_back(q: Queries, k: Keys, v: Keys, p: Weights, do: Queries) -> tuple[
 
 
 def split_heads(a: jax.Array, *heads: int) -> jax.Array:
-    """The features of each head apart: (m, T, n) as (m, T, *heads, d)."""
+    """Reshape (m, T, n) to (m, T, *heads, d)."""
     return reshaped(a, *a.shape[:2], *heads, a.shape[-1] // math.prod(heads))
 
 
 def merge_heads(a: jax.Array) -> jax.Array:
-    """All heads side by side: (m, T, *heads, d) as (m, T, n)."""
+    """Reshape (m, T, *heads, d) to (m, T, n)."""
     return reshaped(a, *a.shape[:2], math.prod(a.shape[2:]))
 
 
 def rotate(a: jax.Array, base: float | None, sign: int = 1) -> jax.Array:
-    """Turn each pair of numbers (2i, 2i + 1) at position t by t base^(-2 i / d); no turn if base is None."""
+    """Turn each pair (2i, 2i + 1) of a (m, T, ..., d) at position t by the angle t base^(-2i / d); None: no turn."""
     if base is None:
         return a
     d = a.shape[-1]
@@ -178,7 +178,7 @@ def rotate(a: jax.Array, base: float | None, sign: int = 1) -> jax.Array:
 
 
 def unrotate(a: jax.Array, base: float | None) -> jax.Array:
-    """The transpose of rotate: turn each pair back."""
+    """Turn each pair back: the transpose of rotate."""
     return rotate(a, base, -1)
 
 
@@ -188,7 +188,7 @@ def affine(params: dict, leaf: str, a: jax.Array) -> jax.Array:
 
 
 def visible(x: jax.Array, z: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array | None:
-    """What each query sees, (m, 1, 1, T, S); None for all."""
+    """True where a query sees a key, (m, 1, 1, T, S); None if every query sees every key."""
     seen = jnp.tril(jnp.ones((x.shape[1], z.shape[1]), bool))[None] if causal else None
     if mask is not None:
         mask = mask if mask.ndim == 3 else mask[:, None]
@@ -197,7 +197,7 @@ def visible(x: jax.Array, z: jax.Array, mask: jax.Array | None, causal: bool) ->
 
 
 def check_options(name: str, heads: int, kv: int, causal: bool, rotary: float | None) -> None:
-    """ValueError or TypeError for options that fit no input."""
+    """Raise a ValueError or TypeError if the options fit no input."""
     check_size(name, "heads", heads)
     check_size(name, "kv_heads", kv)
     check_is(name, "causal", causal, bool)
@@ -208,9 +208,9 @@ def check_options(name: str, heads: int, kv: int, causal: bool, rotary: float | 
 
 
 def check_pair(name: str, x: Any, heads: int, rotary: float | None) -> tuple[Any, Any]:
-    """Where the queries come from, and where keys and values do; ValueError or TypeError for what fits no heads."""
+    """The inputs of the queries, and of the keys and values. Raise a ValueError or TypeError if they do not fit."""
     if isinstance(x, tuple) and len(x) != 2:
-        raise ValueError(f"{name}: x, or (x, memory), is due; got a tuple of {len(x)}")
+        raise ValueError(f"{name}: expected x, or a pair (x, memory), got a tuple of {len(x)}")
     x, z = x if isinstance(x, tuple) else (x, x)
     for what, a in (("x", x), ("memory", z)):
         check_floating(name, what, a)

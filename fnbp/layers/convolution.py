@@ -1,4 +1,4 @@
-"""Convolution: one small dense layer, moved over space or time; its transpose; and the bias that goes with it."""
+"""Convolution, its transpose, and a bias for each channel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,10 +29,10 @@ class Correlation(Factor):
 
         total        of d with x                                             (n_out, *kernel, n_in / groups)
         per_example  the same for each example                               (m, n_out, *kernel, n_in / groups)
-        sq_norms     as Outer's: what a window holds is one row of x
+        sq_norms     as for Outer: the content of a window is one row of x
 
-    Shapes: d (m, *count, n_out), x (m, *size, n_in); at (the windows), groups and spread are static. spread: d and x
-            in each other's place, of a transposed convolution.
+    Shapes: d (m, *count, n_out), x (m, *size, n_in); at (the windows), groups and spread are static. spread is True
+            for a transposed convolution, in which d and x change places.
     Source: Rochette et al. 2019, arXiv:1912.06015, for per-example gradients as convolutions.
     """
 
@@ -44,7 +44,7 @@ class Correlation(Factor):
 
     @property
     def pair(self) -> tuple[jax.Array, jax.Array]:
-        """One number a window, and what the windows lie over."""
+        """The array with one entry for each window, and the array that the windows lie over."""
         return (self.x, self.d) if self.spread else (self.d, self.x)
 
     @over_examples
@@ -69,10 +69,10 @@ class Correlation(Factor):
 
 
 def correlate(x: jax.Array, W: jax.Array, stride: Any, padding: Any, **options: Any) -> jax.Array:
-    """lax.conv_general_dilated of x (m, *spatial, n_in) with W (*kernel, n_in / groups, n_out).
+    """Call lax.conv_general_dilated on x (m, *spatial, n_in) and W (*kernel, n_in / groups, n_out).
 
-    XLA has fast code for these orders of axes on the CPU. Outside loops it brings any order into this one; inside it
-    does not, and is several times slower.
+    XLA has fast code for this order of axes on the CPU. Outside a loop it converts any other order to this one; inside
+    a loop it does not, and is several times slower.
     """
     spatial = range(1, x.ndim - 1)
     of_x, of_W = (0, x.ndim - 1, *spatial), (x.ndim - 1, x.ndim - 2, *(i - 1 for i in spatial))
@@ -81,15 +81,15 @@ def correlate(x: jax.Array, W: jax.Array, stride: Any, padding: Any, **options: 
 
 
 def convolve(x: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
-    """y[p] = sum_k W[k] x[p stride + k dilation - low], (m, *count, n_out)."""
+    """Compute y[p] = sum_k W[k] x[p stride + k dilation - low], (m, *count, n_out)."""
     W = jnp.moveaxis(W, 0, -1)
     return correlate(x, W, at.stride, at.padding, rhs_dilation=at.dilation, feature_group_count=groups)
 
 
 def convolve_back(y: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
-    """x[i] = sum of W[k]^T y[p] over all p, k that meet at i = p stride + k dilation - low, (m, *size, n_in).
+    """Compute x[i] = sum of W[k]^T y[p] over all p, k with i = p stride + k dilation - low, (m, *size, n_in).
 
-    The transpose of convolve: y spread out by the stride, under the kernel turned round.
+    The transpose of convolve: a convolution of y, spread out by the stride, with the kernel reversed.
     """
     pads = [
         (
@@ -110,16 +110,16 @@ def convolve_back(y: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> j
 
 
 def turned(W: jax.Array, groups: int) -> jax.Array:
-    """W with its offsets in reverse and n_in behind n_out, group by group: (*kernel, n_out / groups, n_in)."""
+    """W with its offsets reversed and n_in after n_out, group by group: (*kernel, n_out / groups, n_in)."""
     n_out, *kernel, n_in = W.shape
     W = jnp.flip(W, range(1, W.ndim - 1)).reshape(groups, n_out // groups, *kernel, n_in)
     return jnp.moveaxis(W, (0, 1), (-2, -3)).reshape(*kernel, n_out // groups, groups * n_in)
 
 
 def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
-    """dW[k] = sum_p dy[p] x[p stride + k dilation - low]^T, (n_out, *kernel, n_in / groups).
+    """Compute dW[k] = sum_p dy[p] x[p stride + k dilation - low]^T, (n_out, *kernel, n_in / groups).
 
-    A convolution of x by dy in which examples and channels have changed places.
+    A convolution of x with dy in which examples and channels change places.
     """
     pads = [
         (
@@ -149,7 +149,7 @@ def conv(
     W: str | Callable = "glorot_uniform",
     b: str | Callable | None = "zeros",
 ) -> Layer:
-    """A weighted sum over every window of the input, for each of n_out channels.
+    """Multiply every window of the input by a kernel and add a bias.
 
         y[p] = b + sum_k W[k] x[p stride + k dilation - low]
         dW[k] = sum_p dy[p] x[p stride + k dilation - low]^T      db = sum dy
@@ -159,11 +159,14 @@ def conv(
               W (n_out, *kernel, n_in / groups); b (n_out,); saved x.
     Forward:  Dumoulin & Visin 2016, arXiv:1603.07285, chapter 2, for the arithmetic of sizes.
     Backward: the same, chapter 4, for dx; dW by the chain rule.
-    Options:  kernel, stride, dilation: one number, or one for each spatial axis. padding: "SAME", "VALID", numbers, or
-              (low, high) pairs. groups: the channels in as many groups, each for itself; groups = n_in is depthwise.
-              W, b: an initializer by name (see fnbp.initializer) or a function; b=None: without.
-    Raises:   ValueError for sizes below 1, a kernel larger than the padded input, groups that do not divide n_in and
-              n_out, params that do not fit x; TypeError for x that is not floating point.
+    Options:  kernel, stride, dilation: one number, or one for each spatial axis. padding: "SAME" (JAX's and
+              TensorFlow's meaning: ceil(size / stride) windows, an odd position at the high end), "VALID" (none), or
+              numbers as in PyTorch: p at each end, one p for each axis, or (low, high) pairs. groups: the channels are
+              split into this many groups, each convolved by itself; groups = n_in is depthwise. W: initializer of the
+              kernel, a name (see fnbp.initializer) or a function (key, shape, dtype) -> array. b: initializer of the
+              bias; b=None: no bias.
+    Raises:   ValueError if a size is below 1, the kernel is larger than the padded input, groups do not divide n_in and
+              n_out, or params do not fit x; TypeError if x is not floating point.
     """
     name = f"conv({n_out}, {kernel})"
     slide = Sliding(name, kernel, stride, padding, dilation)
@@ -193,7 +196,7 @@ def conv(
 
 
 def a_window_for_each(over: Callable) -> Rule:
-    """The rule of conv: every position has a window, in which the positions that do not count are padding."""
+    """The mask rule of conv: every position has a window, in which positions that do not count act as padding."""
 
     def rule(name, x, mask):
         if mask is not None and len(getattr(x, "shape", ())) > 2:
@@ -218,7 +221,7 @@ def conv_transpose(
     W: str | Callable = "glorot_uniform",
     b: str | Callable | None = "zeros",
 ) -> Layer:
-    """The transpose of a convolution: every position of the input spread over a window of the output.
+    """Spread every position of the input over a window of the output: the transpose of a convolution.
 
         y[i] = b + sum of W[k]^T x[p] over all p, k with p stride + k dilation - low = i
         dW[k] = sum_p x[p] dy[p stride + k dilation - low]^T      db = sum dy
@@ -226,12 +229,12 @@ def conv_transpose(
 
     Shapes:   x (m, *count, n_in); y (m, *size, n_out); b (n_out,); saved x. W (n_in, *kernel, n_out / groups), as
               in the convolution that it transposes.
-              SAME: size = count stride; VALID: size = (count - 1) stride + the extent of the kernel; padding p cuts p
-              positions off each end of that.
     Forward:  Dumoulin & Visin 2016, arXiv:1603.07285, chapter 4.
     Backward: dx is the convolution that the forward transposes; dW by the chain rule.
-    Options:  as conv.
-    Raises:   as conv; ValueError where the padding leaves nothing.
+    Options:  as in conv, but padding is that of the convolution it transposes, so it shortens y (PyTorch's meaning of
+              a number). "SAME": size = count stride. "VALID": size = (count - 1) stride + the extent of the kernel.
+              p: p positions fewer at each end than "VALID".
+    Raises:   as conv; ValueError if the padding leaves no position.
     """
     name = f"conv_transpose({n_out}, {kernel})"
     slide = Sliding(name, kernel, stride, padding, dilation)
@@ -240,7 +243,7 @@ def conv_transpose(
     check_divides(name, "n_out", n_out, groups)
 
     def over(x: Any) -> Windows:
-        """The windows over y."""
+        """The windows, which lie over y."""
         check_divides(name, "the channels of x", x.shape[-1], groups)
         return slide.behind(x.shape)
 
@@ -262,13 +265,14 @@ def conv_transpose(
 
 
 def bias(b: str | Callable = "zeros") -> Layer:
-    """A number of its own added to each channel.
+    """Add one number to each channel.
 
         y = x + b
         db = sum dy      dx = dy
 
-    Shapes: x, y (..., n); b (n,); nothing saved.
-    Raises: ValueError for params that do not fit x; TypeError for x that is not floating point.
+    Shapes:  x, y (..., n); b (n,); nothing saved.
+    Options: b: initializer of the bias, a name (see fnbp.initializer) or a function (key, shape, dtype) -> array.
+    Raises:  ValueError if params do not fit x; TypeError if x is not floating point.
     """
 
     def shapes(x: Any) -> Shapes:
@@ -287,6 +291,6 @@ def bias(b: str | Callable = "zeros") -> Layer:
 
 
 def check_divides(name: str, what: str, value: int, groups: int) -> None:
-    """ValueError unless groups divide that many channels."""
+    """Raise a ValueError unless value, a number of channels, is a multiple of groups."""
     if value % groups:
         raise ValueError(f"{name}: {what} must be a multiple of groups, got {value} for {groups} groups")

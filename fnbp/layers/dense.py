@@ -15,18 +15,18 @@ __all__ = ["dense"]
 
 
 def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | None = "zeros") -> Layer:
-    """A weighted sum of the features for each of n_out units.
+    """Multiply the features by a matrix and add a bias: the fully connected layer.
 
         z = x W^T + b
         dW = dz^T x      db = sum dz      dx = dz W
 
     Shapes:   x (..., n_in); z (..., n_out); W (n_out, n_in); b (n_out,); saved x.
-    Forward:  the document, section 4.1.
-    Backward: the document, section 4.2.
-    Options:  W, b: an initializer by name (see fnbp.initializer) or a function (key, shape, dtype) -> array;
-              b=None: without.
-    Raises:   ValueError for n_out < 1, an unknown initializer, params that do not fit x; TypeError for a key that is
-              none, and for x that is not floating point.
+    Forward:  fnbp/README.md, B1.
+    Backward: fnbp/README.md, B6 for dW and db, B5 for dx.
+    Options:  W: initializer of the weight matrix, a name (see fnbp.initializer) or a function (key, shape, dtype) ->
+              array. b: initializer of the bias; b=None: no bias.
+    Raises:   ValueError if n_out is below 1, an initializer is unknown, or params do not fit x; TypeError if key is not
+              a random key or x is not floating point.
     """
     name = f"dense({n_out})"
     check_size(name, "n_out", n_out)

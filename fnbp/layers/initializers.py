@@ -1,4 +1,4 @@
-"""Initializers of jax.nn.initializers by name, for weights whose fans stand where fnbp puts them."""
+"""Initializers of jax.nn.initializers by name, for weights of shape (n_out, n_in)."""
 
 import warnings
 from collections.abc import Callable
@@ -21,7 +21,7 @@ FANNED = {
 
 
 def orthogonal() -> Callable:
-    """An orthogonal matrix, found in at least float32: narrower dtypes have no QR decomposition."""
+    """Make an initializer of orthogonal matrices, in at least float32: narrower dtypes have no QR decomposition."""
     make = initializers.orthogonal()
 
     def init(key, shape, dtype):
@@ -39,14 +39,15 @@ PLAIN = {
 
 
 def initializer(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> Callable:
-    """The initializer (key, shape, dtype) -> array of that name; a function is returned as it is.
+    """Return the initializer (key, shape, dtype) -> array called name; a function is returned as it is.
 
         glorot_*   variance 2 / (fan_in + fan_out)    Glorot & Bengio 2010
         he_*       variance 2 / fan_in                He et al. 2015, arXiv:1502.01852
         lecun_*    variance 1 / fan_in
         normal     variance 1          orthogonal, zeros, ones
 
-    Raises: ValueError, with the nearest name, where there is none of that name.
+    Options: in_axis, out_axis: the axes of the shape that count inputs and outputs; of W in fnbp the last two.
+    Raises:  ValueError, with the nearest name, if no initializer is called so.
     """
     if callable(name) and not hasattr(name, "backward"):  # a Layer is callable, to say that it is not
         return name
@@ -56,7 +57,7 @@ def initializer(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> 
 
 
 def initialiser(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> Callable:
-    """The former spelling of fnbp.initializer. Deprecated."""
+    """Deprecated spelling of fnbp.initializer."""
     warnings.warn("fnbp.initialiser is now fnbp.initializer", DeprecationWarning, stacklevel=2)
     return initializer(name, in_axis, out_axis)
 
@@ -64,8 +65,11 @@ def initialiser(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> 
 def initializer_of(
     layer: str, leaf: str, given: str | Callable, in_axis: int = -1, out_axis: int = -2, hint: str = ""
 ) -> Callable:
-    """initializer, for a parameter of a layer. ValueError, with the names of both, for what is none, or makes another
-    shape; hint: what else a person may have meant by it."""
+    """Return the initializer of parameter leaf of a layer, from what the user gave.
+
+    Options: hint: what else the user may have meant, for the message.
+    Raises:  ValueError, with the names of both, if given is not an initializer, or makes another shape.
+    """
     if isinstance(given, str):
         try:
             make = initializer(given, in_axis, out_axis)
@@ -91,7 +95,7 @@ def initializer_of(
 
 
 def of_matrices(layer: str, leaf: str, name: str, make: Callable) -> Callable:
-    """An initializer that counts the inputs and outputs of a matrix. ValueError, with both names, for anything less."""
+    """make, which counts inputs and outputs. Raise a ValueError, with both names, if the parameter is not a matrix."""
 
     def init(key, shape, dtype):
         if len(shape) < 2:

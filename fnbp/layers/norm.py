@@ -1,4 +1,4 @@
-"""Normalisation: over the features of a position, over groups of channels, over the batch."""
+"""Normalisation over the features of a position, over groups of channels, or over the batch."""
 
 import math
 from typing import Any
@@ -35,12 +35,12 @@ ONES, ZEROS = initializer("ones"), initializer("zeros")
 
 
 def gain_and_shift(x: Any) -> Shapes:
-    """The shapes of gamma and beta: one of each for every channel."""
+    """The shapes of gamma and beta: one number for each channel."""
     return {"gamma": x.shape[-1:], "beta": x.shape[-1:]}
 
 
 def layer_norm(eps: float = 1e-5) -> Layer:
-    """Each position's features with mean 0 and variance 1, then scaled and shifted.
+    """Normalise the features of each position to mean 0 and variance 1, then scale and shift them.
 
         x^ = (x - mean x) rstd    rstd = (var x + eps)^-1/2    y = gamma x^ + beta
         dgamma = sum dy x^        dbeta = sum dy               dx^ = gamma dy
@@ -48,9 +48,9 @@ def layer_norm(eps: float = 1e-5) -> Layer:
 
     Shapes:   x, y (..., d); gamma, beta (d,); means over d; saved x, mean and rstd (..., 1).
     Forward:  Ba, Kiros & Hinton 2016, arXiv:1607.06450, section 3.
-    Backward: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, means over features.
-    Raises:   ValueError for eps that is not positive, params that do not fit x; TypeError for x that is not floating
-              point.
+    Backward: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, with means over features.
+    Options:  eps: is added to the variance.
+    Raises:   ValueError if eps is not positive or params do not fit x; TypeError if x is not floating point.
     """
     check_positive("layer_norm", "eps", eps)
     init, check = weights("layer_norm", gain_and_shift, gamma=ONES, beta=ZEROS)
@@ -73,16 +73,16 @@ def layer_norm(eps: float = 1e-5) -> Layer:
 
 
 def rms_norm(eps: float = 1e-6) -> Layer:
-    """Each position's features with mean square 1, then scaled.
+    """Normalise the features of each position to mean square 1, then scale them.
 
         x^ = x rstd    rstd = (mean x^2 + eps)^-1/2    y = gamma x^
         dgamma = sum dy x^    dx^ = gamma dy    dx = rstd (dx^ - x^ mean(dx^ x^))
 
     Shapes:   x, y (..., d); gamma (d,); means over d; saved x, rstd (..., 1).
     Forward:  Zhang & Sennrich 2019, arXiv:1910.07467, equation 4.
-    Backward: by the chain rule, as layer_norm without the mean.
-    Raises:   ValueError for eps that is not positive, params that do not fit x; TypeError for x that is not floating
-              point.
+    Backward: by the chain rule, as in layer_norm without the mean.
+    Options:  eps: is added to the mean square.
+    Raises:   ValueError if eps is not positive or params do not fit x; TypeError if x is not floating point.
     """
     check_positive("rms_norm", "eps", eps)
 
@@ -107,7 +107,7 @@ def rms_norm(eps: float = 1e-6) -> Layer:
 
 
 def group_norm(groups: int, eps: float = 1e-5) -> Layer:
-    """Each example's groups of channels with mean 0 and variance 1 over all positions, then scaled and shifted.
+    """Normalise each group of channels of an example to mean 0 and variance 1, then scale and shift its channels.
 
         x^ = (x - mean x) rstd    rstd = (var x + eps)^-1/2    y = gamma x^ + beta
         dgamma = sum dy x^        dbeta = sum dy               dx^ = gamma dy
@@ -116,9 +116,10 @@ def group_norm(groups: int, eps: float = 1e-5) -> Layer:
     Shapes:   x, y (m, *s, c); gamma, beta (c,); means over the positions and the c / groups channels of a group;
               saved x, mean and rstd (m, 1, groups, 1).
     Forward:  Wu & He 2018, arXiv:1803.08494, section 3.1.
-    Backward: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, means over a group.
-    Raises:   ValueError for groups below 1 or that do not divide c, eps that is not positive, params that do not fit x;
-              TypeError for x that is not floating point.
+    Backward: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3, with means over a group.
+    Options:  groups: number of groups, which divides c. eps: is added to the variance.
+    Raises:   ValueError if groups are below 1 or do not divide c, eps is not positive, or params do not fit x;
+              TypeError if x is not floating point.
     """
     name = f"group_norm({groups})"
     check_size(name, "groups", groups)
@@ -158,23 +159,23 @@ def group_norm(groups: int, eps: float = 1e-5) -> Layer:
 
 
 def over_batch(a: jax.Array, n: Any) -> jax.Array:
-    """The mean of each channel over the n examples and positions that count; elsewhere a is 0."""
+    """The mean of each channel over the n examples and positions that count; a is 0 where it does not count."""
     return jnp.sum(a, range(a.ndim - 1)) / n
 
 
 def how_many(x: jax.Array, counts: Any) -> Any:
-    """n, how many numbers a channel has that count."""
+    """The number n of entries of a channel that count."""
     n = x.size // x.shape[-1]
     if counts is None:
         return n
-    each = n // counts.size  # positions that one truth value speaks of
+    each = n // counts.size  # positions for each truth value
     if not concrete(counts):
         return jnp.sum(counts, dtype=x.dtype) * each
     return int(np.sum(counts)) * each
 
 
 def of_batch(x: jax.Array, state: dict, momentum: float, counts: Any) -> tuple[tuple, jax.Array, jax.Array, dict]:
-    """Mean and variance of a batch, of how many numbers a channel, and the state that has followed them."""
+    """Mean and variance of a batch, the number n that they are taken over, and the state that has followed them."""
     if in_shard_map():
         raise ValueError(
             "batch_norm: within shard_map it would see the examples of one device only; train it under jit, on a batch "
@@ -182,21 +183,21 @@ def of_batch(x: jax.Array, state: dict, momentum: float, counts: Any) -> tuple[t
         )
     n = how_many(x, counts)
     if concrete(n) and n < 2:
-        came = "one number a channel, which has no variance" if n else "no number, and no mean"
-        counting = "" if counts is None else ", of those that count"
-        raise ValueError(f"batch_norm: x of shape {x.shape} has {came}{counting}")
+        came = "only one number a channel, which has no variance" if n else "no numbers, so no mean"
+        where = "" if counts is None else ", at positions that count"
+        raise ValueError(f"batch_norm: x of shape {x.shape} has {came}{where}")
     mu = over_batch(x, n)
     mu = mu, over_batch(left(x, (mu, jnp.zeros((), x.dtype)), counts), n)
     var = over_batch(left(x, mu, counts) ** 2, n)
     new = {"mean": mu[0] + mu[1], "var": var * (n / (n - 1))}
-    if not concrete(n):  # a batch of padding has no variance: NaN, as under jit nothing can be raised
+    if not concrete(n):  # a batch of padding has no variance: it becomes NaN, since jit cannot raise
         var, new = jax.tree.map(lambda a: jnp.where(n >= 2, a, jnp.nan), (var, new))
     followed = {k: ((1 - momentum) * state[k] + momentum * new[k]).astype(state[k].dtype) for k in new}
     return mu, var, jnp.asarray(n, x.dtype), followed | {"count": state["count"] + 1}
 
 
 def of_state(state: dict) -> tuple[tuple, jax.Array, None, dict]:
-    """Mean and variance as training left them."""
+    """Mean and variance from training, no n, and the state as it is."""
     if concrete(state["count"]) and not np.any(np.asarray(state["count"])):
         raise ValueError(
             "batch_norm: no training step yet, so there are no running statistics; for the batch's own: "
@@ -207,23 +208,25 @@ def of_state(state: dict) -> tuple[tuple, jax.Array, None, dict]:
 
 
 def batch_norm(momentum: float = 0.1, eps: float = 1e-5) -> Layer:
-    """Each channel with mean 0 and variance 1 over the batch, then scaled and shifted; in use, by running statistics.
+    """Normalise each channel to mean 0 and variance 1, then scale and shift it.
 
         x^ = (x - mean x) rstd    rstd = (var x + eps)^-1/2    y = gamma x^ + beta
         dgamma = sum dy x^        dbeta = sum dy               dx^ = gamma dy
-        training   dx = rstd (dx^ - mean dx^ - x^ mean(dx^ x^))       in use   dx = rstd dx^
+        training   dx = rstd (dx^ - mean dx^ - x^ mean(dx^ x^))       inference   dx = rstd dx^
 
-    In training (Context.train) mean and var are those of the batch, over examples and positions, and the state follows
-    them: mean := (1 - momentum) mean + momentum mean of x, and var likewise by the variance with n - 1. Otherwise they
-    are those of the state. In training the examples are mixed, so only total is to be had of the factors.
+    During training (Context.train) mean and var are those of the batch, over examples and positions, and the state
+    follows them: mean := (1 - momentum) mean + momentum mean of x, and var likewise with the variance over n - 1. At
+    inference they are those of the state. Training mixes the examples, so only the total of the factors is defined.
 
     Shapes:   x, y (m, *s, c); gamma, beta (c,); state mean, var (c,) and count () of training steps; saved x, mean and
-              rstd (c,), and whether it was training.
-    Forward:  Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1 and, in use, algorithm 2.
+              rstd (c,), n (), which positions count, and whether it was training.
+    Forward:  Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1 and, at inference, algorithm 2.
     Backward: the same, section 3.
-    Raises:   ValueError for options out of range, params that do not fit x, training on one number a channel, and,
-              outside jit, use before any training step (under jit y is then NaN); TypeError for x that is not floating
-              point.
+    Options:  momentum: PyTorch's meaning, new = (1 - momentum) old + momentum batch; Flax's momentum is 1 minus it.
+              eps: is added to the variance.
+    Raises:   ValueError if an option is out of range, params do not fit x, training sees only one number a channel, or,
+              outside jit, inference comes before any training step (under jit y is then NaN); TypeError if x is not
+              floating point.
     """
     check_positive("batch_norm", "eps", eps)
     check_number("batch_norm", "momentum", momentum)
