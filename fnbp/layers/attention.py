@@ -106,7 +106,7 @@ def of_use(z: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def shapes_of(name: str, heads: int, kv: int, causal: bool, rotary: float | None) -> Callable[[Any], Shapes]:
-    """x, or (x, memory) -> the shape of each parameter, those of biases that the layer lacks too.
+    """A function from x, or (x, memory), to the shape of each parameter, also of biases that the layer lacks.
 
     Raises: ValueError or TypeError if the options fit no input.
     """
@@ -226,7 +226,7 @@ def check_pair(name: str, x: Any, heads: int, rotary: float | None) -> tuple[Any
 
 
 def init_of(name: str, shapes: Callable[[Any], Shapes], makers: dict[str, Callable]) -> Callable:
-    """(key, x) -> params, state."""
+    """The init (key, x) -> params, state."""
 
     def init(key: Any, x: Any) -> tuple[dict, dict]:
         check_key(name, key)

@@ -1,4 +1,4 @@
-"""The parameters of a layer, each of which it may lack: how they are drawn and checked, and a factor for each."""
+"""The parameters of a layer: drawn, checked, and a factor for each. Some may be absent, as a bias with b=None."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,10 +16,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def weights(name: str, shapes: Callable[[Any], Shapes], **makers: Callable | None) -> tuple[Callable, Callable]:
-    """The init (key, x) -> params of the layer called name, and its check (params, x) -> None.
+    """Make the init (key, x) -> params of the layer called name, and its check (params, x) -> None.
 
-    shapes: x -> the shape of each parameter, by name. makers: an initializer for each parameter; None if the layer
-    lacks it, whatever shapes lists.
+    Options: shapes: a function from x to the shape of each parameter, by name. makers: an initializer for each
+             parameter; None if the layer has no such parameter, even if shapes lists it.
     """
 
     def held(x: Any) -> Shapes:
@@ -39,7 +39,7 @@ def weights(name: str, shapes: Callable[[Any], Shapes], **makers: Callable | Non
 def drawn(
     name: str, key: Any, shapes: Shapes, makers: Mapping[str, Callable | None], dtype: Any
 ) -> dict[str, jax.Array]:
-    """The parameters of a layer, a key for each maker. ValueError if one is larger than any device."""
+    """Draw the parameters of a layer, with a key for each maker. Raise a ValueError if one is larger than any device."""
     held = those_of(makers, shapes)
     for leaf, shape in held.items():
         check_numbers(name, leaf, shape)
@@ -53,7 +53,7 @@ def those_of(makers: Mapping[str, Callable | None], shapes: Shapes) -> Shapes:
 
 
 def optional(name: str, leaf: str, given: str | Callable | None) -> Callable | None:
-    """The initializer of a parameter that the layer called name has unless given is None."""
+    """The initializer of parameter leaf of the layer called name; None, for no such parameter, if given is None."""
     return None if given is None else initializer_of(name, leaf, given)
 
 
@@ -68,6 +68,6 @@ def due(params: Mapping[str, Any], **factors: Factor) -> dict[str, Factor]:
 
 
 def check_numbers(name: str, leaf: str, shape: tuple[int, ...]) -> None:
-    """ValueError if a parameter of that shape has more numbers than any device holds."""
+    """Raise a ValueError if a parameter of that shape has more numbers than any device holds."""
     if math.prod(shape) > MOST_NUMBERS:
         raise ValueError(f"{name}: {leaf} of shape {shape} is too large: {math.prod(shape):,} numbers")

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 
 from fnbp.arrays.checks import of_kind
 from fnbp.arrays.sums import wide
-from fnbp.factor import Factor
 
 
 def in_wide(forward: Callable, backward: Callable, x: int = 1) -> tuple[Callable, Callable]:
-    """forward and backward, whose formulas see params, x, what was saved, and dy in at least float32.
+    """Lift forward and backward whose formulas are in at least float32.
 
-        y = [dtype of x] f([wide] params, [wide] x)      dx, d of each factor = [dtype of dy] b([wide] ..., [wide] dy)
+        y = f(wide params, wide x) in the dtype of x      factors, dx = b(wide params, wide res, wide dy) in that of dy
 
-    What forward saves of x itself is saved in the dtype of x, and widened again for backward.
+    If forward saves x itself, x is saved in its own dtype, and widened again for backward. Of a factor, d is in the
+    dtype of dy.
 
-    Options: x: the place of x among the arguments of forward; the first argument is params, unless it is x.
+    Options: x: the place of x among the arguments of forward. The first argument is params, unless it is x.
     """
 
     def forward_wide(*args: Any) -> tuple[Any, ...]:
@@ -28,20 +28,15 @@ def in_wide(forward: Callable, backward: Callable, x: int = 1) -> tuple[Callable
         return y.astype(given.dtype), *state, tuple(given if a is widened else a for a in res)
 
     def backward_wide(*args: Any) -> Any:
-        *_, dy = args
-        returned = backward(*map(widen, args))
-        factors, dx = returned if isinstance(returned, tuple) else ({}, returned)
-        dx = dx.astype(dy.dtype)
-        return (narrowed(factors, dy), dx) if isinstance(returned, tuple) else dx
+        returned, dtype = backward(*map(widen, args)), args[-1].dtype
+        if not isinstance(returned, tuple):  # only dx, of a layer without parameters
+            return returned.astype(dtype)
+        factors, dx = returned
+        return {leaf: replace(factor, d=factor.d.astype(dtype)) for leaf, factor in factors.items()}, dx.astype(dtype)
 
     return forward_wide, backward_wide
 
 
 def widen(tree: Any) -> Any:
-    """The floating point arrays of a tree in at least float32, whatever else it holds as it is."""
+    """A tree with its floating point arrays in at least float32, and the rest as it is."""
     return jax.tree.map(lambda a: wide(a) if of_kind(a, jnp.floating) else a, tree)
-
-
-def narrowed(factors: dict[str, Any], dy: jax.Array) -> dict[str, Factor]:
-    """The factors with their errors in the dtype of dy."""
-    return {leaf: replace(factor, d=factor.d.astype(dy.dtype)) for leaf, factor in factors.items()}
