@@ -39,7 +39,7 @@ def weights(name: str, shapes: Callable[[Any], Shapes], **makers: Callable | Non
 def drawn(
     name: str, key: Any, shapes: Shapes, makers: Mapping[str, Callable | None], dtype: Any
 ) -> dict[str, jax.Array]:
-    """Draw the parameters of a layer, with a key for each maker. Raise a ValueError if one is larger than any device."""
+    """Draw the parameters of a layer, one key for each maker. Raise a ValueError if one exceeds any device."""
     held = those_of(makers, shapes)
     for leaf, shape in held.items():
         check_numbers(name, leaf, shape)
