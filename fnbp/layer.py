@@ -297,16 +297,6 @@ def child(path: str, i: int, part: Layer) -> str:
     return f"{path}[{i}].{part.name}"
 
 
-def without(leaf: str, backward: Callable) -> Callable:
-    """backward for a layer that does without that parameter: its factor is left out."""
-
-    def backward_without(params, res, dy):
-        factors, dx = backward(params, res, dy)
-        return {name: factor for name, factor in factors.items() if name != leaf}, dx
-
-    return backward_without
-
-
 def map_layers(f: Callable[[str, Layer], Layer], net: Layer) -> Layer:
     """Replace every leaf of a net by f(path, leaf).
 

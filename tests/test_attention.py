@@ -120,7 +120,7 @@ REFUSED = [
     (
         lambda: run(fnbp.attention(3), (Z((2, 3, 12)),) * 3),
         ValueError,
-        r"x, or \(x, memory\), is due; got a tuple of 3",
+        r"expected x, or a pair \(x, memory\), got a tuple of 3",
     ),
     (
         lambda: run(fnbp.attention(3), (Z((2, 3, 12)), Z((5, 3, 12)))),

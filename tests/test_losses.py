@@ -405,7 +405,7 @@ def test_softmax_cross_entropy_refuses_a_prediction_without_classes():
 def test_soft_labels_that_are_no_distribution_are_refused(row, words):
     y = np.full((5, 2, 3), 1 / 3, np.float32)
     y[3, 1] = row
-    words = rf"softmax_cross_entropy: soft labels at index \[3, 1\] are no distribution: {words}"
+    words = rf"softmax_cross_entropy: soft labels at index \[3, 1\] are not a distribution: {words}"
     with pytest.raises(ValueError, match=words):
         CE.forward(jnp.zeros((5, 2, 3)), jnp.asarray(y))
 
@@ -473,7 +473,7 @@ def test_check_needs_no_more_than_the_shape_of_a_prediction(loss):
 def test_soft_labels_of_bfloat16_may_be_as_far_from_one_as_bfloat16_is():
     a, y = jnp.zeros((2, 3)), jnp.asarray([[0.25, 0.25, 0.50390625], [0.25, 0.25, 0.51171875]], jnp.bfloat16)
     CE.check(a[:1], y[:1])
-    with pytest.raises(ValueError, match=r"soft labels at index \[1\] are no distribution: sum 1.01172, least 0.25"):
+    with pytest.raises(ValueError, match=r"soft labels at index \[1\] are not a distribution: sum 1.01172, least 0.25"):
         CE.check(a, y)
 
 
@@ -556,7 +556,7 @@ def test_confident_and_right_predictions_keep_their_digits(z):
         (
             lambda: fnbp.softmax_cross_entropy(weights=[1, 2]).forward(jnp.zeros((2, 3)), jnp.zeros(2, int)),
             ValueError,
-            r"weights of shape \(2,\) are for other classes",
+            r"weights of shape \(2,\) do not fit the 3 classes of a prediction",
         ),
         (
             lambda: fnbp.loss_from_jax(lambda p, t: jnp.mean(p), "avg").forward(jnp.zeros((2, 3)), None),

@@ -101,7 +101,7 @@ def test_a_gpt_sees_no_later_token():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fnbp.models.mlp(), r"mlp: at least one width is due"),
+        (lambda: fnbp.models.mlp(), r"mlp: expected at least one width"),
         (lambda: fnbp.models.resnet(18), r"resnet: depth must be 6 n \+ 2 \(8, 14, 20, ...\), got 18"),
         (lambda: fnbp.models.resnet(2), r"got 2"),
         (lambda: fnbp.models.lstm_classifier(5, 3, 0), r"lstm_classifier: layers must be at least 1, got 0"),

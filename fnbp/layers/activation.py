@@ -1,4 +1,4 @@
-"""Activations: element by element, and the two that normalise along the last axis."""
+"""Activations: elementwise ones, and the two that normalise along the last axis."""
 
 import math
 from typing import Any
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fnbp.arrays.checks import check_is, check_last_axis, check_number, choose
-from fnbp.arrays.sums import log_total, wide
+from fnbp.arrays.sums import log_total
 from fnbp.layer import Layer, parameterless
+from fnbp.layers.widening import in_wide
 
 __all__ = [
     "activation",
@@ -30,7 +31,7 @@ X = Float[Array, "*s"]
 
 
 def identity() -> Layer:
-    """The input as it is.
+    """Return the input as it is.
 
         y = x      dx = dy
 
@@ -52,8 +53,7 @@ def sigmoid() -> Layer:
         y = 1 / (1 + e^-x)      dx = dy y (1 - y)
 
     Shapes:   x, y (...); saved y.
-    Forward:  the document, section 4.1.
-    Backward: the document, section 4.2, sigma'(z) = sigma(z) (1 - sigma(z)).
+    Backward: fnbp/README.md, B4, with sigma'(x) = sigma(x) (1 - sigma(x)).
     """
 
     def forward(x: X) -> tuple[X, tuple]:
@@ -72,7 +72,8 @@ def tanh() -> Layer:
 
         y = tanh x      dx = dy (1 + y) (1 - y)
 
-    Shapes: x, y (...); saved y.
+    Shapes:   x, y (...); saved y.
+    Backward: fnbp/README.md, B4, with tanh'(x) = 1 - tanh^2 x.
     """
 
     def forward(x: X) -> tuple[X, tuple]:
@@ -87,13 +88,14 @@ def tanh() -> Layer:
 
 
 def relu() -> Layer:
-    """The rectifier.
+    """The rectified linear unit.
 
         y = max(x, 0)      dx = dy where x > 0, else 0
 
-    Shapes:  x, y (...); saved x > 0, one byte an element.
-    Kink:    dx = 0 at x = 0, as jax.nn.relu has it.
-    Forward: the document, section 4.1, names it.
+    Shapes:   x, y (...); saved x > 0, one byte for each element.
+    Kink:     dx = 0 at x = 0, as in jax.nn.relu.
+    Forward:  Nair & Hinton 2010, Rectified linear units improve restricted Boltzmann machines, ICML.
+    Backward: fnbp/README.md, B4.
     """
 
     def forward(x: X) -> tuple[X, tuple]:
@@ -107,12 +109,13 @@ def relu() -> Layer:
 
 
 def leaky_relu(slope: float = 0.01) -> Layer:
-    """A rectifier that lets a little through below zero.
+    """The rectified linear unit with a slope below zero.
 
         y = x where x >= 0, else slope x      dx = dy where x >= 0, else slope dy
 
-    Shapes:  x, y (...); saved x >= 0, one byte an element.
-    Kink:    dx = dy at x = 0, as jax.nn.leaky_relu has it.
+    Shapes:  x, y (...); saved x >= 0, one byte for each element.
+    Kink:    dx = dy at x = 0, as in jax.nn.leaky_relu.
+    Options: slope: dy/dx below zero.
     """
     check_number("leaky_relu", "slope", slope)
 
@@ -133,8 +136,9 @@ def elu(alpha: float = 1.0) -> Layer:
         y = x where x > 0, else alpha (e^x - 1)      dx = dy where x > 0, else dy alpha e^x
 
     Shapes:  x, y (...); saved x.
-    Kink:    for alpha other than 1, dx = alpha dy at x = 0.
+    Kink:    dx = alpha dy at x = 0, which matters unless alpha = 1.
     Forward: Clevert et al. 2015, arXiv:1511.07289.
+    Options: alpha: y tends to -alpha far below zero.
     """
     check_number("elu", "alpha", alpha)
 
@@ -143,14 +147,14 @@ def elu(alpha: float = 1.0) -> Layer:
 
     def backward(res: tuple, dy: X) -> X:
         (x,) = res
-        # from x, not as y + alpha, which cancels for x far below 0
+        # from x, not as y + alpha, which cancels far below 0
         return jnp.where(x > 0, dy, dy * (alpha * jnp.exp(jnp.where(x > 0, 0, x))))
 
     return parameterless(forward, backward, f"elu({alpha:g})", "elementwise")
 
 
 def softplus() -> Layer:
-    """The smooth rectifier.
+    """The smooth rectified linear unit.
 
         y = log(1 + e^x)      dx = dy sigma(x)
 
@@ -177,14 +181,14 @@ def silu() -> Layer:
     """
 
     def forward(x: X) -> tuple[X, tuple]:
-        return (wide(x) * jax.nn.sigmoid(wide(x))).astype(x.dtype), (x,)
+        return x * jax.nn.sigmoid(x), (x,)
 
     def backward(res: tuple, dy: X) -> X:
-        x = wide(res[0])
+        (x,) = res
         s = jax.nn.sigmoid(x)
-        return (wide(dy) * s * (1 + x * (1 - s))).astype(dy.dtype)
+        return dy * s * (1 + x * (1 - s))
 
-    return parameterless(forward, backward, "silu", "elementwise")
+    return parameterless(*in_wide(forward, backward, x=0), "silu", "elementwise")
 
 
 def gelu(approximate: bool = False) -> Layer:
@@ -197,79 +201,86 @@ def gelu(approximate: bool = False) -> Layer:
 
     Shapes:  x, y (...); saved x.
     Forward: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
+    Options: approximate: True for the tanh form. JAX's gelu is the tanh form by default, PyTorch's is exact.
+    Raises:  TypeError if approximate is not a bool.
     """
+    check_is("gelu", "approximate", approximate, bool)
+    if approximate:
+        return gelu_tanh()
 
     def forward(x: X) -> tuple[X, tuple]:
-        return (wide(x) * jax.scipy.special.erfc(-wide(x) * math.sqrt(0.5)) / 2).astype(x.dtype), (x,)
+        return x * jax.scipy.special.erfc(-x * math.sqrt(0.5)) / 2, (x,)
 
     def backward(res: tuple, dy: X) -> X:
-        x = wide(res[0])
+        (x,) = res
         Phi = jax.scipy.special.erfc(-x * math.sqrt(0.5)) / 2
         phi = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-        return (wide(dy) * (Phi + x * phi)).astype(dy.dtype)
+        return dy * (Phi + x * phi)
 
-    check_is("gelu", "approximate", approximate, bool)
+    return parameterless(*in_wide(forward, backward, x=0), "gelu", "elementwise")
 
-    def share(x):  # (1 + tanh u) / 2 cancels below 0
+
+def gelu_tanh() -> Layer:
+    """gelu in its tanh form, y = x s."""
+
+    def share(x):  # s as a sigmoid: (1 + tanh u) / 2 cancels below 0
         return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
-    def forward_tanh(x: X) -> tuple[X, tuple]:
-        return (wide(x) * share(wide(x))).astype(x.dtype), (x,)
+    def forward(x: X) -> tuple[X, tuple]:
+        return x * share(x), (x,)
 
-    def backward_tanh(res: tuple, dy: X) -> X:
-        x = wide(res[0])  # x^2 overflows float16 where 1 - s is 0
+    def backward(res: tuple, dy: X) -> X:
+        (x,) = res
         s, slope = share(x), math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
-        return (wide(dy) * s * (1 + 2 * x * (1 - s) * slope)).astype(dy.dtype)
+        return dy * s * (1 + 2 * x * (1 - s) * slope)
 
-    if approximate:
-        return parameterless(forward_tanh, backward_tanh, "gelu(approximate)", "elementwise")
-    return parameterless(forward, backward, "gelu", "elementwise")
+    # in a narrow dtype x^2 overflows where 1 - s is 0
+    return parameterless(*in_wide(forward, backward, x=0), "gelu(approximate)", "elementwise")
 
 
 def log_softmax() -> Layer:
-    """The logarithm of a distribution over the last axis.
+    """The logarithm of softmax, over the last axis.
 
         y = x - log sum e^x      dx = dy - e^y sum dy
 
-    Shapes:   x, y (..., k); saved y in at least float32, in which the sums over k are.
+    Shapes: x, y (..., k); saved y in at least float32, the dtype of the sums over k.
     """
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
         check_last_axis("log_softmax", x)
-        M, r = log_total(wide(x))
-        y = (wide(x) - M) - jnp.log1p(r)
-        return y.astype(x.dtype), (y,)
+        M, r = log_total(x)
+        y = (x - M) - jnp.log1p(r)
+        return y, (y,)
 
     def backward(res: tuple, dy: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
         (y,) = res
-        dx = wide(dy) - jnp.exp(y) * jnp.sum(wide(dy), -1, keepdims=True)
-        return dx.astype(dy.dtype)
+        return dy - jnp.exp(y) * jnp.sum(dy, -1, keepdims=True)
 
-    return parameterless(forward, backward, "log_softmax", "position")
+    return parameterless(*in_wide(forward, backward, x=0), "log_softmax", "position")
 
 
 def softmax() -> Layer:
-    """A distribution over the last axis.
+    """Turn scores into a distribution over the last axis.
 
         y = e^x / sum e^x      dx = y (dy - sum(dy y))
 
-    Shapes:  x, y (..., k); saved y in at least float32, in which the sums over k are: near 1, y in a narrow dtype keeps
-             no digit of 1 - y.
-    Forward: the document, section 4.1. Under a cross-entropy leave it out: softmax_cross_entropy holds it, and is
-             stable.
+    Before softmax_cross_entropy leave it out: that loss contains it, in a stable form.
+
+    Shapes:  x, y (..., k); saved y in at least float32, the dtype of the sums over k: near 1, a narrower y has no
+             digit of 1 - y.
+    Forward: Goodfellow, Bengio & Courville 2016, Deep Learning, section 6.2.2.3.
     """
 
     def forward(x: Float[Array, "*m k"]) -> tuple[Float[Array, "*m k"], tuple]:
         check_last_axis("softmax", x)
-        y = jax.nn.softmax(wide(x), -1)
-        return y.astype(x.dtype), (y,)
+        y = jax.nn.softmax(x, -1)
+        return y, (y,)
 
     def backward(res: tuple, dy: Float[Array, "*m k"]) -> Float[Array, "*m k"]:
         (y,) = res
-        dy_wide = wide(dy)
-        return (y * (dy_wide - jnp.sum(dy_wide * y, -1, keepdims=True))).astype(dy.dtype)
+        return y * (dy - jnp.sum(dy * y, -1, keepdims=True))
 
-    return parameterless(forward, backward, "softmax", "position")
+    return parameterless(*in_wide(forward, backward, x=0), "softmax", "position")
 
 
 ACTIVATIONS = {
@@ -278,8 +289,8 @@ ACTIVATIONS = {
 
 
 def activation(name: str, **options: Any) -> Layer:
-    """The activation of that name, for settings that come as text: activation("elu", alpha=0.5).
+    """Make the activation called name, for settings that come as text: activation("elu", alpha=0.5).
 
-    Raises: ValueError, with the nearest name, where there is none of that name.
+    Raises: ValueError, with the nearest name, if no activation is called so.
     """
     return choose("activation", name, ACTIVATIONS, "activation: ")(**options)

@@ -1,4 +1,4 @@
-"""Attention: every position a weighted mean of what others hold, the weights by how well they match."""
+"""Attention: at every position a weighted mean over others, with weights that say how well they match."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,9 @@ from fnbp.arrays.masks import check_mask, kept
 from fnbp.arrays.placement import reshaped
 from fnbp.arrays.sums import wide
 from fnbp.factor import Outer, Sum
-from fnbp.layer import Layer, Traits, counting
-from fnbp.layers.initializers import check_numbers, initializer_of
+from fnbp.layer import Layer, Static, Traits, counting
+from fnbp.layers.initializers import initializer_of
+from fnbp.layers.parameters import Shapes, add_bias, drawn, due, optional, those_of
 
 __all__ = ["attention"]
 
@@ -35,60 +36,61 @@ def attention(
     b: str | Callable | None = "zeros",
     W_out: str | Callable | None = None,
 ) -> Layer:
-    """Multi-head attention: of a sequence to itself, or, given a pair (x, memory), to another.
+    """Multi-head attention of a sequence to itself or, for a pair (x, memory), to another one.
 
         q = Q x + b_Q    k = K z    v = V z + b_V      z = x, or memory      (head by head)
         p = softmax(q k^T / sqrt d)      o = p v      y = O o + b_O
         do = O^T dy      dv = p^T do      dp = do v^T      ds = p (dp - sum_t dp p)
-        dq = ds k / sqrt d      dk = ds^T q / sqrt d      dz = K^T dk + V^T dv      dx = Q^T dq, + dz where z = x
+        dq = ds k / sqrt d      dk = ds^T q / sqrt d      dz = K^T dk + V^T dv      dx = Q^T dq, + dz if z = x
         dQ = dq x^T    dK = dk z^T    dV = dv z^T    dO = dy o^T      db: the sums of dq, dk, dv, dy
 
-    The mask, Context.mask, is True where a position of z counts: (m, S), or (m, T, S) for each query its own. causal:
-    none sees what comes after it. A query that sees nothing has p = 0, so o = 0 and no gradient. rotary: q and k
-    turned, two numbers at a time, by their position times base^(-2 i / d); 10,000 is the base of the paper. kv_heads:
-    so many heads of k and v, each for heads / kv_heads of q. A bias of k adds the same to all scores of a query, which
-    softmax does not see: there is one, b_K, with rotary alone.
+    Context.mask, (m, S) or (m, T, S), is True where a position of z counts. A query that sees none has p = 0 and o = 0.
 
     Shapes:   x, y (m, T, n); memory (m, S, l); Q (n, n), K, V (kv_heads d, l), O (n, n), d = n / heads;
               saved x, z, q, k, v, o, and p (m, kv_heads, heads / kv_heads, T, S) in at least float32.
     Forward:  Vaswani et al. 2017, arXiv:1706.03762, section 3.2; rotary: Su et al. 2021, arXiv:2104.09864, section
               3.2.2; kv_heads: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
     Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2.
-    Options:  W, b: an initializer by name (see fnbp.initializer) or a function; b=None: without. W_out: O's, if other.
-    Raises:   ValueError for heads that do not divide n, kv_heads that do not divide heads, an odd d with rotary, a
-              sequence of 0, a mask of another shape, params that do not fit; TypeError for x not in floating point.
+    Options:  kv_heads: number of key/value heads; each serves heads / kv_heads query heads. causal: a query sees no
+              later position. rotary: base of the rotary embedding (the paper's is 10,000), which turns pairs (2i, 2i+1)
+              of q and k by position times base^(-2i / d); K has a bias only with rotary: otherwise it would shift all
+              of a query's scores alike, which softmax ignores. W, b: initializers of the matrices and of the biases,
+              names or functions; b=None: no biases. W_out: initializer of O, by default W.
+    Raises:   ValueError if sizes, a mask or params do not fit; TypeError if x is not floating point.
     """
     kv = heads if kv_heads is None else kv_heads
     name = f"attention({heads})" if kv == heads else f"attention({heads}, {kv})"
-    shapes = shapes_of(name, heads, kv, causal, rotary, "" if b is None else "QVO" if rotary is None else "QKVO")
+    shapes, makers = shapes_of(name, heads, kv, causal, rotary), makers_of(name, W, b, W_out, rotary)
+    init = init_of(name, shapes, makers)
 
     def forward(params: dict, state: dict, x: Any, ctx: Any) -> tuple[Sequence, dict, tuple]:
-        due = shapes(x)
-        check_params(name, params, x[0] if isinstance(x, tuple) else x, due)
-        apart = () if isinstance(x, tuple) else None  # told by the structure of res, which no transformation touches
+        check_params(name, params, x[0] if isinstance(x, tuple) else x, those_of(makers, shapes(x)))
+        pair = Static(isinstance(x, tuple))
         x, z = check_pair(name, x, heads, rotary)
         seen, z = visible(x, z, ctx.mask, causal), of_use(z, ctx.mask)
         q, k, v = affine(params, "Q", x), affine(params, "K", z), affine(params, "V", z)
-        q, k, v = turned(by_head(q, kv, heads // kv), rotary), turned(by_head(k, kv), rotary), by_head(v, kv)
-        o, p = attend(q, k, v, seen)
-        return affine(params, "O", merged(o)), state, (x, z, q, k, v, p, o, apart)
+        q_heads, k_heads, v_heads = split_heads(q, kv, heads // kv), split_heads(k, kv), split_heads(v, kv)
+        q_turned, k_turned = rotate(q_heads, rotary), rotate(k_heads, rotary)
+        o_heads, p = attend(q_turned, k_turned, v_heads, seen)
+        o = merge_heads(o_heads)
+        return affine(params, "O", o), state, (x, z, q_turned, k_turned, v_heads, p, o, pair)
 
     def backward(params: dict, res: tuple, dy: Sequence) -> tuple[dict, Any]:
-        x, z, q, k, v, p, o, apart = res
-        do = reshaped(dy @ params["O"], *q.shape)
-        dq, dk, dv = attend_back(q, k, v, p, do)
-        dq, dk, dv = map(merged, (turned(dq, rotary, back=True), turned(dk, rotary, back=True), dv))
-        factors = {"Q": Outer(dq, x), "K": Outer(dk, z), "V": Outer(dv, z), "O": Outer(dy, merged(o))}
-        factors |= {leaf: Sum(factors[leaf[-1]].d) for leaf in params if leaf.startswith("b_")}
+        x, z, q_turned, k_turned, v_heads, p, o, pair = res
+        do_heads = split_heads(dy @ params["O"], kv, heads // kv)
+        dq_turned, dk_turned, dv_heads = attend_back(q_turned, k_turned, v_heads, p, do_heads)
+        dq_heads, dk_heads = unrotate(dq_turned, rotary), unrotate(dk_turned, rotary)
+        dq, dk, dv = merge_heads(dq_heads), merge_heads(dk_heads), merge_heads(dv_heads)
+        factors = {"Q": Outer(dq, x), "K": Outer(dk, z), "V": Outer(dv, z), "O": Outer(dy, o)}
+        biases = due(params, b_Q=Sum(dq), b_K=Sum(dk), b_V=Sum(dv), b_O=Sum(dy))
         dx, dz = dq @ params["Q"], dk @ params["K"] + dv @ params["V"]
-        return factors, dx + dz if apart is None else (dx, dz)
+        return factors | biases, (dx, dz) if pair.value else dx + dz
 
-    functions = counting(name, of_memory, forward, backward)
-    return Layer(init_of(name, shapes, W, b, W_out), *functions, name, traits=Traits(of_memory))
+    return Layer(init, *counting(name, of_memory, forward, backward), name, traits=Traits(of_memory))
 
 
 def of_memory(name: str, x: Any, mask: Any) -> Any:
-    """The rule of attention: of a pair (x, memory) the mask speaks of memory, and all positions of y count."""
+    """The mask rule of attention: for a pair (x, memory) the mask is of memory, and all positions of y count."""
     pair = x if isinstance(x, tuple) else (x, x)
     if mask is not None and all(len(getattr(a, "shape", ())) > 1 for a in pair):
         check_mask(name, mask, pair[-1].shape[:2], (*pair[0].shape[:2], pair[-1].shape[1]))
@@ -96,28 +98,42 @@ def of_memory(name: str, x: Any, mask: Any) -> Any:
 
 
 def of_use(z: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """z, and 0 at positions that no query sees: there 0 times NaN would be NaN."""
+    """z, with 0 at positions that no query sees, since 0 times NaN is NaN."""
     if mask is None:
         return z
     seen = mask.any(1) if mask.ndim == 3 else mask
     return kept(seen, z)
 
 
-def shapes_of(name: str, heads: int, kv: int, causal: bool, rotary: float | None, biased: str) -> Callable:
-    """x, or (x, memory) -> the shape of each parameter. ValueError or TypeError for options that fit no input."""
+def shapes_of(name: str, heads: int, kv: int, causal: bool, rotary: float | None) -> Callable[[Any], Shapes]:
+    """A function from x, or (x, memory), to the shape of each parameter, also of biases that the layer lacks.
+
+    Raises: ValueError or TypeError if the options fit no input.
+    """
     check_options(name, heads, kv, causal, rotary)
 
-    def shapes(x):
+    def shapes(x: Any) -> Shapes:
         x, z = check_pair(name, x, heads, rotary)
         n, d = x.shape[-1], x.shape[-1] // heads
-        due = {"Q": (n, n), "K": (kv * d, z.shape[-1]), "V": (kv * d, z.shape[-1]), "O": (n, n)}
-        return due | {f"b_{leaf}": due[leaf][:1] for leaf in biased}
+        matrices = {"Q": (n, n), "K": (kv * d, z.shape[-1]), "V": (kv * d, z.shape[-1]), "O": (n, n)}
+        return matrices | {f"b_{leaf}": shape[:1] for leaf, shape in matrices.items()}
 
     return shapes
 
 
+def makers_of(
+    name: str, W: str | Callable, b: str | Callable | None, W_out: str | Callable | None, rotary: float | None
+) -> dict[str, Callable]:
+    """The initializer of each parameter that the layer has."""
+    init_W, init_b = initializer_of(name, "W", W), optional(name, "b", b)
+    init_O = initializer_of(name, "W_out", W if W_out is None else W_out)
+    matrices = {"Q": init_W, "K": init_W, "V": init_W, "O": init_O}
+    biased = "QVO" if rotary is None else "QKVO"  # without rotary, softmax does not see a bias of k
+    return matrices | ({} if init_b is None else {f"b_{leaf}": init_b for leaf in biased})
+
+
 def attend(q: Queries, k: Keys, v: Keys, seen: Seen | None) -> tuple[Queries, Weights]:
-    """o and p. Where seen is False p is 0."""
+    """Compute o and p, which is 0 where seen is False."""
     s = jnp.einsum("mtkgd,mskd->mkgts", wide(q), wide(k)) / np.sqrt(q.shape[-1])
     s = s if seen is None else jnp.where(seen, s, -jnp.inf)
     most = jnp.max(s, -1, keepdims=True)
@@ -128,7 +144,7 @@ def attend(q: Queries, k: Keys, v: Keys, seen: Seen | None) -> tuple[Queries, We
 
 
 def attend_back(q: Queries, k: Keys, v: Keys, p: Weights, do: Queries) -> tuple[Queries, Keys, Keys]:
-    """dq, dk, dv of do."""
+    """Compute dq, dk, dv from do."""
     do = wide(do)
     dv = jnp.einsum("mkgts,mtkgd->mskd", p, do)
     dp = jnp.einsum("mtkgd,mskd->mkgts", do, wide(v))
@@ -138,38 +154,41 @@ def attend_back(q: Queries, k: Keys, v: Keys, p: Weights, do: Queries) -> tuple[
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def by_head(a: jax.Array, *heads: int) -> jax.Array:
-    """The features of each head apart: (m, T, n) as (m, T, *heads, d)."""
+def split_heads(a: jax.Array, *heads: int) -> jax.Array:
+    """Reshape (m, T, n) to (m, T, *heads, d)."""
     return reshaped(a, *a.shape[:2], *heads, a.shape[-1] // math.prod(heads))
 
 
-def merged(a: jax.Array) -> jax.Array:
-    """All heads side by side: (m, T, ...) as (m, T, n)."""
+def merge_heads(a: jax.Array) -> jax.Array:
+    """Reshape (m, T, *heads, d) to (m, T, n)."""
     return reshaped(a, *a.shape[:2], math.prod(a.shape[2:]))
 
 
-def turned(a: jax.Array, base: float | None, back: bool = False) -> jax.Array:
-    """Each pair of numbers (2i, 2i + 1) at position t turned by t base^(-2 i / d), or back. a is (m, T, ..., d)."""
+def rotate(a: jax.Array, base: float | None, sign: int = 1) -> jax.Array:
+    """Turn each pair (2i, 2i + 1) of a (m, T, ..., d) at position t by the angle t base^(-2i / d); None: no turn."""
     if base is None:
         return a
     d = a.shape[-1]
-    angle = np.arange(a.shape[1])[:, None] * base ** -(np.arange(0, d, 2) / d)
+    angle = sign * np.arange(a.shape[1])[:, None] * base ** -(np.arange(0, d, 2) / d)
     angle = angle.reshape(a.shape[1], *[1] * (a.ndim - 3), d // 2)
     cos, sin = (jnp.asarray(f(angle), wide(a).dtype) for f in (np.cos, np.sin))
-    sin = -sin if back else sin
     even, odd = wide(a)[..., ::2], wide(a)[..., 1::2]
     pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return reshaped(pairs, *a.shape).astype(a.dtype)
 
 
+def unrotate(a: jax.Array, base: float | None) -> jax.Array:
+    """Turn each pair back: the transpose of rotate."""
+    return rotate(a, base, -1)
+
+
 def affine(params: dict, leaf: str, a: jax.Array) -> jax.Array:
-    """W a + b, or W a where there is no b."""
-    y = a @ params[leaf].T
-    return y + params[f"b_{leaf}"] if f"b_{leaf}" in params else y
+    """W a + b, or W a if there is no b."""
+    return add_bias(a @ params[leaf].T, params, f"b_{leaf}")
 
 
 def visible(x: jax.Array, z: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array | None:
-    """What each query sees, (m, 1, 1, T, S); None for all."""
+    """True where a query sees a key, (m, 1, 1, T, S); None if every query sees every key."""
     seen = jnp.tril(jnp.ones((x.shape[1], z.shape[1]), bool))[None] if causal else None
     if mask is not None:
         mask = mask if mask.ndim == 3 else mask[:, None]
@@ -178,7 +197,7 @@ def visible(x: jax.Array, z: jax.Array, mask: jax.Array | None, causal: bool) ->
 
 
 def check_options(name: str, heads: int, kv: int, causal: bool, rotary: float | None) -> None:
-    """ValueError or TypeError for options that fit no input."""
+    """Raise a ValueError or TypeError if the options fit no input."""
     check_size(name, "heads", heads)
     check_size(name, "kv_heads", kv)
     check_is(name, "causal", causal, bool)
@@ -189,9 +208,9 @@ def check_options(name: str, heads: int, kv: int, causal: bool, rotary: float | 
 
 
 def check_pair(name: str, x: Any, heads: int, rotary: float | None) -> tuple[Any, Any]:
-    """Where the queries come from, and where keys and values do; ValueError or TypeError for what fits no heads."""
+    """The inputs of the queries, and of the keys and values. Raise a ValueError or TypeError if they do not fit."""
     if isinstance(x, tuple) and len(x) != 2:
-        raise ValueError(f"{name}: x, or (x, memory), is due; got a tuple of {len(x)}")
+        raise ValueError(f"{name}: expected x, or a pair (x, memory), got a tuple of {len(x)}")
     x, z = x if isinstance(x, tuple) else (x, x)
     for what, a in (("x", x), ("memory", z)):
         check_floating(name, what, a)
@@ -206,25 +225,11 @@ def check_pair(name: str, x: Any, heads: int, rotary: float | None) -> tuple[Any
     return x, z
 
 
-def init_of(
-    name: str, shapes: Callable, W: str | Callable, b: str | Callable | None, W_out: str | Callable | None
-) -> Callable:
-    """(key, x) -> params, state."""
-    init_W, init_b, init_O = (
-        initializer_of(name, "W", W),
-        initializer_of(name, "b", "zeros" if b is None else b),
-        initializer_of(name, "W_out", W if W_out is None else W_out),
-    )
+def init_of(name: str, shapes: Callable[[Any], Shapes], makers: dict[str, Callable]) -> Callable:
+    """The init (key, x) -> params, state."""
 
-    def init(key, x):
+    def init(key: Any, x: Any) -> tuple[dict, dict]:
         check_key(name, key)
-        due, dtype = shapes(x), (x[0] if isinstance(x, tuple) else x).dtype
-        keys = jax.random.split(key, len(due))
-        made = {}
-        for k, (leaf, shape) in zip(keys, due.items(), strict=True):
-            check_numbers(name, leaf, shape)
-            make = init_b if len(shape) == 1 else init_O if leaf == "O" else init_W
-            made[leaf] = make(k, shape, dtype)
-        return made, {}
+        return drawn(name, key, shapes(x), makers, (x[0] if isinstance(x, tuple) else x).dtype), {}
 
     return init

@@ -1,4 +1,4 @@
-"""Convolution: one small dense layer, moved over space or time; its transpose; and the bias that goes with it."""
+"""Convolution, its transpose, and a bias for each channel."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fnbp.arrays.checks import check_params, check_size
+from fnbp.arrays.checks import check_size
 from fnbp.arrays.masks import Rule, by_position
 from fnbp.arrays.placement import each_example, over_examples
 from fnbp.arrays.sums import wide
 from fnbp.factor import Factor, Outer, Sum, along_examples, register_factor
-from fnbp.layer import Layer, stateless, without
-from fnbp.layers.initializers import initializer_of, weights
+from fnbp.layer import Layer, stateless
+from fnbp.layers.initializers import initializer_of
+from fnbp.layers.parameters import Shapes, add_bias, due, optional, weights
 from fnbp.layers.windows import Padding, Sizes, Sliding, Windows
 
 __all__ = ["bias", "conv", "conv_transpose"]
@@ -28,10 +29,10 @@ class Correlation(Factor):
 
         total        of d with x                                             (n_out, *kernel, n_in / groups)
         per_example  the same for each example                               (m, n_out, *kernel, n_in / groups)
-        sq_norms     as Outer's: what a window holds is one row of x
+        sq_norms     as for Outer: the content of a window is one row of x
 
-    Shapes: d (m, *count, n_out), x (m, *size, n_in); at (the windows), groups and spread are static. spread: d and x
-            in each other's place, of a transposed convolution.
+    Shapes: d (m, *count, n_out), x (m, *size, n_in); at (the windows), groups and spread are static. spread is True
+            for a transposed convolution, in which d and x change places.
     Source: Rochette et al. 2019, arXiv:1912.06015, for per-example gradients as convolutions.
     """
 
@@ -43,7 +44,7 @@ class Correlation(Factor):
 
     @property
     def pair(self) -> tuple[jax.Array, jax.Array]:
-        """One number a window, and what the windows lie over."""
+        """The array with one entry for each window, and the array that the windows lie over."""
         return (self.x, self.d) if self.spread else (self.d, self.x)
 
     @over_examples
@@ -68,10 +69,10 @@ class Correlation(Factor):
 
 
 def correlate(x: jax.Array, W: jax.Array, stride: Any, padding: Any, **options: Any) -> jax.Array:
-    """lax.conv_general_dilated of x (m, *spatial, n_in) with W (*kernel, n_in / groups, n_out).
+    """Call lax.conv_general_dilated on x (m, *spatial, n_in) and W (*kernel, n_in / groups, n_out).
 
-    XLA has fast code for these orders of axes on the CPU. Outside loops it brings any order into this one; inside it
-    does not, and is several times slower.
+    XLA has fast code for this order of axes on the CPU. Outside a loop it converts any other order to this one; inside
+    a loop it does not, and is several times slower.
     """
     spatial = range(1, x.ndim - 1)
     of_x, of_W = (0, x.ndim - 1, *spatial), (x.ndim - 1, x.ndim - 2, *(i - 1 for i in spatial))
@@ -80,15 +81,15 @@ def correlate(x: jax.Array, W: jax.Array, stride: Any, padding: Any, **options: 
 
 
 def convolve(x: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
-    """y[p] = sum_k W[k] x[p stride + k dilation - low], (m, *count, n_out)."""
+    """Compute y[p] = sum_k W[k] x[p stride + k dilation - low], (m, *count, n_out)."""
     W = jnp.moveaxis(W, 0, -1)
     return correlate(x, W, at.stride, at.padding, rhs_dilation=at.dilation, feature_group_count=groups)
 
 
 def convolve_back(y: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
-    """x[i] = sum of W[k]^T y[p] over all p, k that meet at i = p stride + k dilation - low, (m, *size, n_in).
+    """Compute x[i] = sum of W[k]^T y[p] over all p, k with i = p stride + k dilation - low, (m, *size, n_in).
 
-    The transpose of convolve: y spread out by the stride, under the kernel turned round.
+    The transpose of convolve: a convolution of y, spread out by the stride, with the kernel reversed.
     """
     pads = [
         (
@@ -109,16 +110,16 @@ def convolve_back(y: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> j
 
 
 def turned(W: jax.Array, groups: int) -> jax.Array:
-    """W with its offsets in reverse and n_in behind n_out, group by group: (*kernel, n_out / groups, n_in)."""
+    """W with its offsets reversed and n_in after n_out, group by group: (*kernel, n_out / groups, n_in)."""
     n_out, *kernel, n_in = W.shape
     W = jnp.flip(W, range(1, W.ndim - 1)).reshape(groups, n_out // groups, *kernel, n_in)
     return jnp.moveaxis(W, (0, 1), (-2, -3)).reshape(*kernel, n_out // groups, groups * n_in)
 
 
 def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
-    """dW[k] = sum_p dy[p] x[p stride + k dilation - low]^T, (n_out, *kernel, n_in / groups).
+    """Compute dW[k] = sum_p dy[p] x[p stride + k dilation - low]^T, (n_out, *kernel, n_in / groups).
 
-    A convolution of x by dy in which examples and channels have changed places.
+    A convolution of x with dy in which examples and channels change places.
     """
     pads = [
         (
@@ -148,7 +149,7 @@ def conv(
     W: str | Callable = "glorot_uniform",
     b: str | Callable | None = "zeros",
 ) -> Layer:
-    """A weighted sum over every window of the input, for each of n_out channels.
+    """Multiply every window of the input by a kernel and add a bias.
 
         y[p] = b + sum_k W[k] x[p stride + k dilation - low]
         dW[k] = sum_p dy[p] x[p stride + k dilation - low]^T      db = sum dy
@@ -158,11 +159,14 @@ def conv(
               W (n_out, *kernel, n_in / groups); b (n_out,); saved x.
     Forward:  Dumoulin & Visin 2016, arXiv:1603.07285, chapter 2, for the arithmetic of sizes.
     Backward: the same, chapter 4, for dx; dW by the chain rule.
-    Options:  kernel, stride, dilation: one number, or one for each spatial axis. padding: "SAME", "VALID", numbers, or
-              (low, high) pairs. groups: the channels in as many groups, each for itself; groups = n_in is depthwise.
-              W, b: an initializer by name (see fnbp.initializer) or a function; b=None: without.
-    Raises:   ValueError for sizes below 1, a kernel larger than the padded input, groups that do not divide n_in and
-              n_out, params that do not fit x; TypeError for x that is not floating point.
+    Options:  kernel, stride, dilation: one number, or one for each spatial axis. padding: "SAME" (JAX's and
+              TensorFlow's meaning: ceil(size / stride) windows, an odd position at the high end), "VALID" (none), or
+              numbers as in PyTorch: p at each end, one p for each axis, or (low, high) pairs. groups: the channels are
+              split into this many groups, each convolved by itself; groups = n_in is depthwise. W: initializer of the
+              kernel, a name (see fnbp.initializer) or a function (key, shape, dtype) -> array. b: initializer of the
+              bias; b=None: no bias.
+    Raises:   ValueError if a size is below 1, the kernel is larger than the padded input, groups do not divide n_in and
+              n_out, or params do not fit x; TypeError if x is not floating point.
     """
     name = f"conv({n_out}, {kernel})"
     slide = Sliding(name, kernel, stride, padding, dilation)
@@ -170,31 +174,29 @@ def conv(
     check_size(name, "groups", groups)
     check_divides(name, "n_out", n_out, groups)
 
-    def over(x):
+    def over(x: Any) -> Windows:
         check_divides(name, "the channels of x", x.shape[-1], groups)
         return slide.over(x.shape)
 
-    def shapes(x):
-        due = {"W": (n_out, *over(x).kernel, x.shape[-1] // groups), "b": (n_out,)}
-        return due if b is not None else {"W": due["W"]}
+    def shapes(x: Any) -> Shapes:
+        return {"W": (n_out, *over(x).kernel, x.shape[-1] // groups), "b": (n_out,)}
+
+    init, check = weights(name, shapes, W=initializer_of(name, "W", W, out_axis=0), b=optional(name, "b", b))
 
     def forward(params: dict, x: Float[Array, "m *s n_in"]) -> tuple[Float[Array, "m *t n_out"], tuple]:
-        check_params(name, params, x, shapes)
-        y = convolve(x, params["W"], over(x), groups)
-        return y + params["b"] if "b" in params else y, (x,)
+        check(params, x)
+        return add_bias(convolve(x, params["W"], over(x), groups), params), (x,)
 
     def backward(params: dict, res: tuple, dy: Float[Array, "m *t n_out"]) -> tuple[dict, Float[Array, "m *s n_in"]]:
         (x,) = res
-        return {"W": Correlation(dy, x, over(x), groups), "b": Sum(dy)}, convolve_back(dy, params["W"], over(x), groups)
+        dx = convolve_back(dy, params["W"], over(x), groups)
+        return due(params, W=Correlation(dy, x, over(x), groups), b=Sum(dy)), dx
 
-    init_b = initializer_of(name, "b", "zeros" if b is None else b)
-    init = weights(name, shapes, {"W": initializer_of(name, "W", W, out_axis=0), "b": init_b})
-    backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, mask=a_window_for_each(over), alone=True)
 
 
 def a_window_for_each(over: Callable) -> Rule:
-    """The rule of conv: every position has a window, in which the positions that do not count are padding."""
+    """The mask rule of conv: every position has a window, in which positions that do not count act as padding."""
 
     def rule(name, x, mask):
         if mask is not None and len(getattr(x, "shape", ())) > 2:
@@ -219,7 +221,7 @@ def conv_transpose(
     W: str | Callable = "glorot_uniform",
     b: str | Callable | None = "zeros",
 ) -> Layer:
-    """The transpose of a convolution: every position of the input spread over a window of the output.
+    """Spread every position of the input over a window of the output: the transpose of a convolution.
 
         y[i] = b + sum of W[k]^T x[p] over all p, k with p stride + k dilation - low = i
         dW[k] = sum_p x[p] dy[p stride + k dilation - low]^T      db = sum dy
@@ -227,12 +229,12 @@ def conv_transpose(
 
     Shapes:   x (m, *count, n_in); y (m, *size, n_out); b (n_out,); saved x. W (n_in, *kernel, n_out / groups), as
               in the convolution that it transposes.
-              SAME: size = count stride; VALID: size = (count - 1) stride + the extent of the kernel; padding p cuts p
-              positions off each end of that.
     Forward:  Dumoulin & Visin 2016, arXiv:1603.07285, chapter 4.
     Backward: dx is the convolution that the forward transposes; dW by the chain rule.
-    Options:  as conv.
-    Raises:   as conv; ValueError where the padding leaves nothing.
+    Options:  as in conv, but padding is that of the convolution it transposes, so it shortens y (PyTorch's meaning of
+              a number). "SAME": size = count stride. "VALID": size = (count - 1) stride + the extent of the kernel.
+              p: p positions fewer at each end than "VALID".
+    Raises:   as conv; ValueError if the padding leaves no position.
     """
     name = f"conv_transpose({n_out}, {kernel})"
     slide = Sliding(name, kernel, stride, padding, dilation)
@@ -240,56 +242,55 @@ def conv_transpose(
     check_size(name, "groups", groups)
     check_divides(name, "n_out", n_out, groups)
 
-    def over(x):
-        """The windows over y."""
+    def over(x: Any) -> Windows:
+        """The windows, which lie over y."""
         check_divides(name, "the channels of x", x.shape[-1], groups)
         return slide.behind(x.shape)
 
-    def shapes(x):
-        due = {"W": (x.shape[-1], *over(x).kernel, n_out // groups), "b": (n_out,)}
-        return due if b is not None else {"W": due["W"]}
+    def shapes(x: Any) -> Shapes:
+        return {"W": (x.shape[-1], *over(x).kernel, n_out // groups), "b": (n_out,)}
+
+    init, check = weights(name, shapes, W=initializer_of(name, "W", W, 0, -1), b=optional(name, "b", b))
 
     def forward(params: dict, x: Float[Array, "m *s n_in"]) -> tuple[Float[Array, "m *t n_out"], tuple]:
-        check_params(name, params, x, shapes)
-        y = convolve_back(x, params["W"], over(x), groups)
-        return y + params["b"] if "b" in params else y, (x,)
+        check(params, x)
+        return add_bias(convolve_back(x, params["W"], over(x), groups), params), (x,)
 
     def backward(params: dict, res: tuple, dy: Float[Array, "m *t n_out"]) -> tuple[dict, Float[Array, "m *s n_in"]]:
         (x,) = res
-        factors = {"W": Correlation(dy, x, over(x), groups, spread=True), "b": Sum(dy)}
-        return factors, convolve(dy, params["W"], over(x), groups)
+        dx = convolve(dy, params["W"], over(x), groups)
+        return due(params, W=Correlation(dy, x, over(x), groups, spread=True), b=Sum(dy)), dx
 
-    init_b = initializer_of(name, "b", "zeros" if b is None else b)
-    init = weights(name, shapes, {"W": initializer_of(name, "W", W, 0, -1), "b": init_b})
-    backward = backward if b is not None else without("b", backward)
     return stateless(init, forward, backward, name, alone=True)
 
 
 def bias(b: str | Callable = "zeros") -> Layer:
-    """A number of its own added to each channel.
+    """Add one number to each channel.
 
         y = x + b
         db = sum dy      dx = dy
 
-    Shapes: x, y (..., n); b (n,); nothing saved.
-    Raises: ValueError for params that do not fit x; TypeError for x that is not floating point.
+    Shapes:  x, y (..., n); b (n,); nothing saved.
+    Options: b: initializer of the bias, a name (see fnbp.initializer) or a function (key, shape, dtype) -> array.
+    Raises:  ValueError if params do not fit x; TypeError if x is not floating point.
     """
 
-    def shapes(x):
+    def shapes(x: Any) -> Shapes:
         return {"b": x.shape[-1:]}
 
+    init, check = weights("bias", shapes, b=initializer_of("bias", "b", b))
+
     def forward(params: dict, x: Float[Array, "*m n"]) -> tuple[Float[Array, "*m n"], tuple]:
-        check_params("bias", params, x, shapes)
+        check(params, x)
         return x + params["b"], ()
 
     def backward(params: dict, res: tuple, dy: Float[Array, "*m n"]) -> tuple[dict, Float[Array, "*m n"]]:
         return {"b": Sum(dy)}, dy
 
-    init = weights("bias", shapes, {"b": initializer_of("bias", "b", b)})
     return stateless(init, forward, backward, "bias", mask="position", alone=True)
 
 
 def check_divides(name: str, what: str, value: int, groups: int) -> None:
-    """ValueError unless groups divide that many channels."""
+    """Raise a ValueError unless value, a number of channels, is a multiple of groups."""
     if value % groups:
         raise ValueError(f"{name}: {what} must be a multiple of groups, got {value} for {groups} groups")

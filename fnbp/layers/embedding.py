@@ -1,4 +1,4 @@
-"""Embedding: a row of a table for every token, and what tells a position from the next."""
+"""Embeddings of tokens and of positions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,6 @@ from fnbp.arrays.checks import (
     check_floating,
     check_held,
     check_key,
-    check_params,
     check_positive,
     check_size,
     concrete,
@@ -25,7 +24,8 @@ from fnbp.arrays.placement import by_example, each_example, over_examples
 from fnbp.arrays.sums import wide
 from fnbp.factor import Factor, along_examples, chunked, register_factor
 from fnbp.layer import Layer, parameterless, stateless
-from fnbp.layers.initializers import check_numbers, initializer_of, weights
+from fnbp.layers.initializers import initializer_of
+from fnbp.layers.parameters import Shapes, check_numbers, weights
 
 __all__ = ["embedding", "positions", "sinusoids"]
 
@@ -35,7 +35,7 @@ Tokens = Float[Array, "m t d"]
 @register_factor
 @dataclass(frozen=True)
 class Rows(Factor):
-    """dP[t] = sum_i d_i[t]: the gradient of a table that is added position by position, 0 beyond the last position.
+    """dP[t] = sum_i d_i[t]: the gradient of a table that is added position by position, 0 after the last position.
 
         total        sum of d over examples     (size, n)
         per_example  d_i                        (m, size, n)
@@ -63,13 +63,13 @@ class Rows(Factor):
 @register_factor
 @dataclass(frozen=True)
 class Lookup(Factor):
-    """dE[id] = the sum of d where x was id: the gradient of a table E in E[x].
+    """dE[id] = the sum of d where x is id: the gradient of a table E in E[x].
 
         total        d added into the rows of a table of zeros         (size, n)
-        per_example  the same, a table an example                      (m, size, n)
+        per_example  the same, one table for each example              (m, size, n)
         sq_norms     sum_st [x_is = x_it] d_is . d_it, the Gram form, for S positions where S^2 < size n
 
-    A row that is outside of the table counts for nothing.
+    An x outside of the table adds nothing.
 
     Shapes: d (m, ..., n), x (m, ...) of integers, size static.
     Source: Li et al. 2021, arXiv:2110.05679, for the Gram form.
@@ -103,18 +103,18 @@ class Lookup(Factor):
 
 
 def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = None) -> Layer:
-    """A row of E for every token.
+    """Look up a row of E for every token.
 
-        y = E[x]      dE[i] = sum of dy over all places where x = i
+        y = E[x]      dE[i] = sum of dy over all places with x = i
 
-    Repeated tokens add up. Tokens are whole numbers and have no cotangent: dx = None.
+    Tokens are whole numbers and have no cotangent: dx = None.
 
     Shapes:  x (m, ...) of integers; y (m, ..., width); E (size, width); saved x.
     Forward: Bengio et al. 2003, JMLR 3, section 2.
-    Options: E: an initializer by name (see fnbp.initializer) or a function. dtype: of E, JAX's default float where none
-             is given.
-    Raises:  ValueError for sizes below 1, and, outside jit, for a token outside 0..size-1 (under jit its row is NaN);
-             TypeError for x that is not of integers.
+    Options: E: initializer of the table, a name (see fnbp.initializer) or a function (key, shape, dtype) -> array.
+             dtype: dtype of E, by default JAX's default float.
+    Raises:  ValueError if a size is below 1 or, outside jit, a token is outside 0..size-1 (under jit its row is NaN);
+             TypeError if x is not an array of integers.
     """
     name = f"embedding({size}, {width})"
     check_size(name, "size", size)
@@ -137,19 +137,19 @@ def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = 
     def backward(params: dict, res: tuple, dy: Float[Array, "m *s d"]) -> tuple[dict, None]:
         (x,) = res
         inside = (x >= 0) & (x < size)
-        # a token outside, which jit does not see, makes the gradient NaN as it did y
+        # a token outside of the table, which jit cannot refuse, makes the gradient NaN, as it made y
         return {"E": Lookup(jnp.where(inside[..., None], dy, jnp.nan), jnp.where(inside, x, 0), size)}, None
 
     return stateless(init, forward, backward, name, mask="elementwise", alone=True)
 
 
 def rows_of(x: jax.Array, E: jax.Array) -> jax.Array:
-    """E[x]; NaN for a token outside of the table, a negative one among them."""
+    """E[x]; NaN for a token outside of the table, also for a negative one."""
     return jnp.asarray(E).at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def check_tokens(name: str, x: Any, size: int) -> None:
-    """TypeError unless x is of integers; ValueError, outside jit, for one outside 0..size-1."""
+    """Raise a TypeError unless x holds integers; outside jit, a ValueError if one is outside 0..size-1."""
     if not of_kind(x, jnp.integer):
         raise TypeError(f"{name}: x must be an array of integers, got {describe(x)}")
     if concrete(x):
@@ -159,44 +159,47 @@ def check_tokens(name: str, x: Any, size: int) -> None:
 
 
 def positions(length: int, P: str | Callable = "normal") -> Layer:
-    """A learned row for every position, added to what stands there.
+    """Add a learned row to every position.
 
-        y[t] = x[t] + P[t]      dP[t] = sum dy[t] over examples, 0 beyond the last      dx = dy
+        y[t] = x[t] + P[t]      dP[t] = sum dy[t] over examples, 0 after the last t      dx = dy
 
     Shapes:  x, y (m, t, d), t at most length; P (length, d); nothing saved.
     Forward: Gehring et al. 2017, arXiv:1705.03122, section 3.1.
-    Options: P: an initializer by name (see fnbp.initializer) or a function.
-    Raises:  ValueError for a length below 1, a sequence of 0 or of more than length; TypeError for x that is not
+    Options: P: initializer of the table, a name (see fnbp.initializer) or a function (key, shape, dtype) -> array.
+    Raises:  ValueError if length is below 1, or a sequence is empty or longer than length; TypeError if x is not
              floating point.
     """
     name = f"positions({length})"
     check_size(name, "length", length)
 
-    def shapes(x):
+    def shapes(x: Any) -> Shapes:
         if len(x.shape) != 3 or not 1 <= x.shape[1] <= length:
             raise ValueError(f"{name}: x must be (m, t, d) with t from 1 to {length}, got shape {x.shape}")
         return {"P": (length, x.shape[-1])}
 
+    init, check = weights(name, shapes, P=initializer_of(name, "P", P))
+
     def forward(params: dict, x: Tokens) -> tuple[Tokens, tuple]:
-        check_params(name, params, x, shapes)
+        check(params, x)
         return x + params["P"][: x.shape[1]], ()
 
     def backward(params: dict, res: tuple, dy: Tokens) -> tuple[dict, Tokens]:
         return {"P": Rows(dy, length)}, dy
 
-    init = weights(name, shapes, {"P": initializer_of(name, "P", P)})
     return stateless(init, forward, backward, name, mask="position", alone=True)
 
 
 def sinusoids(base: float = 10_000.0) -> Layer:
-    """Waves of many lengths added to what stands at each position.
+    """Add sines and cosines of the position, of many wavelengths, to the features.
 
         y[t, 2i] = x[t, 2i] + sin(t base^(-2i / d))    y[t, 2i + 1] = x[t, 2i + 1] + cos(t base^(-2i / d))
         dx = dy
 
     Shapes:  x, y (m, t, d); nothing saved.
     Forward: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
-    Raises:  ValueError for a sequence of 0, x that is not (m, t, d); TypeError for x that is not floating point.
+    Options: base: the ratio of the longest wavelength to the shortest, in the limit of many features.
+    Raises:  ValueError if base is not positive, a sequence is empty, or x is not (m, t, d); TypeError if x is not
+             floating point.
     """
     check_positive("sinusoids", "base", base)
 

@@ -1,18 +1,14 @@
-"""Initializers of jax.nn.initializers by name, for weights whose fans stand where fnbp puts them."""
+"""Initializers of jax.nn.initializers by name, for weights of shape (n_out, n_in)."""
 
-import math
 import warnings
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from fnbp.arrays.checks import check_floating, check_last_axis, choose, describe, shown
+from fnbp.arrays.checks import choose, describe, shown
 
 __all__ = ["initialiser", "initializer"]
-
-MOST_NUMBERS = 2**36  # of one parameter: 256 GiB in float32
 
 FANNED = {
     "glorot_normal": initializers.glorot_normal,
@@ -25,7 +21,7 @@ FANNED = {
 
 
 def orthogonal() -> Callable:
-    """An orthogonal matrix, found in at least float32: narrower dtypes have no QR decomposition."""
+    """Make an initializer of orthogonal matrices, in at least float32: narrower dtypes have no QR decomposition."""
     make = initializers.orthogonal()
 
     def init(key, shape, dtype):
@@ -43,14 +39,15 @@ PLAIN = {
 
 
 def initializer(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> Callable:
-    """The initializer (key, shape, dtype) -> array of that name; a function is returned as it is.
+    """Return the initializer (key, shape, dtype) -> array called name; a function is returned as it is.
 
         glorot_*   variance 2 / (fan_in + fan_out)    Glorot & Bengio 2010
         he_*       variance 2 / fan_in                He et al. 2015, arXiv:1502.01852
         lecun_*    variance 1 / fan_in
         normal     variance 1          orthogonal, zeros, ones
 
-    Raises: ValueError, with the nearest name, where there is none of that name.
+    Options: in_axis, out_axis: the axes of the shape that count inputs and outputs; of W in fnbp the last two.
+    Raises:  ValueError, with the nearest name, if no initializer is called so.
     """
     if callable(name) and not hasattr(name, "backward"):  # a Layer is callable, to say that it is not
         return name
@@ -60,7 +57,7 @@ def initializer(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> 
 
 
 def initialiser(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> Callable:
-    """The former spelling of fnbp.initializer. Deprecated."""
+    """Deprecated spelling of fnbp.initializer."""
     warnings.warn("fnbp.initialiser is now fnbp.initializer", DeprecationWarning, stacklevel=2)
     return initializer(name, in_axis, out_axis)
 
@@ -68,8 +65,11 @@ def initialiser(name: str | Callable, in_axis: int = -1, out_axis: int = -2) -> 
 def initializer_of(
     layer: str, leaf: str, given: str | Callable, in_axis: int = -1, out_axis: int = -2, hint: str = ""
 ) -> Callable:
-    """initializer, for a parameter of a layer. ValueError, with the names of both, for what is none, or makes another
-    shape; hint: what else a person may have meant by it."""
+    """Return the initializer of parameter leaf of a layer, from what the user gave.
+
+    Options: hint: what else the user may have meant, for the message.
+    Raises:  ValueError, with the names of both, if given is not an initializer, or makes another shape.
+    """
     if isinstance(given, str):
         try:
             make = initializer(given, in_axis, out_axis)
@@ -95,7 +95,7 @@ def initializer_of(
 
 
 def of_matrices(layer: str, leaf: str, name: str, make: Callable) -> Callable:
-    """An initializer that counts the inputs and outputs of a matrix. ValueError, with both names, for anything less."""
+    """make, which counts inputs and outputs. Raise a ValueError, with both names, if the parameter is not a matrix."""
 
     def init(key, shape, dtype):
         if len(shape) < 2:
@@ -103,29 +103,5 @@ def of_matrices(layer: str, leaf: str, name: str, make: Callable) -> Callable:
                 f"{layer}: {leaf}: {name} is for matrices, {leaf} has shape {tuple(shape)}; use normal, ones or zeros"
             )
         return make(key, shape, dtype)
-
-    return init
-
-
-def check_numbers(name: str, leaf: str, shape: tuple[int, ...]) -> None:
-    """ValueError for more numbers in one parameter than any device holds."""
-    if math.prod(shape) > MOST_NUMBERS:
-        raise ValueError(f"{name}: {leaf} of shape {shape} is too large: {math.prod(shape):,} numbers")
-
-
-def weights(name: str, shapes: Callable, makers: dict[str, Callable]) -> Callable:
-    """The init (key, x) -> params of a layer of that name, a key for each maker.
-
-    shapes: x -> the shape of each parameter, by name; one without a shape is left out.
-    """
-
-    def init(key, x):
-        check_floating(name, "x", x)
-        check_last_axis(name, x)
-        due = shapes(x)
-        for leaf, shape in due.items():
-            check_numbers(name, leaf, shape)
-        keys = dict(zip(makers, jax.random.split(key, len(makers)), strict=True))
-        return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in due.items()}
 
     return init

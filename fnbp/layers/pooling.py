@@ -1,4 +1,4 @@
-"""Pooling: one number for every window of a channel; and what changes nothing but the shape."""
+"""Pooling, one number for every window of a channel; and layers that only change the shape."""
 
 import math
 from typing import Any
@@ -12,17 +12,18 @@ from fnbp.arrays.masks import by_position, check_mask, of_positions
 from fnbp.arrays.placement import reshaped
 from fnbp.arrays.sums import like, wide
 from fnbp.layer import Layer, Traits, mask_aware, parameterless
+from fnbp.layers.widening import in_wide
 from fnbp.layers.windows import Padding, Sizes, Sliding, Windows
 
 __all__ = ["avg_pool", "flatten", "global_avg_pool", "last", "max_pool", "reshape"]
 
 X = Float[Array, "m *s c"]
 Y = Float[Array, "m *t c"]
-MOST_OFFSETS = 2**16  # in one window: each is a slice of its own
+MOST_OFFSETS = 2**16  # of one window, each of which becomes a slice
 
 
 def covered(name: str, at: Windows, x: Any) -> Windows:
-    """The same windows; ValueError where one of them holds nothing but padding, or more than anyone slides."""
+    """Return at. Raise a ValueError if a window holds only padding, or too many numbers."""
     if math.prod(at.kernel) > MOST_OFFSETS:
         raise ValueError(f"{name}: kernel {at.kernel} is too large: {math.prod(at.kernel):,} numbers a window")
     if not at.inside().all():
@@ -31,17 +32,18 @@ def covered(name: str, at: Windows, x: Any) -> Windows:
 
 
 def max_pool(kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VALID") -> Layer:
-    """The largest number of every window, channel by channel.
+    """Take the largest number of every window, channel by channel.
 
         y[p] = max_k x[p stride + k - low]      k*[p] = the first k that attains it
         dx[i] = sum of dy[p] over all p with p stride + k*[p] - low = i
 
-    At a tie the first position, row by row, takes all of dy, as in PyTorch and under jax.grad. Padding is -inf: no
-    finite number loses to it.
+    At a tie the first position, row by row, takes all of dy, as in PyTorch and under jax.grad. Padding is -inf, so it
+    is never larger than a number of x.
 
     Shapes:   x (m, *size, c); y (m, *count, c); saved k*, one small integer for each y.
-    Options:  stride: the kernel's size where none is given. kernel, stride, padding: as in fnbp.conv.
-    Raises:   ValueError for a kernel larger than the padded input, and for padding that a window may consist of.
+    Options:  kernel, padding: as in fnbp.conv. stride: as in fnbp.conv, by default the size of the kernel (as in
+              PyTorch; in Flax it is 1).
+    Raises:   ValueError if the kernel is larger than the padded input, or a window holds only padding.
     """
     name = f"max_pool({kernel})"
     slide = Sliding(name, kernel, kernel if stride is None else stride, padding)
@@ -55,7 +57,7 @@ def max_pool(kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VAL
         y, first = views[0], jnp.zeros(views[0].shape, jnp.int8 if len(views) < 128 else jnp.int32)
         for k, view in enumerate(views[1:], 1):
             larger = (view > y) | jnp.isnan(view)
-            begins = real[k] & ~real[:k].any(0)  # the first that is no padding, which -inf does not exceed
+            begins = real[k] & ~real[:k].any(0)  # the first that is not padding, also if it is -inf itself
             larger = larger | begins[..., None] if begins.any() else larger
             y, first = jnp.where(larger, view, y), jnp.where(larger, jnp.asarray(k, first.dtype), first)
         return y, (first, like(x))
@@ -71,15 +73,16 @@ def max_pool(kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VAL
 def avg_pool(
     kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VALID", count_padding: bool = False
 ) -> Layer:
-    """The mean of every window, channel by channel.
+    """Take the mean of every window, channel by channel.
 
-        y[p] = sum_k x[p stride + k - low] / n[p]      n[p] = how many numbers of x are in the window
+        y[p] = sum_k x[p stride + k - low] / n[p]      n[p] = the number of positions of x in the window
         dx[i] = sum of dy[p] / n[p] over all p, k with p stride + k - low = i
 
     Shapes:   x (m, *size, c); y (m, *count, c); nothing saved.
-    Options:  stride: the kernel's size where none is given. count_padding: padding counts as zeros, n[p] is the size
-              of the kernel (PyTorch's count_include_pad, which is its default). kernel, padding: as in fnbp.conv.
-    Raises:   ValueError for a kernel larger than the padded input, and for padding that a window may consist of.
+    Options:  kernel, padding: as in fnbp.conv. stride: as in fnbp.conv, by default the size of the kernel (as in
+              PyTorch; in Flax it is 1). count_padding: True if padding counts as zeros, so that n[p] is the size of the
+              kernel: count_include_pad of PyTorch and Flax, which is True by default there.
+    Raises:   ValueError if the kernel is larger than the padded input, or a window holds only padding.
     """
     name = f"avg_pool({kernel})"
     slide = Sliding(name, kernel, kernel if stride is None else stride, padding)
@@ -88,30 +91,30 @@ def avg_pool(
     def over(x):
         at = covered(name, slide.over(x.shape), x)
         n = len(at.offsets) if count_padding else at.inside()[..., None]
-        return at, jnp.asarray(n, wide(x).dtype)
+        return at, jnp.asarray(n, x.dtype)
 
     def forward(x: X) -> tuple[Y, tuple]:
         at, n = over(x)
-        return (jnp.sum(jnp.stack(at.views(wide(x))), 0) / n).astype(x.dtype), (like(x),)
+        return jnp.sum(jnp.stack(at.views(x)), 0) / n, (like(x),)
 
     def backward(res: tuple, dy: Y) -> X:
         (like_x,) = res
         at, n = over(like_x)
-        return at.scatter([wide(dy) / n] * len(at.offsets)).astype(dy.dtype)
+        return at.scatter([dy / n] * len(at.offsets))
 
-    return parameterless(forward, backward, name)
+    return parameterless(*in_wide(forward, backward, x=0), name)
 
 
 def global_avg_pool() -> Layer:
-    """The mean of each channel over all positions.
+    """Take the mean of each channel over all positions.
 
         y = sum_p x[p] / n      dx[p] = dy / n
 
-    Under a mask, of the n positions of an example that count; y = 0 if none does.
+    Under a mask, the mean is over the n positions of an example that count; y = 0 if none does.
 
     Shapes: x (m, *size, c), n positions; y (m, c); saved n.
     Source: Lin, Chen & Yan 2013, arXiv:1312.4400, section 3.2.
-    Raises: ValueError for an x without positions.
+    Raises: ValueError if x has no positions.
     """
 
     def positions(x):
@@ -131,7 +134,7 @@ def global_avg_pool() -> Layer:
         return {}, jnp.broadcast_to(spread, (dy.shape[0], *like_x.shape[1:]))
 
     def how_many(counts, x):
-        """(m, 1): how many positions of each example count, at least 1."""
+        """The number of positions of each example that count, at least 1: (m, 1)."""
         n = jnp.sum(jnp.broadcast_to(counts, (*x.shape[:-1], 1)), positions(x), dtype=wide(x).dtype)
         return jnp.maximum(n, 1)
 
@@ -139,20 +142,20 @@ def global_avg_pool() -> Layer:
 
 
 def positions_end(name: str, x: Any, mask: Any) -> None:
-    """The rule of a layer that leaves no positions, and takes those that count into account."""
+    """The mask rule of a layer that reads the mask, and whose y has no positions."""
     by_position(name, x, mask)
 
 
 def last() -> Layer:
-    """What stands at the last position that counts: a sequence's last word.
+    """Take the features at the last position of a sequence that counts.
 
         y = x[t], t the last position where Context.mask is True      dx[t] = dy, and 0 everywhere else
 
-    Without a mask all positions count. An example none of whose positions counts has y = 0, and no gradient.
+    Without a mask all positions count. An example without positions that count has y = 0 and no gradient.
 
-    Shapes: x (m, T, ...); y (m, ...); mask (m, T); saved which position it was, one truth value for each.
-    Raises: ValueError for a sequence of 0, a mask of another shape; TypeError for a key that is none, a mask that is
-            not of bool.
+    Shapes: x (m, T, ...); y (m, ...); mask (m, T); saved one truth value for each position, True at t.
+    Raises: ValueError if a sequence is empty or the mask has another shape; TypeError if key is not a random key, or
+            the mask is not of bool.
     """
 
     def init(key, x):
@@ -165,7 +168,7 @@ def last() -> Layer:
             raise ValueError(f"last: x must be (m, T, ...) with T at least 1, got shape {x.shape}")
         counts = jnp.ones(x.shape[:2], bool) if ctx.mask is None else ctx.mask
         check_mask("last", counts, x.shape[:2])
-        after = jnp.cumsum(counts[:, ::-1], 1)[:, ::-1]  # how many count from here on
+        after = jnp.cumsum(counts[:, ::-1], 1)[:, ::-1]  # how many positions count from here on
         here = counts & (after == 1)
         return jnp.sum(jnp.where(along(here, x), x, 0), 1), state, (here,)
 
@@ -178,23 +181,24 @@ def last() -> Layer:
 
 
 def along(here: jax.Array, x: jax.Array) -> jax.Array:
-    """(m, T) with axes of 1 behind, as many as x has."""
+    """here (m, T) with axes of 1 appended, so that it broadcasts with x."""
     return here.reshape(*here.shape, *[1] * (x.ndim - 2))
 
 
 def reshape(*shape: int) -> Layer:
-    """Each example in another shape, its numbers in the same order; -1 once for what is left.
+    """Reshape each example, its numbers in the same order.
 
         y = x in the new shape      dx = dy in the shape of x
 
-    Shapes: x (m, *old); y (m, *shape); nothing saved.
-    Raises: ValueError where the numbers do not fill the shape; TypeError for sizes that are not whole.
+    Shapes:  x (m, *old); y (m, *shape); nothing saved.
+    Options: shape: sizes without the axis of the examples; one of them may be -1, which is then inferred.
+    Raises:  ValueError if the numbers do not fill the shape; TypeError if a size is not a whole number.
     """
     return reshaping(f"reshape{shape}" if len(shape) != 1 else f"reshape({shape[0]})", shape)
 
 
 def reshaping(name: str, shape: tuple[int, ...]) -> Layer:
-    """reshape under that name."""
+    """Make the layer of reshape and of flatten, under that name."""
     for size in shape:
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"{name}: sizes must be whole numbers, got {shown(size)}")
@@ -222,7 +226,7 @@ def reshaping(name: str, shape: tuple[int, ...]) -> Layer:
 
 
 def flatten() -> Layer:
-    """The numbers of each example in one row.
+    """Reshape each example to one row.
 
         y = x, row by row      dx = dy in the shape of x
 

@@ -1,4 +1,4 @@
-"""Recurrent cells, from (h, x) to (h, y): fnbp.scan turns them in time."""
+"""Recurrent cells, from (h, x) to (h, y): fnbp.scan runs them over time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,8 @@ from fnbp.arrays.checks import check_floating, check_params, check_size, describ
 from fnbp.arrays.placement import zeros_beside
 from fnbp.factor import Outer, Sum
 from fnbp.layer import Layer, stateless
-from fnbp.layers.initializers import check_numbers, initializer, initializer_of
+from fnbp.layers.initializers import initializer, initializer_of
+from fnbp.layers.parameters import Shapes, drawn
 
 __all__ = ["gru_cell", "lstm_cell", "rnn_cell"]
 
@@ -21,16 +22,19 @@ sigma = jax.nn.sigmoid
 
 
 def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "orthogonal") -> Layer:
-    """Elman's cell: a dense layer of the input and of its own last output, and a tanh.
+    """Elman's cell: tanh of a dense layer of the input and the last output.
 
         h' = tanh(W x + b + U h + c)      y = h'
-        da = (dh' + dy) (1 - h'^2)        dW = da x^T    db = dc = sum da    dU = da h^T    dx = W^T da    dh = U^T da
+        da = dh' (1 - h'^2)               dW = da x^T    db = dc = sum da    dU = da h^T    dx = W^T da    dh = U^T da
+
+    Here dh' includes dy.
 
     Shapes:   x (m, d); h, h', y (m, n); W (n, d); U (n, n); b, c (n,); saved x, h, h'.
-    Forward:  Elman 1990, Cognitive Science 14; the two biases as in PyTorch.
-    Backward: the document, section 4.2, with tanh' = 1 - tanh^2.
-    Options:  W, U: an initializer by name (see fnbp.initializer) or a function. h=None: zeros.
-    Raises:   ValueError for n below 1, params or h that do not fit; TypeError for x that is not floating point.
+    Forward:  Elman 1990, Cognitive Science 14; two biases as in PyTorch.
+    Backward: fnbp/README.md, B4 to B6, with tanh' = 1 - tanh^2.
+    Options:  n: number of units. W, U: initializers of the matrices, a name (see fnbp.initializer) or a function (key,
+              shape, dtype) -> array. h=None in the input: start from zeros.
+    Raises:   ValueError if n is below 1, or params or h do not fit; TypeError if x is not floating point.
     """
     name = f"rnn_cell({n})"
 
@@ -42,7 +46,8 @@ def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     def backward(params: dict, res: tuple, d: tuple[Any, Y]) -> tuple[dict, tuple[Any, X]]:
         x, h, y = res
         dh, dy = d
-        da = (dh + dy) * (1 + y) * (1 - y)
+        dh = dh + dy
+        da = dh * (1 + y) * (1 - y)
         factors = {"W": Outer(da, x), "U": Outer(da, h), "b": Sum(da), "c": Sum(da)}
         return factors, (da @ params["U"], da @ params["W"])
 
@@ -50,7 +55,7 @@ def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
 
 
 def lstm_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "orthogonal") -> Layer:
-    """Long short-term memory: a cell s that is added to, behind gates.
+    """Long short-term memory: gates that decide what a cell s keeps, adds and shows.
 
         i, f, g, o = sigma, sigma, tanh, sigma of the quarters of a = W x + b + U h + c
         s' = f s + i g      h' = o tanh s'      y = h'
@@ -58,14 +63,15 @@ def lstm_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = 
         da = (di i (1 - i), df f (1 - f), dg (1 - g^2), do o (1 - o))
         dW = da x^T    db = dc = sum da    dU = da h^T    dx = W^T da    dh = U^T da
 
-    dh' here holds dy too. The carry is (h, s).
+    Here dh' includes dy. The carry is (h, s).
 
     Shapes:   x (m, d); h, s, y (m, n); W (4n, d); U (4n, n); b, c (4n,); saved x, h, s, i, f, g, o, tanh s'.
     Forward:  Hochreiter & Schmidhuber 1997, Neural Computation 9; the forget gate of Gers, Schmidhuber & Cummins 2000,
-              Neural Computation 12; order of the gates and the two biases as in PyTorch.
+              Neural Computation 12; the order of the gates and two biases as in PyTorch.
     Backward: Greff et al. 2015, arXiv:1503.04069, section II.B, without peepholes.
-    Options:  W, U: an initializer by name (see fnbp.initializer) or a function. (h, s)=None: zeros.
-    Raises:   ValueError for n below 1, params or carry that do not fit; TypeError for x that is not floating point.
+    Options:  n: number of units. W, U: initializers of the matrices, a name (see fnbp.initializer) or a function (key,
+              shape, dtype) -> array. (h, s)=None in the input: start from zeros.
+    Raises:   ValueError if n is below 1, or params or the carry do not fit; TypeError if x is not floating point.
     """
     name = f"lstm_cell({n})"
 
@@ -102,13 +108,14 @@ def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
         da = (dr r (1 - r), dz z (1 - z), dt)              de = (the same, the same, dt r)
         dW = da x^T    db = sum da    dx = W^T da          dU = de h^T    dc = sum de    dh = U^T de + dh' z
 
-    dh' here holds dy too.
+    Here dh' includes dy.
 
     Shapes:   x (m, d); h, y (m, n); W (3n, d); U (3n, n); b, c (3n,); saved x, h, r, z, k, e_k.
-    Forward:  Cho et al. 2014, arXiv:1406.1078, section 2.3; r behind U h + c, order and biases as in PyTorch.
+    Forward:  Cho et al. 2014, arXiv:1406.1078, section 2.3; as in PyTorch, r multiplies U h + c, and r comes before z.
     Backward: by the chain rule.
-    Options:  W, U: an initializer by name (see fnbp.initializer) or a function. h=None: zeros.
-    Raises:   ValueError for n below 1, params or h that do not fit; TypeError for x that is not floating point.
+    Options:  n: number of units. W, U: initializers of the matrices, a name (see fnbp.initializer) or a function (key,
+              shape, dtype) -> array. h=None in the input: start from zeros.
+    Raises:   ValueError if n is below 1, or params or h do not fit; TypeError if x is not floating point.
     """
     name = f"gru_cell({n})"
 
@@ -135,32 +142,29 @@ def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     return stateless(init_of(name, n, 3, W, U), forward, backward, name)
 
 
-def due(n: int, gates: int, x: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of a cell's params."""
+def shapes_of(n: int, gates: int, x: Any) -> Shapes:
+    """The shapes of the parameters of a cell."""
     return {"W": (gates * n, x.shape[-1]), "U": (gates * n, n), "b": (gates * n,), "c": (gates * n,)}
 
 
 def init_of(name: str, n: int, gates: int, W: str | Callable, U: str | Callable) -> Callable:
-    """(key, (h, x)) -> params."""
+    """The init (key, (h, x)) -> params of a cell."""
     check_size(name, "n", n)
     zeros = initializer("zeros")
     makers = {"W": initializer_of(name, "W", W), "U": initializer_of(name, "U", U), "b": zeros, "c": zeros}
 
-    def init(key, hx):
+    def init(key: Any, hx: Any) -> dict[str, jax.Array]:
         _, x = check_pair(name, hx)
         check_floating(name, "x", x)
         if len(x.shape) != 2 or not x.shape[1]:
             raise ValueError(f"{name}: x must be (m, d) with d at least 1, got shape {x.shape}")
-        for leaf, shape in due(n, gates, x).items():
-            check_numbers(name, leaf, shape)
-        keys = dict(zip(makers, jax.random.split(key, 4), strict=True))
-        return {leaf: makers[leaf](keys[leaf], shape, x.dtype) for leaf, shape in due(n, gates, x).items()}
+        return drawn(name, key, shapes_of(n, gates, x), makers, x.dtype)
 
     return init
 
 
 def check_pair(name: str, hx: Any) -> tuple[Any, Any]:
-    """h and x; TypeError for what is no pair."""
+    """Return h and x. Raise a TypeError if hx is not a pair."""
     if not isinstance(hx, tuple) or len(hx) != 2:
         raise TypeError(
             f"{name}: a cell takes a pair (h, x), h=None for zeros, got {describe(hx)}; for a whole sequence: "
@@ -170,12 +174,12 @@ def check_pair(name: str, hx: Any) -> tuple[Any, Any]:
 
 
 def check_turn(name: str, params: Any, hx: Any, n: int, gates: int) -> tuple[tuple, jax.Array]:
-    """The parts of h, zeros for None, and x; ValueError where params or h do not fit."""
+    """Return the parts of h, zeros if h is None, and x. Raise a ValueError if params or h do not fit."""
     h, x = check_pair(name, hx)
     check_floating(name, "x", x)
     if len(x.shape) != 2:
         raise ValueError(f"{name}: x must be (m, d), got shape {x.shape}; for a whole sequence: fnbp.scan({name})")
-    check_params(name, params, x, due(n, gates, x))
+    check_params(name, params, x, shapes_of(n, gates, x))
     count = 2 if gates == 4 else 1
     if h is None:
         return (zeros_beside(x, (x.shape[0], n), x.dtype),) * count, x

@@ -1,4 +1,4 @@
-"""Windows that slide over the spatial axes of (m, *spatial, channels): for convolution and pooling."""
+"""Windows that slide over the spatial axes of (m, *spatial, channels), for convolution and pooling."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class Axis:
 
     size   positions of the input           stride     from one window to the next
     kernel offsets of a window              dilation   from one offset to the next
-    low, high   padding: how many positions lie beyond each end; negative ones leave some out
+    low, high   padding: number of positions beyond each end; a negative number leaves some out
     """
 
     size: int
@@ -37,79 +37,79 @@ class Axis:
 
     @property
     def extent(self) -> int:
-        """How many positions a window spans."""
+        """Number of positions that a window spans."""
         return (self.kernel - 1) * self.dilation + 1
 
     @property
     def count(self) -> int:
-        """How many windows there are."""
+        """Number of windows."""
         return (self.size + self.low + self.high - self.extent) // self.stride + 1
 
     @property
     def last(self) -> int:
-        """Where the last window begins, counted from the first."""
+        """Where the last window begins, relative to the first."""
         return (self.count - 1) * self.stride
 
     @property
     def offsets(self) -> range:
-        """Where the offsets of a window lie, counted from its first position."""
+        """Where the offsets of a window lie, relative to its first position."""
         return range(0, self.extent, self.dilation)
 
     @property
     def real(self) -> np.ndarray:
-        """For each offset of each window, whether it lies within the input: (kernel, count)."""
+        """True where an offset of a window lies within the input: (kernel, count)."""
         at = np.add.outer(self.offsets, np.arange(self.count) * self.stride) - self.low
         return (at >= 0) & (at < self.size)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows over one input, axis by axis: static, hashable."""
+    """Windows over one input, axis by axis: a static, hashable value."""
 
     axes: tuple[Axis, ...]
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Positions of the input along each axis."""
+        """Number of positions of the input along each axis."""
         return tuple(a.size for a in self.axes)
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Offsets of a window along each axis."""
+        """Number of offsets of a window along each axis."""
         return tuple(a.kernel for a in self.axes)
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """From one window to the next along each axis."""
+        """Step from one window to the next along each axis."""
         return tuple(a.stride for a in self.axes)
 
     @property
     def dilation(self) -> tuple[int, ...]:
-        """From one offset to the next along each axis."""
+        """Step from one offset to the next along each axis."""
         return tuple(a.dilation for a in self.axes)
 
     @property
     def padding(self) -> tuple[tuple[int, int], ...]:
-        """Positions beyond the two ends of each axis."""
+        """Number of positions beyond the two ends of each axis."""
         return tuple((a.low, a.high) for a in self.axes)
 
     @property
     def count(self) -> tuple[int, ...]:
-        """How many windows there are along each axis."""
+        """Number of windows along each axis."""
         return tuple(a.count for a in self.axes)
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """How many positions a window spans along each axis."""
+        """Number of positions that a window spans along each axis."""
         return tuple(a.extent for a in self.axes)
 
     @property
     def offsets(self) -> list[tuple[int, ...]]:
-        """Where the offsets of a window lie, counted from its first position, row by row."""
+        """Where the offsets of a window lie, relative to its first position, row by row."""
         return list(product(*(a.offsets for a in self.axes)))
 
     def views(self, x: jax.Array, fill: float = 0) -> list[jax.Array]:
-        """For each offset, what the windows hold there: (m, *count, channels). Beyond the ends stands fill."""
+        """For each offset, the entry of every window at it: (m, *count, channels). Padding has the value fill."""
         pads = [(0, 0, 0), *((a.low, a.high, 0) for a in self.axes), (0, 0, 0)]
         x = lax.pad(x, jnp.asarray(fill, x.dtype), pads)
 
@@ -120,7 +120,7 @@ class Windows:
         return [view(offset) for offset in self.offsets]
 
     def scatter(self, views: list[jax.Array]) -> jax.Array:
-        """The transpose of views: every number added to the position that it came from, (m, *size, channels)."""
+        """The transpose of views: add every number to the position that it came from, (m, *size, channels)."""
 
         def placed(offset: tuple[int, ...], view: jax.Array) -> jax.Array:
             pads = [
@@ -133,24 +133,24 @@ class Windows:
         return sum(others, first)
 
     def real(self) -> np.ndarray:
-        """For each offset of each window, whether it lies within the input: (offsets, *count)."""
+        """True where an offset of a window lies within the input: (offsets, *count)."""
         along = product(*(a.real for a in self.axes))
         return np.asarray([prod(np.meshgrid(*rows, indexing="ij")) for rows in along]).astype(bool)
 
     def inside(self) -> np.ndarray:
-        """How many positions of each window lie within the input, (*count)."""
+        """Number of positions of each window that lie within the input, (*count)."""
         return self.real().sum(0)
 
 
 @dataclass(frozen=True)
 class Sliding:
-    """The options of a layer that slides windows; each is one number, or one for every spatial axis.
+    """The options of a layer that slides windows; each is one number, or one number for every spatial axis.
 
-        SAME    as many windows as stride fits into the input: ceil(n / stride), the odd position at the high end
+        SAME    ceil(size / stride) windows, an odd position of padding at the high end, as in JAX and TensorFlow
         VALID   no padding
-        p       p positions at each end;   (p, q): for each axis;   ((low, high), ...): for each end of each axis
+        p       p positions at each end, as in PyTorch;   (p, q): for each axis;   ((low, high), ...): for each end
 
-    Raises: ValueError or TypeError for options that fit no input.
+    Raises: ValueError or TypeError if the options fit no input.
     """
 
     name: str
@@ -174,8 +174,8 @@ class Sliding:
     def over(self, shape: tuple[int, ...]) -> Windows:
         """The windows over an x of that shape, (m, *size, channels).
 
-        Raises: ValueError for an x without spatial axes, options for another number of axes, a kernel larger than
-                the padded input.
+        Raises: ValueError if x has no spatial axes, the options are for another number of axes, or the kernel is larger
+                than the padded input.
         """
         axes = [replace(a, size=size) for a, size in zip(self.free(shape), shape[1:-1], strict=True)]
         at = Windows(tuple(map(same, axes) if self.padding == "SAME" else axes))
@@ -187,12 +187,11 @@ class Sliding:
         return at
 
     def behind(self, shape: tuple[int, ...]) -> Windows:
-        """The windows whose counts are those of that shape, (m, *count, channels): over what a transposed convolution
-        returns.
+        """The windows over what a transposed convolution of an x of that shape, (m, *count, channels), returns.
 
             SAME    size = count stride      VALID   size = (count - 1) stride + extent      else   less the padding
 
-        Raises: ValueError as over, and where the padding leaves nothing.
+        Raises: ValueError as over, and if the padding leaves no position.
         """
         counted = list(zip(self.free(shape), shape[1:-1], strict=True))
         if self.padding == "SAME":
@@ -204,7 +203,7 @@ class Sliding:
         return at
 
     def free(self, shape: tuple[int, ...]) -> list[Axis]:
-        """The options for every spatial axis of that shape, size and SAME still open."""
+        """The options for every spatial axis of that shape, without the size and the padding of SAME."""
         axes = len(shape) - 2
         if axes < 1:
             raise ValueError(f"{self.name}: x must be (m, *spatial, channels), got shape {shape}")
@@ -227,6 +226,6 @@ class Sliding:
 
 
 def same(a: Axis) -> Axis:
-    """With the padding of SAME: ceil(size / stride) windows, the odd position at the high end."""
+    """The axis with the padding of SAME: ceil(size / stride) windows, an odd position at the high end."""
     missing = max((-(-a.size // a.stride) - 1) * a.stride + a.extent - a.size, 0)
     return replace(a, low=missing // 2, high=missing - missing // 2)

@@ -1,4 +1,4 @@
-"""Cross-entropies: of classes, and of a yes or no."""
+"""Cross-entropies of classes, and of a yes or no."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,23 +32,24 @@ def softmax_cross_entropy(
     label_smoothing: float = 0.0,
     reduce: str = "examples",
 ) -> Loss:
-    """Cross-entropy of softmax(a) against labels, on whatever the net returns.
+    """Cross-entropy of softmax(a) and a target, where a is the prediction.
 
-        l = -sum_j v_j log y_hat_j      y_hat = softmax(a)      da = y_hat sum v - v
-        v = w q      q = (1 - s) y + s / k      y a distribution, one-hot for a label; w weights, s label_smoothing
+        l = -sum_j v_j log y_hat_j / s      y_hat = softmax(a)      da = (y_hat sum v - v) / s
+        v = w q      q = (1 - e) y + e / k      y a distribution, one-hot for a label; w weights, e label_smoothing
 
-    Without options v = y, so da = y_hat - y. Over positions, both are means over those that count.
+    Without options v = y, so da = (y_hat - y) / s. l is also summed over the s positions of an example that count; a
+    position that does not count adds 0 to l and has da = 0.
 
     Shapes:   a (m, ..., k); y (m, ...) of integer labels below k, or (m, ..., k) of distributions (one-hot, soft);
               l (m,); saved y_hat (m, ..., k) and y.
-    Options:  ignore_index: a label whose position does not count. weights: w, one for each class, (k,); PyTorch divides
-              by their sum, this by the number of positions. reduce: "examples", an example's loss is the mean over its
-              positions; or "tokens", over those of the batch: an example then weighs as its positions.
-    Source:   the document, sections 4.1 and 4.2, with the 1/m of J taken in fnbp.backprop; label_smoothing: Szegedy et
-              al. 2015, arXiv:1512.00567, section 7.
-    Raises:   TypeError for labels that are not integers; ValueError for options out of range, another shape, and,
-              outside jit, for a label outside 0..k-1 or soft labels that are no distribution. Under jit such a label
-              makes the loss and the gradient NaN.
+    Options:  ignore_index: label of positions that do not count. weights: w, one for each class, (k,); PyTorch divides
+              by their sum, fnbp by s. label_smoothing: e. reduce: "examples": s is of the example, so l is its mean; or
+              "tokens": s is of the whole batch, divided by m, so that every position of the batch weighs the same.
+    Source:   fnbp/README.md, B2 and B3; fnbp.backprop takes the 1/m of B2. label_smoothing: Szegedy et al. 2015,
+              arXiv:1512.00567, section 7.
+    Raises:   TypeError if labels are not integers; ValueError if an option is out of range, a shape does not fit, or,
+              outside jit, a label is outside 0..k-1 or a soft label is not a distribution. Under jit such a label makes
+              the loss and the gradient NaN.
     """
     name = "softmax_cross_entropy"
     check_options(name, ignore_index, label_smoothing, reduce)
@@ -87,26 +88,26 @@ def softmax_cross_entropy(
     return Loss(forward, backward, name, check, takes_mask=True)
 
 
-def weighed(y_hat: jax.Array, y: jax.Array, w: np.ndarray | None, s: float) -> jax.Array | None:
-    """v = w q, q = (1 - s) y + s / k; None for plain labels."""
+def weighed(y_hat: jax.Array, y: jax.Array, w: np.ndarray | None, e: float) -> jax.Array | None:
+    """v = w q, q = (1 - e) y + e / k; None for labels without weights and smoothing."""
     k = y_hat.shape[-1]
     if is_labels(y_hat, y):
-        if w is None and not s:
+        if w is None and not e:
             return None
         y = hot(y, k)
     q = y.astype(y_hat.dtype)
-    q = (1 - s) * q + s / k if s else q
+    q = (1 - e) * q + e / k if e else q
     return q if w is None else jnp.asarray(w, q.dtype) * q
 
 
 def softmax_of(a: jax.Array, M: jax.Array, r: jax.Array) -> jax.Array:
     """softmax(a), with the M and r of log_total(a)."""
-    # behind the barrier, or the compiler keeps every e^(a - M) of r's sum for this line
+    # without the barrier the compiler keeps every e^(a - M) of r's sum for this line
     return jnp.exp(a - jax.lax.optimization_barrier(M)) / (1 + r)
 
 
 def minus(y_hat: jax.Array, r: jax.Array, v: jax.Array) -> jax.Array:
-    """y_hat sum v - v, written so that it keeps its digits where both are near 1."""
+    """y_hat sum v - v, in a form that does not cancel if both are near 1."""
     return y_hat * (jnp.sum(v, -1, keepdims=True) - v) - v * complement(y_hat, r)
 
 
@@ -116,12 +117,12 @@ def cross_entropy(v: jax.Array, log_y_hat: jax.Array) -> jax.Array:
 
 
 def hot(y: jax.Array, k: int) -> jax.Array:
-    """True at the label: (..., k). A label outside 0..k-1 has none."""
+    """True at the label: (..., k). False everywhere for a label outside 0..k-1."""
     return y.astype(int)[..., None] == jnp.arange(k)
 
 
 def minus_one_hot(y_hat: jax.Array, r: jax.Array, y: jax.Array) -> jax.Array:
-    """y_hat - one_hot(y), touching one number a position; a label outside 0..k-1 touches none."""
+    """y_hat - one_hot(y), which changes one number of each position, or none for a label outside 0..k-1."""
     k = y_hat.shape[-1]
     label = jnp.where(y < 0, k, y.astype(int)).ravel()
     set_in = jax.vmap(lambda row, r, i: row.at[i].set(-complement(row.at[i].get(mode="clip"), r[0]), mode="drop"))
@@ -129,7 +130,7 @@ def minus_one_hot(y_hat: jax.Array, r: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def at_label(a: jax.Array, y: jax.Array) -> jax.Array:
-    """a[..., y]; NaN for a label outside 0..k-1, a negative one among them."""
+    """a[..., y]; NaN for a label outside 0..k-1, also for a negative one."""
     y = jnp.where(y < 0, a.shape[-1], y.astype(int))
     return jnp.take_along_axis(a, y[..., None], -1, mode="fill", fill_value=jnp.nan)[..., 0]
 
@@ -141,21 +142,22 @@ def binary_cross_entropy(
     ignore_index: int | None = None,
     reduce: str = "examples",
 ) -> Loss:
-    """Cross-entropy of a yes or no, on the sigmoid's output or on what goes into it.
+    """Cross-entropy of a yes or no, where the prediction is a probability y_hat or a logit z.
 
-        on y_hat    l = -[w y log y_hat + (1 - y) log(1 - y_hat)]        dy_hat = (1 - y) / (1 - y_hat) - w y / y_hat
-        on logits   l = w y log(1 + e^-z) + (1 - y) log(1 + e^z)         dz = (1 - y) sigma(z) - w y sigma(-z)
+        y_hat    l = -[w y log y_hat + (1 - y) log(1 - y_hat)] / s    dy_hat = [(1 - y) / (1 - y_hat) - w y / y_hat] / s
+        logits   l = [w y log(1 + e^-z) + (1 - y) log(1 + e^z)] / s   dz = [(1 - y) sigma(z) - w y sigma(-z)] / s
 
-    w is pos_weight, 1 without it. On y_hat, the logarithms are taken no nearer to 0 and 1 than the dtype's eps: beyond,
-    the loss is flat and its derivative 0. Where a sigmoid may saturate, give the logits instead: they are exact
-    everywhere.
+    w is pos_weight, 1 by default. l is summed over the s outputs of an example that count. The logarithms of y_hat and
+    1 - y_hat are taken of at least the eps of the dtype: nearer to 0 and 1 the loss is flat and its derivative 0. Give
+    logits if a sigmoid may saturate: they are exact everywhere.
 
-    Shapes:  y_hat or z, and y in [0, 1] (m, ...); l (m,), the mean over an example's outputs; saved both.
-    Options: pos_weight: a number, or one for each output, (n,). label_smoothing: s, y becomes (1 - s) y + s / 2.
-             ignore_index: a label whose output does not count. reduce: as in softmax_cross_entropy.
-    Source:  the document, section 4.3.
-    Raises:  ValueError for options out of range, a target of another shape, and, outside jit, for a target or y_hat
-             outside [0, 1]. Under jit such a number makes the loss and the gradient NaN.
+    Shapes:  y_hat or z, and y in [0, 1] (m, ...); l (m,); saved both.
+    Options: from_logits: True if the prediction is z. pos_weight: as in PyTorch, a number, or one for each output,
+             (n,). label_smoothing: e; y becomes (1 - e) y + e / 2. ignore_index: label of outputs that do not count.
+             reduce: as in softmax_cross_entropy.
+    Source:  fnbp/README.md, the worked example.
+    Raises:  ValueError if an option is out of range, the target has another shape, or, outside jit, a target or y_hat
+             is outside [0, 1]. Under jit such a number makes the loss and the gradient NaN.
     """
     name = "binary_cross_entropy"
     check_is(name, "from_logits", from_logits, bool)
@@ -171,7 +173,7 @@ def binary_cross_entropy(
             raise ValueError(f"{name}: pos_weight of shape {given.shape} does not fit a prediction of shape {p.shape}")
 
     def yes_and_no(p, t):
-        """w y and 1 - y, smoothed; NaN for a target or y_hat outside [0, 1]."""
+        """Return w y and 1 - y, smoothed; NaN for a target or y_hat outside [0, 1]."""
         y = (1 - label_smoothing) * t + label_smoothing / 2 if label_smoothing else t
         good = in_unit_interval(t) if from_logits else in_unit_interval(t) & in_unit_interval(p)
         y = jnp.where(good, y, jnp.nan).astype(p.dtype)
@@ -182,7 +184,7 @@ def binary_cross_entropy(
 
 
 def of_probabilities(yes_and_no: Callable) -> tuple[Callable, Callable]:
-    """Loss and slope on y_hat; flat beyond eps and 1 - eps."""
+    """The loss of each output and its derivative by y_hat; flat below eps and above 1 - eps."""
 
     def inside(y_hat):
         eps = jnp.finfo(y_hat.dtype).eps
@@ -200,7 +202,7 @@ def of_probabilities(yes_and_no: Callable) -> tuple[Callable, Callable]:
 
 
 def of_logits(yes_and_no: Callable) -> tuple[Callable, Callable]:
-    """Loss and slope on z."""
+    """The loss of each output and its derivative by z."""
 
     def loss(z, t):
         yes, no = yes_and_no(z, t)

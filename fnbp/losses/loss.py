@@ -1,4 +1,4 @@
-"""A loss of each example, with its backward: where every backward pass begins."""
+"""Loss: the loss of each example, with the backward where every backward pass begins."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,16 +16,16 @@ __all__ = ["Loss"]
 
 
 class Loss(NamedTuple):
-    """A loss of each example, and its backward.
+    """A loss for each example, and its backward.
 
         forward     (prediction, target) -> losses (m,), res
-        backward    (res)                -> dprediction of the sum of losses
-        name        for reports
-        check       (prediction, target) -> None: raises if they do not fit; prediction may be a mere shape
+        backward    (res)                -> dprediction, of the sum of losses
+        name        reports name the loss by it
+        check       (prediction, target) -> None: raises if they do not fit; prediction may be a jax.ShapeDtypeStruct
         takes_mask  True if forward and check take a third argument: the mask of the prediction's positions, or None
 
-    fnbp.backprop takes the mean over the m examples. Where a prediction has positions (time, outputs), an example's
-    loss is the mean over its own that count.
+    fnbp.backprop takes the mean over the m examples. If a prediction has positions (time, outputs), the loss of an
+    example is the mean over its positions that count.
     """
 
     forward: Callable[..., Any]
@@ -36,25 +36,26 @@ class Loss(NamedTuple):
 
 
 def losses_of(loss: Loss, prediction: Any, target: Any, mask: Any = None) -> tuple[jax.Array, Any]:
-    """loss.forward, told which positions of the prediction count.
+    """Call loss.forward with the mask of the positions of the prediction, if there is one.
 
-    Raises: TypeError if some may not count and the loss takes no mask; ValueError unless it returns one loss for each
-            example.
+    Raises: TypeError if there is a mask and the loss takes none; ValueError if forward does not return one loss for
+            each example.
     """
     losses, res = loss.forward(prediction, target, *mask_for(loss, prediction, mask))
-    due = jax.tree.leaves(prediction)[0].shape[:1]
-    if jnp.shape(losses) != due:
-        raise ValueError(f"{loss.name}: forward must return one loss an example, shape {due}, got {jnp.shape(losses)}")
+    expected = jax.tree.leaves(prediction)[0].shape[:1]
+    if jnp.shape(losses) != expected:
+        came = jnp.shape(losses)
+        raise ValueError(f"{loss.name}: forward must return one loss an example, shape {expected}, got {came}")
     return losses, res
 
 
 def check_target(loss: Loss, prediction: Any, target: Any, mask: Any = None) -> None:
-    """What loss.check raises, told which positions of the prediction count."""
+    """Call loss.check with the mask of the positions of the prediction, if there is one."""
     loss.check(prediction, target, *mask_for(loss, prediction, mask))
 
 
 def mask_for(loss: Loss, prediction: Any, mask: Any) -> tuple[Any, ...]:
-    """The third argument of a loss's forward and check: none if all positions count."""
+    """The third argument of loss.forward and loss.check, as a tuple: () if all positions count."""
     single = hasattr(prediction, "ndim")
     if mask is None or (single and of_queries(prediction, mask)):
         return ()
@@ -71,7 +72,7 @@ def mask_for(loss: Loss, prediction: Any, mask: Any) -> tuple[Any, ...]:
 
 
 def accept(p: Any, t: Any, counts: Any) -> None:
-    """Any values will do."""
+    """Accept any values."""
 
 
 def of_pairs(
@@ -82,7 +83,12 @@ def of_pairs(
     check_values: Callable = accept,
     ignore_index: int | None = None,
 ) -> Loss:
-    """A Loss of pairs of numbers; reduce: "examples", "tokens", or "sum" over an example's outputs."""
+    """A Loss that compares prediction and target number by number.
+
+        l = sum_j loss(p_j, t_j) / s      dp = dloss(p, t) / s
+
+    s is 1 for reduce="sum", else as in softmax_cross_entropy.
+    """
 
     def check(p, t, mask=None):
         check_floating(name, "prediction", p)

@@ -1,4 +1,4 @@
-"""What each position adds to a loss: which count, and whether an example or a position is the unit."""
+"""The mean of a loss over positions: which of them count, and whether examples or positions weigh the same."""
 
 from typing import Any
 
@@ -16,22 +16,24 @@ REDUCTIONS = {
 
 
 def shares(reduce: str, losses: jax.Array, counts: Any) -> Any:
-    """w, how much each loss adds to its example's: a number, or (m, *s) for losses (m, *s) of which some do not count.
+    """1 / s, which each position adds to the loss of its example, and 0 where it does not count.
 
-    examples  w = c / (sum of c over the example)       the mean over what counts
-    tokens    w = c m / (sum of c over the batch)       an example weighs as what counts of it
-    sum       w = c
+    examples  s = sum of c over the example         the mean over the positions that count
+    tokens    s = sum of c over the batch / m       every position of the batch weighs the same
+    sum       s = 1
+
+    c is 1 where a position counts. A number if all count, else (m, *s), the shape of losses.
     """
     if counts is None:
         return 1.0 if reduce == "sum" else 1 / int(np.prod(losses.shape[1:]))
     counts = counts.reshape(*counts.shape, *[1] * (losses.ndim - counts.ndim))
     counts = jnp.broadcast_to(counts, losses.shape).astype(losses.dtype)
     many = REDUCTIONS[reduce](counts, losses.shape[0])
-    return counts / jnp.where(many > 0, many, 1)  # nothing counts: the loss is 0, without a gradient
+    return counts / jnp.where(many > 0, many, 1)  # if no position counts, loss and gradient are 0
 
 
 def share(w: Any, a: jax.Array) -> jax.Array:
-    """a times its share; 0 where it does not count, whatever stands there."""
+    """a / s, for w = 1 / s; 0 where w is 0, even if a is NaN there."""
     if not isinstance(w, jax.Array):
         return a if w == 1 else a * w
     w = w.reshape(*w.shape, *[1] * (a.ndim - w.ndim))
@@ -39,12 +41,12 @@ def share(w: Any, a: jax.Array) -> jax.Array:
 
 
 def summed_up(w: Any, losses: jax.Array) -> jax.Array:
-    """The sum of the shares over all axes but the first."""
+    """The sum of losses / s over all axes but the first, for w = 1 / s."""
     return jnp.sum(share(w, losses), range(1, losses.ndim))
 
 
 def counted(mask: Any, target: Any, ignore_index: Any) -> Any:
-    """Which positions count, by the mask and by their label; None for all."""
+    """True where a position counts, by the mask and by its label; None if all count."""
     if ignore_index is None:
         return mask
     kept = target != ignore_index
@@ -54,26 +56,26 @@ def counted(mask: Any, target: Any, ignore_index: Any) -> Any:
 
 
 def only(counts: Any, a: jax.Array) -> jax.Array:
-    """a, and 0 where it does not count: what stands there may be NaN, and 0 times NaN is NaN."""
+    """a, with 0 at positions that do not count: a may be NaN there, and 0 times NaN is NaN."""
     if counts is None:
         return a
     return jnp.where(counts.reshape(*counts.shape, *[1] * (a.ndim - counts.ndim)), a, jnp.zeros((), a.dtype))
 
 
 def check_reduce(name: str, reduce: Any) -> None:
-    """ValueError unless reduce is "examples" or "tokens"."""
+    """Raise a ValueError unless reduce is "examples" or "tokens"."""
     choose("reduce", reduce, {"examples": 0, "tokens": 0}, f"{name}: ")
 
 
 def check_smoothing(name: str, label_smoothing: Any) -> None:
-    """ValueError or TypeError unless label_smoothing is a number in [0, 1)."""
+    """Raise a ValueError or TypeError unless label_smoothing is a number in [0, 1)."""
     check_number(name, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{name}: label_smoothing must be in [0, 1), got {label_smoothing}")
 
 
 def check_weights(name: str, what: str, weights: Any) -> np.ndarray | None:
-    """weights as an array; ValueError or TypeError unless they are finite numbers of at least 0, or None."""
+    """Return weights as an array, or None. Raise a ValueError or TypeError unless they are finite and at least 0."""
     if weights is None:
         return None
     try:
@@ -86,13 +88,13 @@ def check_weights(name: str, what: str, weights: Any) -> np.ndarray | None:
 
 
 def check_options(name: str, ignore_index: Any, label_smoothing: Any, reduce: Any) -> None:
-    """ValueError or TypeError for an option out of range."""
+    """Raise a ValueError or TypeError if an option is out of range."""
     check_ignored(name, ignore_index)
     check_smoothing(name, label_smoothing)
     check_reduce(name, reduce)
 
 
 def check_ignored(name: str, ignore_index: Any) -> None:
-    """TypeError unless ignore_index is a whole number or None."""
+    """Raise a TypeError unless ignore_index is a whole number or None."""
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer))):
         raise TypeError(f"{name}: ignore_index must be a whole number or None, got {ignore_index!r}")

@@ -1,4 +1,4 @@
-"""The architectures that the document names: feed-forward, convolutional and recurrent nets, and a transformer."""
+"""Architectures: feed-forward, convolutional and recurrent nets, and a transformer."""
 
 import math
 from collections.abc import Callable
@@ -27,13 +27,15 @@ __all__ = ["gpt", "gru_classifier", "lenet", "lstm_classifier", "mlp", "resnet"]
 def mlp(*widths: int, activation: str = "relu", W: str | Callable = "he_normal") -> Layer:
     """Dense layers with an activation between each two.
 
-        a_l = f(W_l a_{l-1} + b_l); the last without f      x (m, n_in), y (m, widths[-1])
+        a_l = f(W_l a_{l-1} + b_l); the last one without f      x (m, n_in), y (m, widths[-1])
 
-    Source: the document, section 1.2 and section 4.1.
-    Raises: ValueError without widths, or for one below 1.
+    Source:  fnbp/README.md, B1, layer by layer.
+    Options: widths: the number of units of each layer. activation: its name, see fnbp.activation. W: initializer of the
+             weight matrices, a name or a function.
+    Raises:  ValueError if there is no width, or one is below 1.
     """
     if not widths:
-        raise ValueError("mlp: at least one width is due, mlp(128, 10)")
+        raise ValueError("mlp: expected at least one width, as in mlp(128, 10)")
     f = choose("activation", activation, ACTIVATIONS, "mlp: ")
     layers = [layer for n in widths for layer in (dense(n, W), f())]
     return serial(*layers[:-1], name="mlp")
@@ -41,14 +43,16 @@ def mlp(*widths: int, activation: str = "relu", W: str | Callable = "he_normal")
 
 @located("lenet")
 def lenet(classes: int = 10, activation: str = "relu", pool: Callable[[int], Layer] = max_pool) -> Layer:
-    """LeNet-5: two convolutions, each with a pooling, then three dense layers.
+    """LeNet-5: two convolutions, each followed by pooling, then three dense layers.
 
         6 of 5x5, pool 2, 16 of 5x5, pool 2, 120, 84, classes      x (m, 28, 28, c), y (m, classes)
 
-    Source: LeCun et al. 1998, Proceedings of the IEEE 86, section II.B. There the activation is a scaled tanh, the
-            pooling a scaled mean (pool=fnbp.avg_pool), every map of the second convolution sees some of the first's,
-            and the output is a distance; here all maps are seen, and the output are scores.
-    Raises: ValueError for classes below 1.
+    Source:  LeCun et al. 1998, Proceedings of the IEEE 86, section II.B. There the activation is a scaled tanh, the
+             pooling a scaled mean (pool=fnbp.avg_pool), each map of the second convolution sees only some maps of the
+             first, and the outputs are distances; here each map sees all, and the outputs are scores.
+    Options: classes: number of outputs. activation: its name, see fnbp.activation. pool: a function from the size of
+             the windows to a layer, fnbp.max_pool or fnbp.avg_pool.
+    Raises:  ValueError if classes is below 1.
     """
     f = choose("activation", activation, ACTIVATIONS, "lenet: ")
     features = (
@@ -69,10 +73,11 @@ def resnet(depth: int = 20, classes: int = 10, width: int = 16) -> Layer:
 
         conv 3x3, batch norm, relu; n blocks of width, n of 2 width, n of 4 width, depth = 6 n + 2; mean; scores
 
-    Shapes: x (m, height, width, c); y (m, classes).
-    Source: He et al. 2015, arXiv:1512.03385, section 4.2. There the paths around a change of size hold no weights; here
-            they are 1x1 convolutions (its option B).
-    Raises: ValueError for a depth that is not 6 n + 2, sizes below 1.
+    Shapes:  x (m, height, width, c); y (m, classes).
+    Source:  He et al. 2015, arXiv:1512.03385, section 4.2. There the shortcuts around a change of size have no weights;
+             here they are 1x1 convolutions (its option B).
+    Options: depth: number of layers with weights. classes: number of outputs. width: channels of the first stage.
+    Raises:  ValueError if depth is not 6 n + 2, or a size is below 1.
     """
     check_size("resnet", "width", width)
     check_size("resnet", "depth", depth)
@@ -88,32 +93,38 @@ def resnet(depth: int = 20, classes: int = 10, width: int = 16) -> Layer:
 
 @located("lstm_classifier")
 def lstm_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0) -> Layer:
-    """LSTM layers over a sequence, and scores from where it ends.
+    """LSTM layers over a sequence, then scores from its last position.
 
         h = stacked LSTMs of x      y = W h[last] + b      x (m, T, n_in), y (m, classes)
 
-    In fnbp.ragged, each sequence ends where its length says. rate: of dropout between the layers.
-    Source: Hochreiter & Schmidhuber 1997, Neural Computation 9; see lstm_cell.
-    Raises: ValueError for sizes below 1.
+    Within fnbp.ragged the last position is that of each sequence's length.
+
+    Source:  Hochreiter & Schmidhuber 1997, Neural Computation 9; see lstm_cell.
+    Options: units: of each layer. classes: number of outputs. layers: number of LSTM layers. rate: of dropout between
+             them.
+    Raises:  ValueError if a size is below 1.
     """
     return classifier("lstm_classifier", lstm_cell, units, classes, layers, rate)
 
 
 @located("gru_classifier")
 def gru_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0) -> Layer:
-    """GRU layers over a sequence, and scores from where it ends.
+    """GRU layers over a sequence, then scores from its last position.
 
         h = stacked GRUs of x      y = W h[last] + b      x (m, T, n_in), y (m, classes)
 
-    In fnbp.ragged, each sequence ends where its length says. rate: of dropout between the layers.
-    Source: Cho et al. 2014, arXiv:1406.1078, section 2.3; see gru_cell.
-    Raises: ValueError for sizes below 1.
+    Within fnbp.ragged the last position is that of each sequence's length.
+
+    Source:  Cho et al. 2014, arXiv:1406.1078, section 2.3; see gru_cell.
+    Options: units: of each layer. classes: number of outputs. layers: number of GRU layers. rate: of dropout between
+             them.
+    Raises:  ValueError if a size is below 1.
     """
     return classifier("gru_classifier", gru_cell, units, classes, layers, rate)
 
 
 def classifier(name: str, cell: Callable[[int], Layer], units: int, classes: int, layers: int, rate: float) -> Layer:
-    """Recurrent layers, their last position, scores."""
+    """Recurrent layers, their output at the last position, and scores."""
     check_size(name, "layers", layers)
     check_rate(name, rate)
     return serial(stacked(*(cell(units) for _ in range(layers)), rate=rate), last(), dense(classes), name=name)
@@ -121,18 +132,19 @@ def classifier(name: str, cell: Callable[[int], Layer], units: int, classes: int
 
 @located("gpt")
 def gpt(vocabulary: int, length: int, layers: int, heads: int, width: int, rate: float = 0.0) -> Layer:
-    """A decoder of text: what comes after each token, from that token and those before it.
+    """A transformer that scores the token after each position, from that position and those before it.
 
         h = E[x] + P      h := transformer_block(h), layers times      y = E norm(h)
 
     One matrix E embeds the tokens and scores them (tie); the blocks are one compiled loop (repeat). Weights start with
-    a standard deviation of 0.02, the last ones of each branch with 0.02 / sqrt(2 layers). rate: of dropout, on the
-    embedding and at the end of each branch.
+    a standard deviation of 0.02, those at the end of each branch with 0.02 / sqrt(2 layers).
 
-    Shapes: x (m, T) of integers below vocabulary, T at most length; y (m, T, vocabulary), scores of the next token.
-    Source: Radford et al. 2019, Language models are unsupervised multitask learners, section 2.3; E in two places:
-            Press & Wolf 2016, arXiv:1608.05859.
-    Raises: ValueError for sizes below 1, heads that do not divide width.
+    Shapes:  x (m, T) of integers below vocabulary, T at most length; y (m, T, vocabulary), scores of the next token.
+    Source:  Radford et al. 2019, Language models are unsupervised multitask learners, section 2.3; E in two places:
+             Press & Wolf 2016, arXiv:1608.05859.
+    Options: layers: number of blocks. heads, width: those of transformer_block. rate: of dropout, on the embedding and
+             at the end of each branch.
+    Raises:  ValueError if a size is below 1, or heads does not divide width.
     """
     check_size("gpt", "layers", layers)
     check_rate("gpt", rate)

@@ -1,4 +1,4 @@
-"""What architectures are built of: a few layers under one name."""
+"""Blocks that architectures are built of: a few layers under one name."""
 
 from collections.abc import Callable
 
@@ -22,17 +22,16 @@ Maker = str | Callable
 
 @located("residual")
 def residual(n_out: int, stride: int = 1, project: bool | None = None) -> Layer:
-    """Two convolutions, and a path around them.
+    """Two convolutions and a shortcut around them.
 
         y = relu(f(x) + s(x))      f: conv 3x3, batch norm, relu, conv 3x3, batch norm
         dx = b_f(dz) + b_s(dz), dz = dy [y > 0]      s: identity, or conv 1x1, batch norm
 
-    The first convolution, and that of s, go stride positions at a time. s is the identity unless project is True; None
-    is for stride > 1.
-
-    Shapes: x (m, height, width, c); y (m, height / stride, width / stride, n_out), rounded up.
-    Source: He et al. 2015, arXiv:1512.03385, section 3.2 and, for the 1x1 convolution, section 3.3, option B.
-    Raises: ValueError where f and s do not return the same shape.
+    Shapes:  x (m, height, width, c); y (m, height / stride, width / stride, n_out), rounded up.
+    Source:  He et al. 2015, arXiv:1512.03385, section 3.2 and, for the 1x1 convolution, section 3.3, option B.
+    Options: stride: of the first convolution and of the shortcut s. project: True for a 1x1 convolution in s, False for
+             the identity; by default a convolution only if stride > 1.
+    Raises:  ValueError if f and s do not return the same shape.
     """
     name = f"residual({n_out})" if stride == 1 else f"residual({n_out}, {stride})"
     if project is not None:
@@ -53,7 +52,8 @@ def gelu_mlp(
 
     Shapes:  x (..., n_in); y (..., n_out); between them hidden features.
     Source:  Vaswani et al. 2017, arXiv:1706.03762, section 3.3; gelu: Hendrycks & Gimpel 2016, arXiv:1606.08415.
-    Options: W, b, W_out: initializers, of W1 and the biases, and of W2 where it is another; b=None: without.
+    Options: W, b: initializers of W1 and of the biases, names or functions; b=None: no biases. W_out: initializer of
+             W2, by default W.
     """
     return serial(
         dense(hidden, W, b), gelu(), dense(n_out, W if W_out is None else W_out, b), name=f"gelu_mlp({hidden}, {n_out})"
@@ -62,13 +62,13 @@ def gelu_mlp(
 
 @located("swiglu")
 def swiglu(hidden: int, n_out: int, W: Maker = "glorot_uniform", W_out: Maker | None = None) -> Layer:
-    """A gated layer, and a dense one behind it.
+    """A gated layer and a dense layer after it.
 
         y = W2 (silu(W x) V x)      dx = W^T (silu'(W x) V x dh) + V^T (silu(W x) dh), dh = W2^T dy
 
     Shapes:  x (..., n_in); y (..., n_out); between them hidden features.
     Source:  Shazeer 2020, arXiv:2002.05202, section 2.
-    Options: W, W_out: initializers, of W and V, and of W2 where it is another.
+    Options: W: initializer of W and V, a name or a function. W_out: initializer of W2, by default W.
     """
     gate = serial(dense(hidden, W, None), silu())
     both = parallel(gate, dense(hidden, W, None), join="product")
@@ -89,16 +89,17 @@ def transformer_block(
     W_out: Maker | None = None,
     b: Maker | None = "zeros",
 ) -> Layer:
-    """Attention, then a layer for each position; both take their input normalised, and add to it.
+    """Attention, then an mlp at each position; both normalise their input, and add to it.
 
         h = x + dropout(attention(norm(x)))      y = h + dropout(mlp(norm(h)))
         dh = dy + b_mlp(dy)      dx = dh + b_attention(dh)
 
     Shapes:  x, y (m, T, width).
-    Source:  Xiong et al. 2020, arXiv:2002.04745, figure 1(b), the norm before.
-    Options: kv_heads, causal, rotary: those of attention. mlp: a layer, gelu_mlp(4 width, width) where none is given.
-             norm: a constructor, layer_norm or rms_norm. rate: of the dropouts, none at 0. W, b, W_out: initializers,
-             of all weights and biases, and of the last weights of attention and of gelu_mlp where they are others.
+    Source:  Xiong et al. 2020, arXiv:2002.04745, figure 1(b): the norm comes first.
+    Options: heads, kv_heads, causal, rotary: those of attention. mlp: a layer, by default gelu_mlp(4 width, width).
+             norm: a constructor, layer_norm or rms_norm. rate: of the dropouts; 0: no dropout. W, b: initializers of
+             all weights and biases, names or functions; b=None: no biases. W_out: initializer of the last weights of
+             attention and of gelu_mlp, by default W.
     """
     check_size("transformer_block", "width", width)
     if isinstance(norm, Layer):
@@ -120,30 +121,30 @@ def transformer_block(
 
 @located("bidirectional")
 def bidirectional(cell: Layer, back: Layer | None = None) -> Layer:
-    """A cell turned from first to last, another from last to first, side by side.
+    """One cell run from first to last and one from last to first, side by side.
 
-        y[t] = (forward's y[t], back's y[t])      dx[t] = the sum of what both pass back
+        y[t] = (y[t] of cell, y[t] of back)      dx[t] = dx[t] of cell + dx[t] of back
 
-    Shapes: x (m, T, n_in); y (m, T, both widths together).
-    Source: Schuster & Paliwal 1997, IEEE Transactions on Signal Processing 45, Bidirectional recurrent neural networks.
-    Options: back: the cell from last to first, one like the other where none is given. Its weights are its own.
+    Shapes:  x (m, T, n_in); y (m, T, the widths of both together).
+    Source:  Schuster & Paliwal 1997, Bidirectional recurrent neural networks, IEEE Trans. on Signal Processing 45.
+    Options: back: the cell that runs from last to first, by default one like cell with weights of its own.
     """
     return parallel(scan(cell), scan(cell if back is None else back, reverse=True), join="concat")
 
 
 @located("stacked")
 def stacked(*cells: Layer, rate: float = 0.0) -> Layer:
-    """Recurrent layers, each reading what the one below puts out.
+    """Recurrent layers, each of which reads the output of the one below.
 
         y = scan(c_n)(... scan(c_2)(scan(c_1)(x)))      dx = b_1(... b_n(dy)), as serial
 
     Shapes:  x (m, T, n_in); y (m, T, n_out of the last).
     Source:  Graves, Mohamed & Hinton 2013, arXiv:1303.5778, section 2.
-    Options: rate: of dropout between them, none at 0.
-    Raises:  ValueError without a cell; TypeError for a cell that is no Layer.
+    Options: rate: of dropout between them; 0: no dropout.
+    Raises:  ValueError if there is no cell; TypeError if a cell is not a Layer.
     """
     if not cells:
-        raise ValueError("stacked: at least one cell is due")
+        raise ValueError("stacked: expected at least one cell")
     check_each("stacked", "stacked", cells, Layer)
     check_rate("stacked", rate)
     scans = [layer for cell in cells for layer in (scan(cell), dropout(rate))]
