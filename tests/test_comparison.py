@@ -10,6 +10,7 @@ import pytest
 
 import fnbp
 import fnbp.testing
+from fnbp.comparison.probes import PROBES
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((13, 7)).astype(np.float32)
@@ -122,7 +123,7 @@ def by_place(report):
 
 
 def test_a_right_net_is_ok_in_every_row_and_every_check():
-    report = compare(probes=tuple(fnbp.comparison.PROBES), transforms=("jit", "vmap", "sharded"))
+    report = compare(probes=tuple(PROBES), transforms=("jit", "vmap", "sharded"))
     assert report.ok and report.worst <= 1e-12
     assert report.first_fault is None and report.faults == report.conventions == report.notes == ()
     assert report.checks == {"jit": "ok", "vmap": "ok", "sharded": "ok", "differences": "ok"}

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnbp.comparison.evaluation import Runner
+from fnbp.comparison.evaluation import Evaluator
 from fnbp.comparison.numerics import is_float0, is_floating, rms
 from fnbp.comparison.probes import Probe
-from fnbp.comparison.subject import Unit, leaf_names
+from fnbp.comparison.subject import Subject, leaf_names
 
 STEPS = tuple(2.0**-k for k in range(4, 28, 2))  # relative to the size of what is moved
 DIFFERS = 1e-4  # of the directional derivative; differences agree to about 1e-9 where autodiff is right
@@ -32,7 +32,7 @@ class Slope(NamedTuple):
     verdict: str
 
 
-def terms_of(runner: Runner, probe: Probe, dtype: Any = np.float64) -> Callable[[list[np.ndarray]], np.ndarray]:
+def terms_of(evaluator: Evaluator, probe: Probe, dtype: Any = np.float64) -> Callable[[list[np.ndarray]], np.ndarray]:
     """dy f(args), one term for each number that f returns, in dtype, as a function of the floating leaves of args."""
     flat, tree = jax.tree.flatten(probe.args)
     dy = [None if is_float0(d) else np.asarray(d) for d in jax.tree.leaves(probe.of(np.float64)[2])]
@@ -40,7 +40,7 @@ def terms_of(runner: Runner, probe: Probe, dtype: Any = np.float64) -> Callable[
     def terms(leaves):
         moving = iter(leaves)
         args = jax.tree.unflatten(tree, [next(moving) if is_floating(a) else a for a in flat])
-        y = runner.evaluate(probe.moved_to(args), dtype).due
+        y = evaluator.evaluate(probe.with_args(args), dtype).expected_y
         found = [np.ravel(np.asarray(a, np.float64) * d) for a, d in zip(y, dy, strict=True) if d is not None]
         return np.concatenate(found)
 
@@ -52,24 +52,24 @@ def floating(probe: Probe) -> list[np.ndarray]:
     return [np.asarray(a) for a in jax.tree.leaves(probe.of(np.float64)[0]) if is_floating(a)]
 
 
-def floating_names(unit: Unit) -> list[str]:
+def floating_names(subject: Subject) -> list[str]:
     """Their names."""
-    flat = jax.tree.leaves(unit.args)
-    return [name for (_, name), a in zip(leaf_names(unit), flat, strict=True) if is_floating(a)]
+    flat = jax.tree.leaves(subject.args)
+    return [name for (_, name), a in zip(leaf_names(subject), flat, strict=True) if is_floating(a)]
 
 
 def taylor(
-    runner: Runner, probe: Probe, automatic: dict[str, np.ndarray], rng: np.random.Generator, only=None
+    evaluator: Evaluator, probe: Probe, automatic: dict[str, np.ndarray], rng: np.random.Generator, only=None
 ) -> Slope:
     """Along a random direction in all leaves, or in one: is the automatic gradient the derivative of the forward?"""
-    names, at = floating_names(runner.unit), floating(probe)
+    names, at = floating_names(evaluator.subject), floating(probe)
     direction = [
         rng.standard_normal(a.shape) * (rms(a) or 1.0) if only in (None, name) else np.zeros(a.shape)
         for name, a in zip(names, at, strict=True)
     ]
     claimed = float(sum(np.sum(automatic[name] * v) for name, v in zip(names, direction, strict=True)))
     size = float(sum(np.linalg.norm(automatic[name]) * rms(v) for name, v in zip(names, direction, strict=True)))
-    terms = terms_of(runner, probe)
+    terms = terms_of(evaluator, probe)
 
     def along(h):
         return float(np.sum(terms([a + h * v for a, v in zip(at, direction, strict=True)])))
@@ -105,7 +105,7 @@ def order_of(remainders: np.ndarray, h: np.ndarray) -> float:
 
 
 def only_kinks(
-    runner: Runner, probe: Probe, leaf: str, manual: np.ndarray, automatic: np.ndarray, rng: Any, dtype: Any
+    evaluator: Evaluator, probe: Probe, leaf: str, manual: np.ndarray, automatic: np.ndarray, rng: Any, dtype: Any
 ) -> bool:
     """True where manual and automatic differ at kinks and ties alone, and manual stays between the two slopes there."""
     apart = abs(manual - automatic)
@@ -114,8 +114,8 @@ def only_kinks(
         return False
     order = np.argsort([-apart[tuple(i)] for i in wrong], kind="stable")
     tried = {*order[:ELEMENTS].tolist(), *rng.permutation(len(wrong))[:ELEMENTS].tolist()}
-    at, which = floating(probe), floating_names(runner.unit).index(leaf)
-    terms, h = terms_of(runner, probe, dtype), (rms(at[which]) or 1.0) * float(np.finfo(dtype).eps) ** 0.375
+    at, which = floating(probe), floating_names(evaluator.subject).index(leaf)
+    terms, h = terms_of(evaluator, probe, dtype), (rms(at[which]) or 1.0) * float(np.finfo(dtype).eps) ** 0.375
     middle = terms(at)
     rounding = 16 * float(np.finfo(dtype).eps) * float(np.sum(abs(middle))) / h
     for i in tried:
@@ -149,7 +149,7 @@ def slopes(terms: Callable, at: list, which: int, where: Any, h: float, middle: 
 
     Term by term, for a number may stand in several kinks, and dy has signs of its own."""
 
-    def moved(step: float) -> Any:
+    def stepped(step: float) -> Any:
         leaf = at[which].copy()
         if isinstance(where, tuple):
             leaf[where] += step
@@ -157,5 +157,5 @@ def slopes(terms: Callable, at: list, which: int, where: Any, h: float, middle: 
             leaf += step * where
         return [leaf if i == which else a for i, a in enumerate(at)]
 
-    right, left = (terms(moved(h)) - middle) / h, (middle - terms(moved(-h))) / h
+    right, left = (terms(stepped(h)) - middle) / h, (middle - terms(stepped(-h))) / h
     return float(np.sum(np.minimum(right, left))), float(np.sum(np.maximum(right, left)))

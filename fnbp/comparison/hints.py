@@ -15,7 +15,7 @@ class Evidence(NamedTuple):
     """What is known of one wrong leaf, in float64.
 
     manual, automatic   of the leaf
-    others              automatic gradients of the other leaves of the same unit
+    others              automatic gradients of the other leaves of the same subject
     arrays              the arguments and the cotangent, by name
     thrice              the manual gradient of three times the cotangent, or None
     name                of the layer, "dropout(0.3)": numbers in it may be the factor
@@ -195,8 +195,8 @@ def rounded(e: Evidence) -> Iterator[str]:
     difference = e.manual - e.automatic
     size = np.linalg.norm(difference) / np.linalg.norm(e.automatic)
     restless = e.thrice is not None and np.linalg.norm(e.thrice / 3 - e.manual) > 0.1 * np.linalg.norm(difference)
-    for name, unit in (("bfloat16", 2.0**-9), ("float16", 2.0**-12), ("float32", 2.0**-25)):
-        if (all_exact(e.manual, name) and size < 8 * unit) or (restless and unit / 8 < size < 4 * unit):
+    for name, rounding in (("bfloat16", 2.0**-9), ("float16", 2.0**-12), ("float32", 2.0**-25)):
+        if (all_exact(e.manual, name) and size < 8 * rounding) or (restless and rounding / 8 < size < 4 * rounding):
             yield f"its error is {size:.0e}, the rounding of {name}: is something cast to {name}?"
 
 

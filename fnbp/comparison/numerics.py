@@ -10,7 +10,7 @@ import numpy as np
 
 U64, U32 = 2.0**-53, 2.0**-24  # unit roundoff
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
-HAVE_FLOAT64 = ("cpu", "gpu", "cuda", "rocm")
+FLOAT64_BACKENDS = ("cpu", "gpu", "cuda", "rocm")
 
 
 @contextmanager
@@ -19,13 +19,9 @@ def arithmetic(dtype: Any) -> Iterator[None]:
     with ExitStack() as stack:
         if dtype == np.float64:
             stack.enter_context(jax.enable_x64(True))
-            if jax.default_backend() not in HAVE_FLOAT64:
+            if jax.default_backend() not in FLOAT64_BACKENDS:
                 stack.enter_context(jax.default_device(jax.devices("cpu")[0]))
         yield
-
-
-FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
-HAVE_FLOAT64 = ("cpu", "gpu", "cuda", "rocm")
 
 
 def is_floating(a: Any) -> bool:
@@ -38,7 +34,7 @@ def is_float0(a: Any) -> bool:
     return getattr(a, "dtype", None) == jax.dtypes.float0
 
 
-def on_host(tree: Any) -> Any:
+def as_numpy_32(tree: Any) -> Any:
     """Numbers as NumPy arrays, of at most 32 bits where they are floating; random keys as they are."""
 
     def one(a):
@@ -50,17 +46,17 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def host(tree: Any) -> Any:
+def as_numpy(tree: Any) -> Any:
     """Arrays as NumPy arrays, random keys as they are."""
     return jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jax.dtypes.extended) else np.asarray(a), tree)
 
 
-def cast(tree: Any, dtype: Any) -> Any:
+def in_dtype(tree: Any, dtype: Any) -> Any:
     """Floating point leaves in that dtype, or, for None, as they are."""
     return jax.tree.map(lambda a: np.asarray(a, dtype) if dtype is not None and is_floating(a) else a, tree)
 
 
-def on_device(tree: Any) -> Any:
+def as_jax(tree: Any) -> Any:
     """NumPy arrays as JAX arrays, in the arithmetic of the time."""
     return jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) and not is_float0(a) else a, tree)
 
@@ -75,7 +71,7 @@ def compiled_or_plain(f: Callable, *args: Any) -> Any:
     try:
         return compiled(f)(*args)
     except Exception:
-        return f(*on_device(args))
+        return f(*as_jax(args))
 
 
 def first_line(error: Exception) -> str:
@@ -90,7 +86,7 @@ def rms(a: Any) -> float:
     return float(np.sqrt(np.mean(a**2))) if a.size else 0.0
 
 
-def finite(arrays: Any) -> bool:
+def all_finite(arrays: Any) -> bool:
     """True where no floating point array holds NaN or infinity."""
     return all(np.isfinite(np.asarray(a, np.float64)).all() for a in arrays if jnp.issubdtype(a.dtype, jnp.floating))
 
@@ -107,3 +103,8 @@ def relative(a: Any, b: Any) -> float:
         difference, size = np.linalg.norm(a - b), np.linalg.norm(b)
     error = 0.0 if difference == 0 else difference / size if size else np.inf
     return float(error) if np.isfinite(error) else np.inf
+
+
+def index_of_largest(a: np.ndarray) -> tuple[int, ...]:
+    """The index of the largest element; () for an array without elements."""
+    return tuple(int(i) for i in np.unravel_index(np.argmax(a), a.shape)) if a.size else ()

@@ -1,14 +1,16 @@
 """What compare found, for a person at a terminal, for a log, for JSON, and as a figure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
+import jax
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fnbp.comparison.numerics import FLOAT64_BACKENDS
 from fnbp.rendering import Tabular
 
 FAULTS = {  # the gravest first
@@ -68,6 +70,20 @@ class Row:
     def verdict(self) -> str:
         """As the table has it: faults in capitals."""
         return self.kind if self.ok else self.kind.upper()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found of one subject.
+
+    rows          one for each leaf, after those that stand for no single leaf
+    checks        how each transform went, and whether differences agree, by name
+    """
+
+    rows: list[Row]
+    notes: list[str]
+    conventions: list[Row] = field(default_factory=list)
+    checks: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,20 @@ class Report(Tabular):
         if self.checks:
             found.append(Text(" · ".join(f"{name} {word}" for name, word in self.checks.items())))
         return found + [Text(f"note: {note}", "dim") for note in self.notes]
+
+
+def report_of(rows: Iterable[Row], found: Sequence[Findings], transforms: Iterable[str]) -> Report:
+    """The Report of these rows, with the checks, notes and conventions of every subject."""
+    checks: dict[str, str] = {}
+    for name in (*transforms, "differences"):
+        words = [one.checks[name] for one in found if name in one.checks]
+        if words:
+            checks[name] = next((w for w in words if w == "WRONG"), next((w for w in words if w != "ok"), "ok"))
+    notes = [note for one in found for note in one.notes]
+    if jax.default_backend() not in FLOAT64_BACKENDS:
+        notes.append(f"{jax.default_backend()} has no float64: the float64 side ran on the CPU")
+    conventions = tuple(row for one in found for row in one.conventions)
+    return Report(tuple(rows), checks, tuple(dict.fromkeys(notes)), conventions)
 
 
 def short(z: float) -> str:

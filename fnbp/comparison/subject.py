@@ -15,7 +15,7 @@ from fnbp.losses.loss import Loss, losses_of
 
 
 @dataclass(frozen=True)
-class Unit:
+class Subject:
     """A function of args, its manual backward, and the function that jax.vjp is to differentiate beside it.
 
     forward, reference  (args, fixed) -> y           the same function, but for a custom_vjp and its plain twin
@@ -77,7 +77,7 @@ def automatic(layer: Layer) -> Layer:
     return Layer(layer.init, forward, backward, layer.name, traits=layer.traits)
 
 
-def unit_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any = None) -> Unit:
+def subject_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any = None) -> Subject:
     """A leaf by itself; a combinator with parts that are differentiated automatically, so that they are right."""
     parts = tuple(automatic(part) for part in layer.parts)
     alone = rebuilt(layer, parts) if layer.rebuild else layer
@@ -96,10 +96,10 @@ def unit_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any = 
         mask = None if ctx.mask is None else jax.tree.map(f, ctx.mask)
         return (params, jax.tree.map(f, x)), (state, Context(ctx.key, mask, ctx.train))
 
-    return Unit(path, forward, forward, manual, args, fixed, dy, ("", "x"), take, layer, conforms=("",))
+    return Subject(path, forward, forward, manual, args, fixed, dy, ("", "x"), take, layer, conforms=("",))
 
 
-def unit_of_loss(loss: Loss, prediction: Any, y: Any, mask: Any) -> Unit:
+def subject_of_loss(loss: Loss, prediction: Any, y: Any, mask: Any) -> Subject:
     """A loss by itself: the sum of the examples' losses."""
 
     def forward(args, fixed):
@@ -112,10 +112,10 @@ def unit_of_loss(loss: Loss, prediction: Any, y: Any, mask: Any) -> Unit:
     def take(args, fixed, f):
         return jax.tree.map(f, args), jax.tree.map(f, fixed)
 
-    return Unit(loss.name, forward, forward, manual, (prediction,), (y, mask), None, ("prediction",), take)
+    return Subject(loss.name, forward, forward, manual, (prediction,), (y, mask), None, ("prediction",), take)
 
 
-def unit_of_function(f: Callable, args: tuple, reference: Callable | None, vjp: Callable | None) -> Unit:
+def subject_of_function(f: Callable, args: tuple, reference: Callable | None, vjp: Callable | None) -> Subject:
     """Anyone's function: with its vjp written by hand, or as a custom_vjp beside a plain reference."""
 
     def forward(args, fixed):
@@ -130,7 +130,7 @@ def unit_of_function(f: Callable, args: tuple, reference: Callable | None, vjp: 
         return (reference or f)(*args)
 
     name = getattr(f, "__name__", type(f).__name__)
-    return Unit(name, forward, plain, manual, args, (), None, names_of(f, len(args)))
+    return Subject(name, forward, plain, manual, args, (), None, names_of(f, len(args)))
 
 
 def names_of(f: Callable, n: int) -> tuple[str, ...]:
@@ -152,25 +152,25 @@ class Mismatch(NamedTuple):
     transposed: bool = False
 
 
-def leaf_names(unit: Unit) -> list[tuple[str, str]]:
+def leaf_names(subject: Subject) -> list[tuple[str, str]]:
     """(argument, leaf) of every leaf of args, in the order of jax.tree.leaves."""
     found = []
-    for name, arg in zip(unit.names, unit.args, strict=True):
+    for name, arg in zip(subject.names, subject.args, strict=True):
         for where, _ in jax.tree_util.tree_leaves_with_path(arg):
             inside = jax.tree_util.keystr(where, simple=True, separator=".")
             found.append((name, ".".join(part for part in (name, inside) if part)))
     return found
 
 
-def flatten(unit: Unit, args: tuple, cotangents: Any) -> tuple[dict[str, Any], list[Mismatch]]:
+def flatten(subject: Subject, args: tuple, cotangents: Any) -> tuple[dict[str, Any], list[Mismatch]]:
     """The cotangents of the floating leaves of args by name, and those that are not built as their argument."""
     arrays: dict[str, Any] = {}
     wrong: list[Mismatch] = []
     if not isinstance(cotangents, (tuple, list)) or len(cotangents) != len(args):
         came = type(cotangents).__name__ if not hasattr(cotangents, "shape") else "an array"
         came = f"a tuple of {len(cotangents)}" if isinstance(cotangents, (tuple, list)) else came
-        return {}, [Mismatch(", ".join(n or "params" for n in unit.names), (), came, f"a tuple of {len(args)}")]
-    for name, arg, cotangent in zip(unit.names, args, cotangents, strict=True):
+        return {}, [Mismatch(", ".join(n or "params" for n in subject.names), (), came, f"a tuple of {len(args)}")]
+    for name, arg, cotangent in zip(subject.names, args, cotangents, strict=True):
         entries, tree = jax.tree_util.tree_flatten_with_path(arg)
         try:
             flat = tree.flatten_up_to(cotangent) if cotangent is not None else [None] * len(entries)
@@ -182,7 +182,7 @@ def flatten(unit: Unit, args: tuple, cotangents: Any) -> tuple[dict[str, Any], l
             if not is_floating(a):
                 continue
             d = jnp.zeros_like(a) if d is None else d
-            problem = mismatch(leaf, a, d, wider=name in unit.conforms)
+            problem = mismatch(leaf, a, d, wider=name in subject.conforms)
             if problem:
                 wrong.append(problem)
             else:
