@@ -177,7 +177,7 @@ def test_the_first_fault_shows_where_the_layer_is_worst_and_both_values():
     fault = fnbp.compare(wrong("serial[1].softplus", change, SMALL), X, **QUICK).first_fault
     assert fault.index == (3, 2)
     np.testing.assert_allclose(fault.manual - fault.automatic, 1000.0, rtol=1e-12)
-    assert fault.hint == "it is wrong at 3, 5 of axis 0 alone"
+    assert fault.hint == "it is wrong at 3, 5 of axis 0 only"
     zero = report_of("no_bias_gradient").first_fault
     assert zero.manual == 0 != zero.automatic and zero.error == 1
 
@@ -246,14 +246,18 @@ def test_a_gradient_that_is_exactly_zero_must_be_zero():
 
 
 STRUCTURES = {
-    "another_tree": (lambda right, p, res, dy: ({}, right(p, res, dy)[1]), "params", "came {}, due {'W': *, 'b': *}"),
-    "a_flat_dx": (on_dx(jnp.ravel), "x", "came float32[143], due float32[13, 11]"),
+    "another_tree": (
+        lambda right, p, res, dy: ({}, right(p, res, dy)[1]),
+        "params",
+        "got {}, expected {'W': *, 'b': *}",
+    ),
+    "a_flat_dx": (on_dx(jnp.ravel), "x", "got float32[143], expected float32[13, 11]"),
     "a_wrong_shape": (
         on_factor("W", lambda f: fnbp.Outer(f.x, f.d)),
         "W",
-        "came float32[11, 3], due float32[3, 11]; the shape is that of the transpose",
+        "got float32[11, 3], expected float32[3, 11]; the shape is that of the transpose",
     ),
-    "a_dtype": (on_dx(lambda dx: dx.astype(jnp.float16)), "x", "came float16[13, 11], due float32[13, 11]"),
+    "a_dtype": (on_dx(lambda dx: dx.astype(jnp.float16)), "x", "got float16[13, 11], expected float32[13, 11]"),
 }
 
 
@@ -527,8 +531,8 @@ def test_the_report_survives_json():
 
 
 BAD = {
-    "no_y": ({"loss": fnbp.mean_squared_error()}, ValueError, "compare: a loss needs y, and y a loss"),
-    "no_loss": ({"y": X}, ValueError, "compare: a loss needs y, and y a loss"),
+    "no_y": ({"loss": fnbp.mean_squared_error()}, ValueError, "compare: give both loss and y, or neither"),
+    "no_loss": ({"y": X}, ValueError, "compare: give both loss and y, or neither"),
     "no_such_loss": ({"loss": "mse", "y": X}, TypeError, "compare: loss must be a Loss, got str 'mse'"),
     "a_reference": ({"reference": jnp.tanh}, TypeError, "reference= and vjp= go with a function"),
     "a_probe": (
@@ -552,7 +556,7 @@ def test_bad_arguments_are_refused(name):
 def test_what_is_no_net_or_no_array_is_refused():
     with pytest.raises(TypeError, match=r"compare: tanh makes a layer; call it: tanh\(\)"):
         fnbp.compare(fnbp.tanh, X)
-    with pytest.raises(TypeError, match="compare: a Layer or a function is due, got int 3"):
+    with pytest.raises(TypeError, match="compare: subject must be a Layer or a function, got int 3"):
         fnbp.compare(3, X)
     with pytest.raises(TypeError, match=r"compare: dense\(3\) is given a list of numbers; give an array"):
         fnbp.compare(fnbp.dense(3), [[1.0, 2.0]])

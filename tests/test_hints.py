@@ -72,9 +72,9 @@ FITS = {
         hint(np.broadcast_to(A.mean(1, keepdims=True), A.shape)),
         "it is the mean over axis 1, repeated along it",
     ),
-    "one_row": (hint(part((3,), 5 * A[3])), "it is wrong at 3 of axis 0 alone"),
-    "zero_rows": (hint(part(([2, 4],), 0)), "it is wrong at 2, 4 of axis 0 alone, where it is zero"),
-    "one_element": (hint(part((3, 5), 9.0)), "it is wrong at 3 of axis 0 alone"),
+    "one_row": (hint(part((3,), 5 * A[3])), "it is wrong at 3 of axis 0 only"),
+    "zero_rows": (hint(part(([2, 4],), 0)), "it is wrong at 2, 4 of axis 0 only, where it is zero"),
+    "one_element": (hint(part((3, 5), 9.0)), "it is wrong at 3 of axis 0 only"),
     "mean_term": (
         hint(A + rng.standard_normal((M, 1))),
         "the difference is constant along axis 1: a mean over it is missing, or one too many",

@@ -245,13 +245,15 @@ def by_differences(prepared: Prepared, start: Start, rows: list[Row], scale: Sca
         slope = taylor(evaluator, given, exact.automatic, rng, only=name)
         if slope.verdict != "differs" or name not in exact.manual:
             continue
-        text = f"differences of the forward give another slope than autodiff (Taylor order {slope.order:.1f} for 2)"
-        cause = "a stop_gradient, or a rule of its own, in the forward"
+        text = (
+            f"differences of the forward give another slope than autodiff (Taylor order {slope.order:.1f}, expected 2)"
+        )
+        cause = "a stop_gradient or a differentiation rule in the forward"
         wrong = [row for row in rows if row.leaf == name and row.kind == "formula"]
         if not wrong:
             rows = [*rows, leaf.row("convention", probe="given", hint=f"{text}: {cause}")]
         elif taylor(evaluator, given, exact.automatic | exact.manual, rng, only=name).verdict == "agrees":
-            hint = f"differences of the forward side with it, against autodiff: it goes through {cause}"
+            hint = f"differences of the forward agree with it, not with autodiff: it ignores {cause}"
             rows = [replace(row, hint=hint) if row in wrong else row for row in rows]
     return rows, {"differences": "not autodiff's"}
 

@@ -1,4 +1,4 @@
-"""Both backwards of a subject at a point: compiled where that can be done, in the arithmetic that is asked for."""
+"""Both backwards of a subject at a probe, in the arithmetic that is asked for, and compiled if possible."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,12 @@ class FailedError(Exception):
 
 
 class Sides(NamedTuple):
-    """What a subject gave at a probe, as NumPy arrays: outputs of forward and reference, cotangents by leaf."""
+    """Both sides of a subject at a probe, as NumPy arrays.
+
+    y, expected_y      the outputs of its forward and of its reference
+    manual, automatic  cotangents by leaf
+    wrong              manual cotangents whose tree, shape or dtype is wrong
+    """
 
     y: list[np.ndarray]
     expected_y: list[np.ndarray]
@@ -29,14 +34,14 @@ class Sides(NamedTuple):
 
 
 class StepByStep(NamedTuple):
-    """What a subject gave step by step."""
+    """The outputs and the manual cotangents of a subject, run step by step, not compiled."""
 
     y: list[np.ndarray]
     manual: dict[str, np.ndarray]
 
 
 class Inputs:
-    """A probe as arrays for a compiled function, and what makes them another function's: tree, shapes, dtypes."""
+    """A probe as arrays for a compiled function; those of equal key (tree, shapes, dtypes) share one function."""
 
     def __init__(self, probe: Probe, dtype: Any):
         self.flat, self.tree = jax.tree.flatten(probe.of(dtype))
@@ -45,7 +50,7 @@ class Inputs:
         self.key = str(dtype), self.tree, shapes
 
     def unflatten(self, arrays: list) -> Any:
-        """args, fixed, dy of these arrays, with the cotangents of integers between them."""
+        """args, fixed and dy made of these arrays, with the cotangents of integers put back."""
         moving = iter(arrays)
         return jax.tree.unflatten(self.tree, [a if is_float0(a) else next(moving) for a in self.flat])
 
@@ -53,14 +58,17 @@ class Inputs:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Aside:
-    """What a compiled function says beside its arrays."""
+    """What a compiled function returns beside its arrays: faults that show while it is traced."""
 
     wrong: tuple[Mismatch, ...] = ()
     failed: str = ""
 
 
 class Evaluator:
-    """Evaluates a subject. eager: it cannot be compiled, so it runs step by step."""
+    """Evaluates a subject.
+
+    eager   the subject cannot be compiled, so it runs step by step
+    """
 
     def __init__(self, subject: Subject):
         self.subject = subject
@@ -69,13 +77,17 @@ class Evaluator:
         self.known: dict[Any, Sides] = {}
 
     def at(self, probe: Probe, dtype: Any = None) -> Sides:
-        """Both sides at a probe, in dtype or, for None, as given. Raises: FailedError where the backward does."""
+        """Both sides at a probe, in dtype or, for None, as given; kept for the next call.
+
+        Raises: FailedError if the manual backward raises.
+        """
         known = id(probe), dtype
         if known not in self.known:
             self.known[known] = self.evaluate(probe, dtype)
         return self.known[known]
 
     def evaluate(self, probe: Probe, dtype: Any) -> Sides:
+        """Compute both sides at a probe, as `at` does, but keep nothing."""
         with arithmetic(dtype):
             inputs = Inputs(probe, dtype)
             if not self.eager:
@@ -83,14 +95,14 @@ class Evaluator:
                     if inputs.key not in self.compiled:
                         self.compiled[inputs.key] = self.lower(inputs)()
                     return self.sides_of(*self.compiled[inputs.key](inputs.arrays))
-                except Exception:  # it cannot be traced, or it fails anyway: step by step will tell
+                except Exception:  # it cannot be traced, or it fails anyway; running it step by step tells which
                     pass
             found = self.sides_of(*self.run(*as_jax(inputs.unflatten(inputs.arrays))))
             self.eager = True
             return found
 
     def step_by_step(self, probe: Probe) -> StepByStep:
-        """Forward and manual backward step by step, as their author wrote them. Raises: FailedError."""
+        """Run the forward and the manual backward step by step. Raises: FailedError if the manual backward raises."""
         args, fixed, dy = as_jax((probe.args, probe.fixed, probe.dy))
         y = self.subject.forward(args, fixed)
         try:
@@ -102,7 +114,7 @@ class Evaluator:
         )
 
     def lower(self, inputs: "Inputs") -> Callable:
-        """run, traced for inputs of that shape; call what is returned to compile it."""
+        """Trace `run` for inputs of that shape. Returns: a function that compiles it."""
         return compiled(lambda arrays: self.run(*inputs.unflatten(arrays))).lower(inputs.arrays).compile
 
     def prepare(self, probes: list[Probe], dtypes: tuple) -> dict[Any, Callable]:
@@ -112,12 +124,12 @@ class Evaluator:
             with arithmetic(dtype):
                 for inputs in (Inputs(probe, dtype) for probe in probes):
                     if inputs.key not in missing:
-                        with suppress(Exception):  # evaluate will meet it again, and say so
+                        with suppress(Exception):  # evaluate meets the error again, and reports it
                             missing[inputs.key] = self.lower(inputs)
         return missing
 
     def run(self, args: tuple, fixed: Any, dy: Any) -> tuple:
-        """y, the reference's y, both sides, and a Aside."""
+        """The forward, the reference and both backwards: the fields of Sides, and an Aside."""
         subject = self.subject
         expected_y, pull = jax.vjp(lambda *args: subject.reference(args, fixed), *args)
         automatic, _ = flatten(subject, args, pull(dy))
@@ -131,6 +143,7 @@ class Evaluator:
         return jax.tree.leaves(y), jax.tree.leaves(expected_y), manual, automatic, aside
 
     def sides_of(self, y: list, expected_y: list, manual: dict, automatic: dict, aside: Aside) -> Sides:
+        """Sides of what `run` returned. Raises: FailedError if the manual backward raised."""
         if aside.failed:
             raise FailedError(aside.failed)
         numbers = [{name: np.asarray(a) for name, a in side.items()} for side in (manual, automatic)]
@@ -140,7 +153,7 @@ class Evaluator:
 
 
 def compile_together(evaluators: list[Evaluator], probes: list[list[Probe]], dtypes: tuple) -> None:
-    """Trace one after the other, compile side by side: XLA leaves Python's lock."""
+    """Trace what all evaluators need one after the other, and compile it in parallel: XLA releases Python's lock."""
     jobs = [
         (r, key, job)
         for r, points in zip(evaluators, probes, strict=True)

@@ -1,4 +1,4 @@
-"""The figure of a report: each leaf's error alone and in the whole pass, from the input up to the loss."""
+"""The figure of a report: each leaf's error, by itself and in the whole pass, from the input up to the loss."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ FAULT = "#b3261e"
 
 
 def draw(report: Any, path: Any = None) -> Any:
-    """A matplotlib Figure of the report; saved to path where one is given. Raises: ImportError without matplotlib."""
+    """Draw the report as a matplotlib Figure, and save it if there is a path.
+
+    Raises: ImportError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -40,12 +43,12 @@ def draw(report: Any, path: Any = None) -> Any:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib takes for no formula."""
+    """The text with its dollar signs escaped, so that matplotlib does not read a formula."""
     return text.replace("$", r"\$")
 
 
 def draw_row(axes: Any, height: float, row: Any) -> None:
-    """A leaf: what rounding allows, the error alone, the error in the whole pass."""
+    """Draw a leaf: what rounding allows, the error of the layer by itself, the error in the whole pass."""
     colour = COLOURS.get(row.kind, FAULT)
     alone = on_scale(row.error)
     if row.limit:
@@ -60,12 +63,12 @@ def draw_row(axes: Any, height: float, row: Any) -> None:
 
 
 def on_scale(error: float) -> float:
-    """error, moved onto the axis."""
+    """The error, moved onto the axis."""
     return float(np.clip(np.nan_to_num(error, nan=CEILING, posinf=CEILING), FLOOR, CEILING))
 
 
 def bands(axes: Any, rows: Any) -> None:
-    """A grey band behind every other layer."""
+    """Draw a grey band behind every other layer."""
     paths = list(dict.fromkeys(row.path for row in rows))
     for height, row in enumerate(rows):
         if paths.index(row.path) % 2:
@@ -73,8 +76,8 @@ def bands(axes: Any, rows: Any) -> None:
 
 
 def legend(axes: Any, whole: bool) -> None:
-    """What the marks mean."""
-    axes.plot([], [], "o", color=COLOURS["ok"], ms=4, label="the layer alone, told the right delta")
+    """Draw the legend."""
+    axes.plot([], [], "o", color=COLOURS["ok"], ms=4, label="the layer by itself, given the right delta")
     if whole:
         axes.plot([], [], "o", mfc="white", mec=COLOURS["ok"], ms=6, label="at the end of the whole backward pass")
         axes.plot([], [], "o", mfc="white", mec=COLOURS["inherits"], ms=6, label="inherits an error from above")

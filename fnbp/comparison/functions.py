@@ -40,7 +40,7 @@ def name_of(f: Any) -> str:
 def check_function(f: Any, args: tuple, reference: Callable | None, vjp: Callable | None) -> None:
     """TypeError unless f is a function with one way to compare it."""
     if isinstance(f, type) or not callable(f):
-        raise TypeError(f"compare: a Layer or a function is due, got {describe(f)}")
+        raise TypeError(f"compare: subject must be a Layer or a function, got {describe(f)}")
     name = name_of(f)
     if getattr(f, "__module__", "").startswith("fnbp.layers"):
         raise TypeError(f"compare: {name} makes a layer; call it: {name}()")
@@ -95,7 +95,7 @@ def compare_forwards(subject: Subject, args: tuple) -> list[Row]:
     ours, theirs = ([(a.shape, a.dtype) for a in jax.tree.leaves(tree)] for tree in shapes)
     if ours != theirs or jax.tree.structure(shapes[0]) != jax.tree.structure(shapes[1]):
         text = [", ".join(f"{dtype}{list(shape)}" for shape, dtype in side) for side in (ours, theirs)]
-        raise ValueError(f"compare: {subject.path} returns {text[0]}, its reference {text[1]}; they must be alike")
+        raise ValueError(f"compare: {subject.path} returns {text[0]}, its reference {text[1]}; they must match")
     rows = []
     y, expected = (jax.tree.leaves(f(args, subject.fixed)) for f in (subject.forward, subject.reference))
     for i, (a, b) in enumerate(zip(y, expected, strict=True)):
@@ -104,7 +104,7 @@ def compare_forwards(subject: Subject, args: tuple) -> list[Row]:
         error = float(np.max(abs(a - b), initial=0)) / (float(np.max(abs(b), initial=0)) or 1.0)
         if error > FORWARDS_DIFFER * eps:
             index = index_of_largest(abs(a - b))
-            hint = f"the functions themselves differ by {error:.1e}: the reference is of another function"
+            hint = f"the functions themselves differ by {error:.1e}: the reference is a different function"
             spot = {"index": index, "manual": float(a[index]), "automatic": float(b[index])}
             leaf = "y" if len(y) == 1 else f"y[{i}]"
             rows.append(Row(subject.path, leaf, a.shape, str(y[i].dtype), "forward", error=error, hint=hint, **spot))

@@ -36,7 +36,7 @@ def plan_of_net(
     if loss is not None:
         check_is("compare", "loss", loss, Loss)
     if (loss is None) != (y is None):
-        raise ValueError("compare: a loss needs y, and y a loss")
+        raise ValueError("compare: give both loss and y, or neither")
     check_no_lists(net.name, (x, y))
     at = net_arguments(net, x, params, state, ctx, y, key, rng)
     prediction = prediction_of(net, at)

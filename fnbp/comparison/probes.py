@@ -1,4 +1,4 @@
-"""Where a subject is tried: the point that was given, others like it, and the places where backwards go wrong."""
+"""The probes: the given point, draws around it, and the places where backwards go wrong."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,10 +23,10 @@ SCALES = (-20, 0, 20)  # powers of 2 for the cotangents of draws, in turn
 
 
 class Probe(NamedTuple):
-    """A point to try a subject at.
+    """A point at which a subject is tried.
 
-    wide  args and dy in float64 with all their digits, where they were drawn so: what a cast to float32 inside a
-          backward loses is then seen
+    wide  args and dy with all digits of float64, if they were drawn so: a cast to float32 inside a backward then shows,
+          because it loses digits
     """
 
     name: str
@@ -36,11 +36,11 @@ class Probe(NamedTuple):
     wide: tuple | None = None
 
     def with_args(self, args: tuple, dy: Any = None) -> "Probe":
-        """The same with other args, and another dy where one is given."""
+        """The same probe with other args, and with another dy if one is given."""
         return self._replace(args=args, dy=self.dy if dy is None else dy, wide=None)
 
     def of(self, dtype: Any) -> tuple:
-        """args, fixed, dy in dtype, or, for None, as given."""
+        """args, fixed and dy in dtype, or, for None, as given."""
         args, dy = (self.args, self.dy) if dtype is None or self.wide is None else self.wide
         return in_dtype((args, self.fixed, dy), dtype)
 
@@ -50,9 +50,9 @@ At = tuple[tuple, Any]  # args, fixed
 
 
 def probes_of(subject: Subject, rng: Rng, wanted: tuple[str, ...]) -> Iterator[Probe | str]:
-    """The probes that suit this subject, the given point first; a line of text where one could not be built.
+    """Build the wanted probes that suit this subject, in order; a line of text in the place of one that fails.
 
-    A combinator joins what its parts do, so the extremes are for the parts alone.
+    A combinator only joins what its parts do, so only the parts are tried at extremes.
     """
     draws = 0
     for name in wanted:
@@ -100,7 +100,7 @@ def draw_dy(subject: Subject, args: tuple, fixed: Any, rng: Rng, scale: int = 0)
 
 
 def with_more_digits(probe: Probe, rng: Rng) -> Probe:
-    """The probe with digits of its own beyond those of the working dtype."""
+    """The probe with random digits beyond those of the working dtype."""
 
     def one(a):
         return np.asarray(a, np.float64) * (1 + 2.0**-26 * rng.uniform(-1, 1, np.shape(a))) if is_floating(a) else a
@@ -109,17 +109,17 @@ def with_more_digits(probe: Probe, rng: Rng) -> Probe:
 
 
 def with_values(tree: Any, f: Callable[[np.ndarray], Any]) -> Any:
-    """f on the values of every floating leaf, in float64, back in its dtype."""
+    """Apply f to the values of every floating leaf, in float64, and cast back to its dtype."""
     return jax.tree.map(lambda a: np.asarray(f(np.asarray(a, np.float64)), a.dtype) if is_floating(a) else a, tree)
 
 
 def moved_a_tenth(tree: Any, rng: Rng) -> Any:
-    """Every floating leaf moved by about a tenth: an initial 0 or 1 hides mistakes."""
+    """Move every floating leaf by about a tenth: an initial 0 or 1 hides mistakes."""
     return with_values(tree, lambda a: a + 0.1 * (np.abs(a) + (rms(a) or 1.0)) * rng.standard_normal(a.shape))
 
 
 def shuffled(tree: Any, rng: Rng) -> Any:
-    """Every leaf with its own values in another order, so still of its domain; integers too."""
+    """Put the values of every leaf in another order, so that they stay in its domain; of integers too."""
 
     def one(a):
         if not hasattr(a, "dtype") or not jnp.issubdtype(a.dtype, jnp.number):
@@ -130,13 +130,13 @@ def shuffled(tree: Any, rng: Rng) -> Any:
 
 
 def on_x(subject: Subject, f: Callable[[Any], Any], args: tuple | None = None) -> tuple:
-    """args with f on what flows through: x of a layer, the prediction of a loss, every argument of a function."""
+    """args with f applied to what flows through: a layer's x, a loss's prediction, all arguments of a function."""
     args = subject.args if args is None else args
     return tuple(arg if name == "" else f(arg) for name, arg in zip(subject.names, args, strict=True))
 
 
 def on_params(subject: Subject, f: Callable[[Any], Any]) -> tuple:
-    """args with f on the parameters of a layer."""
+    """args with f applied to the parameters of a layer."""
     return tuple(f(arg) if name == "" else arg for name, arg in zip(subject.names, subject.args, strict=True))
 
 
@@ -146,27 +146,27 @@ def given(subject: Subject, rng: Rng) -> At | None:
 
 
 def another(subject: Subject, rng: Rng) -> At | None:
-    """Parameters moved; x in another order."""
+    """Move the parameters, and put x in another order."""
     return on_x(subject, lambda x: shuffled(x, rng), on_params(subject, lambda p: moved_a_tenth(p, rng))), subject.fixed
 
 
 def nearby(subject: Subject, rng: Rng) -> At | None:
-    """Everything moved."""
+    """Move the parameters and x."""
     return moved_a_tenth(subject.args, rng), subject.fixed
 
 
 def mirrored(subject: Subject, rng: Rng) -> At | None:
-    """-x: so that every element is seen with both signs."""
+    """Flip the sign of x, so that every element is tried with both signs."""
     return on_x(subject, lambda x: with_values(x, np.negative)), subject.fixed
 
 
 def zeros(subject: Subject, rng: Rng) -> At | None:
-    """A third of x exactly 0."""
+    """Set a third of x to exactly 0."""
     return on_x(subject, lambda x: with_values(x, lambda a: np.where(rng.random(a.shape) < 1 / 3, 0, a))), subject.fixed
 
 
 def ties(subject: Subject, rng: Rng) -> At | None:
-    """Three values of x, over and over; for integers: repeated tokens."""
+    """Fill x with only three of its values: ties, and for integers repeated tokens."""
 
     def one(a):
         if not hasattr(a, "dtype") or not jnp.issubdtype(a.dtype, jnp.number) or not a.size:
@@ -178,18 +178,20 @@ def ties(subject: Subject, rng: Rng) -> At | None:
 
 
 def large(subject: Subject, rng: Rng) -> At | None:
-    """x of root mean square 50: saturation, and logits whose exponentials overflow. Several arguments share the 50:
-    they may be multiplied."""
+    """Scale x to a root mean square of 50: saturation, and logits whose exponentials overflow."""
     return sized(subject, LARGE), subject.fixed
 
 
 def huge(subject: Subject, rng: Rng) -> At | None:
-    """x of root mean square 1e5, or 1e3 in float16: for what a backward clips."""
+    """Scale x to a root mean square of 1e5, or 1e3 in float16: it shows what a backward clips."""
     return sized(subject, 1e3 if any(x.dtype == np.float16 for x in flowing(subject)) else 1e5), subject.fixed
 
 
 def small(subject: Subject, rng: Rng) -> At | None:
-    """x of root mean square 1e-3, or a prediction so near to its target: for what a backward takes for 0."""
+    """Scale x to a root mean square of 1e-3, or bring a prediction as near to its target.
+
+    It shows what a backward takes for 0.
+    """
     if subject.names == ("prediction",):
         (p, *others), (y, _) = subject.args, subject.fixed
         if is_floating(y) and is_floating(p) and y.shape == p.shape:
@@ -198,13 +200,13 @@ def small(subject: Subject, rng: Rng) -> At | None:
 
 
 def sized(subject: Subject, size: float) -> tuple:
-    """args with what flows through of that root mean square, which several arguments share by multiplication."""
+    """args with what flows through scaled to that root mean square; of several arguments, the product has that size."""
     several = sum(is_floating(leaf) for leaf in flowing(subject)) or 1
     return on_x(subject, lambda x: with_values(x, lambda a: a * (size ** (1 / several) / (rms(a) or 1.0))))
 
 
 def masked(subject: Subject, rng: Rng) -> At | None:
-    """The first example fully masked."""
+    """Mask the whole first example."""
     ctx = subject.fixed[1] if subject.layer is not None else None
     if ctx is None or ctx.mask is None:
         return None
@@ -213,21 +215,21 @@ def masked(subject: Subject, rng: Rng) -> At | None:
 
 
 def one_example(subject: Subject, rng: Rng) -> At | None:
-    """A batch of 1."""
+    """Keep only the first example: a batch of 1."""
     if subject.take is None or batch_of(subject) in (None, 1):
         return None
     return subject.take(subject.args, subject.fixed, lambda a: a[:1])
 
 
 def one_position(subject: Subject, rng: Rng) -> At | None:
-    """A length of 1, where x has a second axis of positions."""
+    """Keep only the first position, if x has an axis of positions: a length of 1."""
     if subject.take is None or any(x.ndim < 3 or x.shape[1] == 1 for x in flowing(subject)):
         return None
     return subject.take(subject.args, subject.fixed, lambda a: a[:, :1] if a.ndim > 1 else a)
 
 
 def prime_sizes(subject: Subject, rng: Rng) -> At | None:
-    """Every axis of x a prime of its own, with parameters of that size: square ones hide a transpose."""
+    """Make every axis of x a prime of its own, with parameters to match: square ones hide a transpose."""
     if not resizable(subject):
         return prime_batch(subject, rng)
     assert subject.layer is not None
@@ -238,13 +240,13 @@ def prime_sizes(subject: Subject, rng: Rng) -> At | None:
     try:
         params, state = as_numpy_32(compiled_or_plain(subject.layer.init, key, x))
         jax.eval_shape(subject.layer.forward, params, state, x, subject.fixed[1])
-    except Exception:  # the layer is of one size
+    except Exception:  # the layer takes only one size
         return prime_batch(subject, rng)
     return (moved_a_tenth(params, rng), x), (state, subject.fixed[1])
 
 
 def prime_batch(subject: Subject, rng: Rng) -> At | None:
-    """A batch whose size is no other size."""
+    """Draw a batch whose size is no other size of the subject."""
     m = batch_of(subject)
     if subject.take is None or not m:
         return None
@@ -257,7 +259,7 @@ def prime_batch(subject: Subject, rng: Rng) -> At | None:
 
 
 def resizable(subject: Subject) -> bool:
-    """True for a layer with parameters but no state, of one floating x without a mask."""
+    """True for a layer that has parameters but no state, and takes one floating x without a mask."""
     if subject.layer is None or subject.layer.parts or subject.fixed[1].mask is not None:
         return False
     xs = flowing(subject)
@@ -266,19 +268,19 @@ def resizable(subject: Subject) -> bool:
 
 
 def flowing(subject: Subject) -> list[Any]:
-    """The leaves of what flows through: all of args but params."""
+    """The leaves of what flows through: of all args except params."""
     return [
         leaf for name, arg in zip(subject.names, subject.args, strict=True) if name for leaf in jax.tree.leaves(arg)
     ]
 
 
 def batch_of(subject: Subject) -> int | None:
-    """How many examples there are; None where the leaves of x do not agree."""
+    """The number of examples; None if the leaves of x do not agree."""
     sizes = {leaf.shape[0] if jnp.ndim(leaf) else None for leaf in flowing(subject)}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-PROBES: dict[str, Callable[[Subject, Rng], Any]] = {
+PROBES: dict[str, Callable[[Subject, Rng], At | None]] = {
     f.__name__: f
     for f in (
         given,

@@ -1,4 +1,4 @@
-"""What is compared: one function with two backwards, alone, at one place of a net."""
+"""The subject of a comparison: one function with two backwards, by itself, at one place."""
 
 import inspect
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from fnbp.losses.loss import Loss, losses_of
 class Subject:
     """A function of args, its manual backward, and the function that jax.vjp is to differentiate beside it.
 
-    forward, reference  (args, fixed) -> y           the same function, but for a custom_vjp and its plain twin
+    forward, reference  (args, fixed) -> y; the same function, except for a custom_vjp and its plain twin
     manual              (args, fixed, dy) -> a tree as args
-    args, fixed, dy     where it stands; fixed is not differentiated; dy None: it is drawn
-    names               of args; "" for params, whose leaves go by their own names
-    take                (args, fixed, function of an array) -> args, fixed with every batched array so changed, or None
+    args, fixed, dy     the given point; fixed is not differentiated; a dy of None is drawn
+    names               of args; "" for params, whose leaves bear only their own names
+    take                (args, fixed, f) -> args, fixed with f applied to every array that has a batch axis; or None
     layer               the Layer, which can be given other sizes, or None
     """
 
@@ -40,20 +40,20 @@ class Subject:
 
     @property
     def kind(self) -> Any:
-        """What two layers have in common that are the same code with the same options; of its own for a function."""
+        """A key that is equal for two layers of the same code with the same options; a function equals only itself."""
         if self.layer is None:
             return id(self)
         ranks = tuple(jnp.ndim(leaf) for leaf in jax.tree.leaves(self.args))
         return self.layer.name, fingerprint(self.layer.forward), fingerprint(self.layer.backward), ranks
 
     def automatic(self, args: tuple, fixed: Any, dy: Any) -> tuple:
-        """What jax.vjp gives."""
+        """The cotangents of args by jax.vjp."""
         _, pull = jax.vjp(lambda *args: self.reference(args, fixed), *args)
         return pull(dy)
 
 
 def fingerprint(f: Any, depth: int = 8) -> Any:
-    """The code of a function with all that it closes over; two of one fingerprint do the same."""
+    """The code of a function with all that it closes over: two functions of equal fingerprint do the same."""
     if not inspect.isfunction(f):
         return f if isinstance(f, (int, float, str, bool, type(None))) else id(f)
     if not depth:
@@ -63,7 +63,7 @@ def fingerprint(f: Any, depth: int = 8) -> Any:
 
 
 def automatic(layer: Layer) -> Layer:
-    """layer differentiated by jax.vjp at the params and the residuals that its backward is given, right or wrong."""
+    """Give layer the backward of jax.vjp, at the params and the residuals that it is given, right or wrong."""
 
     def forward(params, state, x, ctx):
         y, new_state, _ = layer.forward(params, state, x, ctx)
@@ -78,7 +78,7 @@ def automatic(layer: Layer) -> Layer:
 
 
 def subject_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any = None) -> Subject:
-    """A leaf by itself; a combinator with parts that are differentiated automatically, so that they are right."""
+    """Make a subject of a layer. The parts of a combinator are differentiated by jax.vjp, so that they are right."""
     parts = tuple(automatic(part) for part in layer.parts)
     alone = rebuilt(layer, parts) if layer.rebuild else layer
     finished = map_layers(contracted(total), alone)
@@ -100,7 +100,7 @@ def subject_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any
 
 
 def subject_of_loss(loss: Loss, prediction: Any, y: Any, mask: Any) -> Subject:
-    """A loss by itself: the sum of the examples' losses."""
+    """Make a subject of a loss: the sum of the examples' losses."""
 
     def forward(args, fixed):
         return jnp.sum(losses_of(loss, args[0], *fixed)[0])
@@ -116,7 +116,7 @@ def subject_of_loss(loss: Loss, prediction: Any, y: Any, mask: Any) -> Subject:
 
 
 def subject_of_function(f: Callable, args: tuple, reference: Callable | None, vjp: Callable | None) -> Subject:
-    """Anyone's function: with its vjp written by hand, or as a custom_vjp beside a plain reference."""
+    """Make a subject of a function with its vjp written by hand, or of a custom_vjp beside a plain reference."""
 
     def forward(args, fixed):
         return f(*args)
@@ -134,7 +134,7 @@ def subject_of_function(f: Callable, args: tuple, reference: Callable | None, vj
 
 
 def names_of(f: Callable, n: int) -> tuple[str, ...]:
-    """The names of n positional arguments."""
+    """The names of the first n positional arguments of f."""
     try:
         found = [p.name for p in inspect.signature(f).parameters.values() if p.kind <= p.POSITIONAL_OR_KEYWORD]
     except (TypeError, ValueError):
@@ -143,17 +143,20 @@ def names_of(f: Callable, n: int) -> tuple[str, ...]:
 
 
 class Mismatch(NamedTuple):
-    """A cotangent that is not built as its argument."""
+    """A cotangent whose tree, shape or dtype is not that of its argument; both in words.
+
+    transposed   its shape is that of the argument, reversed
+    """
 
     leaf: str
     shape: tuple[int, ...]
-    came: str
-    due: str
+    got: str
+    expected: str
     transposed: bool = False
 
 
 def leaf_names(subject: Subject) -> list[tuple[str, str]]:
-    """(argument, leaf) of every leaf of args, in the order of jax.tree.leaves."""
+    """The names (argument, leaf) of every leaf of args, in the order of jax.tree.leaves."""
     found = []
     for name, arg in zip(subject.names, subject.args, strict=True):
         for where, _ in jax.tree_util.tree_leaves_with_path(arg):
@@ -163,13 +166,13 @@ def leaf_names(subject: Subject) -> list[tuple[str, str]]:
 
 
 def flatten(subject: Subject, args: tuple, cotangents: Any) -> tuple[dict[str, Any], list[Mismatch]]:
-    """The cotangents of the floating leaves of args by name, and those that are not built as their argument."""
+    """The cotangents of the floating leaves of args, by name, and those that do not match their argument."""
     arrays: dict[str, Any] = {}
     wrong: list[Mismatch] = []
     if not isinstance(cotangents, (tuple, list)) or len(cotangents) != len(args):
-        came = type(cotangents).__name__ if not hasattr(cotangents, "shape") else "an array"
-        came = f"a tuple of {len(cotangents)}" if isinstance(cotangents, (tuple, list)) else came
-        return {}, [Mismatch(", ".join(n or "params" for n in subject.names), (), came, f"a tuple of {len(args)}")]
+        got = type(cotangents).__name__ if not hasattr(cotangents, "shape") else "an array"
+        got = f"a tuple of {len(cotangents)}" if isinstance(cotangents, (tuple, list)) else got
+        return {}, [Mismatch(", ".join(n or "params" for n in subject.names), (), got, f"a tuple of {len(args)}")]
     for name, arg, cotangent in zip(subject.names, args, cotangents, strict=True):
         entries, tree = jax.tree_util.tree_flatten_with_path(arg)
         try:
@@ -191,17 +194,20 @@ def flatten(subject: Subject, args: tuple, cotangents: Any) -> tuple[dict[str, A
 
 
 def tree_text(tree: Any) -> str:
-    """A tree as Python has it, {'W': *, 'b': *}."""
+    """A tree as Python writes it: {'W': *, 'b': *}."""
     return str(tree).removeprefix("PyTreeDef(").removesuffix(")")
 
 
 def mismatch(leaf: str, a: Any, d: Any, wider: bool) -> Mismatch | None:
-    """None where d has the shape and dtype of a; wider: a floating dtype of more bits will do."""
-    due = f"{a.dtype}{list(a.shape)}"
+    """What is wrong with the shape or dtype of d, a cotangent of a; None if nothing is.
+
+    wider: a floating dtype of more bits is accepted.
+    """
+    expected = f"{a.dtype}{list(a.shape)}"
     if not hasattr(d, "dtype") or not hasattr(d, "shape"):
-        return Mismatch(leaf, a.shape, type(d).__name__, due)
+        return Mismatch(leaf, a.shape, type(d).__name__, expected)
     if d.shape != a.shape:
-        return Mismatch(leaf, a.shape, f"{d.dtype}{list(d.shape)}", due, d.shape == a.shape[::-1])
+        return Mismatch(leaf, a.shape, f"{d.dtype}{list(d.shape)}", expected, d.shape == a.shape[::-1])
     if d.dtype != a.dtype and not (wider and is_floating(d) and d.dtype.itemsize > a.dtype.itemsize):
-        return Mismatch(leaf, a.shape, f"{d.dtype}{list(d.shape)}", due)
+        return Mismatch(leaf, a.shape, f"{d.dtype}{list(d.shape)}", expected)
     return None

@@ -66,7 +66,7 @@ def kink(at: Sight) -> Verdict | None:
     """
     if not (at.z > Z_LIMIT and only_kinks(at.evaluator, at.probe, at.leaf.leaf, at.m, at.a, at.rng, at.scale.dtype)):
         return None
-    return Verdict("convention", at, "at a kink or a tie: the two take different slopes, both of them fair")
+    return Verdict("convention", at, "at a kink or a tie: the two take different slopes, and both are valid")
 
 
 def rounding(at: Sight) -> Verdict | None:
