@@ -279,7 +279,7 @@ def test_a_backward_that_raises_is_a_fault_and_the_others_are_still_judged():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_backward_that_raises_in_float64_alone_is_a_fault(dtype):
+def test_a_backward_that_raises_only_in_float64_is_a_fault(dtype):
     def narrow(right, params, res, dy):
         f, dx = right(params, res, dy)
         return f, jax.lax.add(dx, jnp.zeros(dx.shape, jnp.asarray(X, dtype).dtype))
@@ -346,7 +346,7 @@ def test_a_wrong_combinator_is_blamed_and_its_parts_are_not():
     assert by_place(report)["serial[0].dense(5)", "W"].kind == "inherits"
 
 
-def test_a_combinator_that_spoils_its_factors_alone_is_blamed():
+def test_a_combinator_that_spoils_only_its_factors_is_blamed():
     report = fnbp.compare(fnbp.serial(spoiling(fnbp.dense(7))), X, **QUICK)
     assert {(row.path, row.leaf) for row in report.faults} == {("serial[0].skip", "0.W"), ("serial[0].skip", "0.b")}
     assert "it is 2 times what is due" in report.first_fault.hint
@@ -397,7 +397,7 @@ def bent(slope, where):
     [(lambda dy: jnp.clip(dy, -10, 10), "it is clipped at 10"), (lambda dy: jnp.where(abs(dy) < 1e-4, 0, dy), "")],
     ids=["clipped", "flushed"],
 )
-def test_what_a_backward_does_to_large_and_small_cotangents_alone_is_seen(backward, hint):
+def test_what_a_backward_does_only_to_large_and_small_cotangents_is_seen(backward, hint):
     layer = fnbp.identity()._replace(backward=lambda params, res, dy: ({}, backward(dy)))
     fault = fnbp.compare(layer, X, transforms=()).first_fault
     assert fault.kind == "formula" and fault.probe in ("another", "nearby") and hint in fault.hint
@@ -412,7 +412,7 @@ def test_an_element_that_is_negative_at_every_draw_is_seen_too():
 
 
 @pytest.mark.parametrize("change", [lambda x: jnp.clip(x, -1000, 1000), lambda x: jnp.where(abs(x) < 1e-3, 0, x)])
-def test_what_a_backward_does_to_large_and_small_inputs_alone_is_seen(change):
+def test_what_a_backward_does_only_to_large_and_small_inputs_is_seen(change):
     layer = fnbp.dense(3)
     forward = layer.forward
 

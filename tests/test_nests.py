@@ -1,4 +1,4 @@
-"""Combinators within combinators: what is made of their factors against what jax.grad makes of each example alone."""
+"""Nested combinators: each contraction of their factors, compared with jax.grad of each example by itself."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ NESTS = {
     "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("gpt")) for name in NESTS]
 )
 @pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_contractions_of_nests_are_those_of_each_example_alone(x64, name, m):
+def test_contractions_of_nests_are_those_of_each_example_by_itself(x64, name, m):
     net, shape = NESTS[name]
     rng, loss = np.random.default_rng(0), sum_of_squares()
     tokens = name.startswith("gpt")

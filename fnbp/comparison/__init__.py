@@ -8,7 +8,7 @@ import jax
 from fnbp.comparison.alone import compare_alone, prepare
 from fnbp.comparison.functions import plan_of_function
 from fnbp.comparison.nets import plan_of_net
-from fnbp.comparison.plan import options_of
+from fnbp.comparison.plan import check_for_function, check_for_layer, options_of
 from fnbp.comparison.probes import DEFAULT_PROBES
 from fnbp.comparison.report import Report, report_of
 from fnbp.comparison.transforms import TRANSFORMS
@@ -59,21 +59,6 @@ def compare(
     else:
         check_for_function({"params": params, "state": state, "loss": loss, "y": y})
         plan = plan_of_function(subject, args, reference, vjp)
-    prepared = prepare(plan.subjects, options)  # a net's nodes, each with its probes
+    prepared = prepare(plan.subjects, options)  # subjects: a net's nodes, or the function; each with its probes
     found = [compare_alone(one, options) for one in prepared]  # four gradients, noise, verdict -> a row for each leaf
     return report_of(plan.rows_of([row for one in found for row in one.rows]), found, options.transforms)
-
-
-def check_for_layer(args: tuple, of_functions: dict[str, Any]) -> None:
-    """TypeError unless a Layer is given one x, and nothing that goes with a function."""
-    if any(value is not None for value in of_functions.values()):
-        raise TypeError("compare: reference= and vjp= go with a function; a Layer has its backward in it")
-    if len(args) != 1:
-        raise TypeError(f"compare: a Layer is compared at one x, got {len(args)} positional arguments")
-
-
-def check_for_function(of_layers: dict[str, Any]) -> None:
-    """TypeError if a function is given what goes with a Layer."""
-    for name, value in of_layers.items():
-        if value is not None:
-            raise TypeError(f"compare: {name}= goes with a Layer; a function takes all that it needs as arguments")

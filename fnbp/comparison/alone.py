@@ -230,7 +230,7 @@ def judged(at: Sight) -> tuple[list[Row], Scale]:
 def by_differences(prepared: Prepared, start: Start, rows: list[Row], scale: Scale) -> tuple[list[Row], dict[str, str]]:
     """Hold autodiff itself against differences of the forward.
 
-    Returns: rows, with what differences add to them, and a word on how it went; no word where they cannot tell.
+    Returns: rows, with what differences add to them, and a word on how it went, or no word if they cannot tell.
     """
     evaluator, given, rng = prepared.evaluator, prepared.probes[0], prepared.rng
     if not scale.wide:

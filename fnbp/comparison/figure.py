@@ -24,7 +24,7 @@ def draw(report: Any, path: Any = None) -> Any:
     heights = range(len(rows))
     for height, row in enumerate(rows):
         draw_row(axes, height, row)
-    axes.set_yticks(heights, [plain(f"{row.path}   d{row.leaf}") for row in rows], fontsize=8, family="monospace")
+    axes.set_yticks(heights, [escaped(f"{row.path}   d{row.leaf}") for row in rows], fontsize=8, family="monospace")
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_color(COLOURS.get(row.kind, FAULT) if row.kind != "ok" else "#222222")
     bands(axes, rows)
@@ -33,7 +33,7 @@ def draw(report: Any, path: Any = None) -> Any:
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xlabel("|manual - automatic| / |automatic| in float64; an exact 0 at the left edge")
     title = "every leaf is right" if report.ok else f"first fault: {report.faults[0].path} -> d{report.faults[0].leaf}"
-    figure.suptitle(plain(f"manual against automatic: {title}"), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(escaped(f"manual against automatic: {title}"), x=0.01, ha="left", fontsize=11, fontweight="bold")
     legend(axes, any(row.whole is not None for row in rows))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -42,7 +42,7 @@ def draw(report: Any, path: Any = None) -> Any:
     return figure
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """The text with its dollar signs escaped, so that matplotlib does not read a formula."""
     return text.replace("$", r"\$")
 

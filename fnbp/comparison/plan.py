@@ -40,6 +40,21 @@ def check_names(what: str, names: Sequence[str], table: Mapping[str, Any]) -> No
             raise ValueError(f"compare: unknown {what} {name!r}; there are: {', '.join(table)}")
 
 
+def check_for_layer(args: tuple, of_functions: dict[str, Any]) -> None:
+    """TypeError unless a Layer is given one x, and nothing that goes with a function."""
+    if any(value is not None for value in of_functions.values()):
+        raise TypeError("compare: reference= and vjp= go with a function; a Layer has its backward in it")
+    if len(args) != 1:
+        raise TypeError(f"compare: a Layer is compared at one x, got {len(args)} positional arguments")
+
+
+def check_for_function(of_layers: dict[str, Any]) -> None:
+    """TypeError if a function is given what goes with a Layer."""
+    for name, value in of_layers.items():
+        if value is not None:
+            raise TypeError(f"compare: {name}= goes with a Layer; a function takes all that it needs as arguments")
+
+
 def check_no_lists(name: str, args: tuple) -> None:
     """TypeError for a list of numbers, which JAX takes for a tree of scalars."""
     for arg in args:

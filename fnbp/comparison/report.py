@@ -125,16 +125,16 @@ class Report(Tabular):
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict for JSON; a number that is not finite becomes text."""
 
-        def plain(row: Row) -> dict[str, Any]:
+        def as_values(row: Row) -> dict[str, Any]:
             values = asdict(row) | {"ok": row.ok, "shape": list(row.shape), "index": list(row.index)}
             return {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
 
         return {
             "ok": self.ok,
             "worst": self.worst if isfinite(self.worst) else str(self.worst),
-            "rows": [plain(row) for row in self.rows],
-            "faults": [plain(row) for row in self.faults],
-            "conventions": [plain(row) for row in self.conventions],
+            "rows": [as_values(row) for row in self.rows],
+            "faults": [as_values(row) for row in self.faults],
+            "conventions": [as_values(row) for row in self.conventions],
             "checks": dict(self.checks),
             "notes": list(self.notes),
         }
@@ -179,10 +179,10 @@ class Report(Tabular):
         found = []
         for i, row in enumerate(self.faults):
             found.append(
-                Text(("first fault: " if i == 0 else "also: ") + describe(row), "bold red" if i == 0 else "red")
+                Text(("first fault: " if i == 0 else "also: ") + line_of(row), "bold red" if i == 0 else "red")
             )
         for row in self.conventions:
-            found.append(Text(describe(row), "cyan"))
+            found.append(Text(line_of(row), "cyan"))
         inherited = sum(row.kind == "inherits" for row in self.rows)
         if inherited:
             found.append(
@@ -212,7 +212,7 @@ def short(z: float) -> str:
     return f"{z:.1f}" if z < 1000 else f"{z:.0e}"
 
 
-def describe(row: Row) -> str:
+def line_of(row: Row) -> str:
     """A row in one line."""
     where = f"{row.path} -> d{row.leaf}" if row.leaf else row.path
     where = row.path if row.kind == "forward" else where

@@ -38,7 +38,7 @@ def z_of(m: np.ndarray, a: np.ndarray, conditioning: float, scale: Scale, exact:
 
 
 def size_beside_zero(exact: Sides, probe: Probe) -> float:
-    """How large the sums over dy may be whose rounding stands where autodiff has an exact 0."""
+    """The size of the sums over dy whose rounding may appear beside an exact 0."""
     dys = [np.asarray(d, np.float64) for d in jax.tree.leaves(probe.dy) if not is_float0(d)]
     size = max([rms(a) for a in exact.automatic.values()] + [rms(d) for d in dys])
     return max(size * np.sqrt(max([d.size for d in dys], default=1)), np.finfo(np.float64).tiny)

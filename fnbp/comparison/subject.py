@@ -62,7 +62,7 @@ def fingerprint(f: Any, depth: int = 8) -> Any:
     return f.__code__, tuple(fingerprint(cell, depth - 1) for cell in cells), f.__defaults__ and id(f.__defaults__)
 
 
-def automatic(layer: Layer) -> Layer:
+def differentiated(layer: Layer) -> Layer:
     """Give layer the backward of jax.vjp, at the params and the residuals that it is given, right or wrong."""
 
     def forward(params, state, x, ctx):
@@ -79,7 +79,7 @@ def automatic(layer: Layer) -> Layer:
 
 def subject_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any = None) -> Subject:
     """Make a subject of a layer. The parts of a combinator are differentiated by jax.vjp, so that they are right."""
-    parts = tuple(automatic(part) for part in layer.parts)
+    parts = tuple(differentiated(part) for part in layer.parts)
     alone = rebuilt(layer, parts) if layer.rebuild else layer
     finished = map_layers(contracted(total), alone)
 

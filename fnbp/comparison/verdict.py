@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
 
 
 def saturated(at: Sight) -> Verdict | None:
-    """Excuse a leaf of which float32 keeps no digit, for example where a unit is saturated.
+    """Excuse a leaf of which float32 keeps no digit, for example of a saturated unit.
 
     n tells how many digits float64 keeps only if float32 keeps one, or if its noise is far above the gradient. At an
     ordinary probe an error of 0.1 or more is not excused: so much is not rounding.
