@@ -95,7 +95,7 @@ FAULTS = {  # where, which leaf, the mistake, the hint
         "serial[4].dense(3)",
         "W",
         on_factor("W", lambda f: f.scaled(1 / len(f.d))),
-        "divided by 13, the batch size: mean for sum",
+        "divided by 13, the batch size: a mean instead of a sum",
     ),
     "bfloat16_inside": (
         "serial[3].softplus",
@@ -295,7 +295,7 @@ def test_a_gradient_that_is_not_a_number_is_named():
     fault = fnbp.compare(
         wrong("serial[1].softplus", on_dx(lambda dx: dx.at[3, 2].set(jnp.nan)), SMALL), X, **QUICK
     ).first_fault
-    assert (fault.kind, fault.index, fault.hint) == ("nonfinite", (3, 2), "1 of 143 are not finite")
+    assert (fault.kind, fault.index, fault.hint) == ("nonfinite", (3, 2), "1 of 143 elements are not finite")
 
 
 def test_a_backward_that_draws_is_random():

@@ -75,7 +75,7 @@ def test_the_culprit_of_a_function_is_an_argument():
 
     report = fnbp.compare(affine, PARAMS, X, vjp=swapped)
     assert [(row.leaf, row.hint) for row in report.faults] == [
-        ("params.W", "it is 0.142857 times what is due: divided by 7, the batch size: mean for sum")
+        ("params.W", "it is 0.142857 times what is due: divided by 7, the batch size: a mean instead of a sum")
     ]
 
 

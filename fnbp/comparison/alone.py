@@ -199,7 +199,7 @@ def not_finite(leaf: Leaf, probe: Probe, values: Values) -> Row | None:
     m, known = values.m64, np.isfinite(values.a64)
     spot = {"probe": probe.name} | worst_spot(values.m64, values.a64)
     if not np.isfinite(m[known]).all():
-        return leaf.row("nonfinite", hint=f"{(~np.isfinite(m)).sum()} of {m.size} are not finite", **spot)
+        return leaf.row("nonfinite", hint=f"{(~np.isfinite(m)).sum()} of {m.size} elements are not finite", **spot)
     if known.all():
         return None
     hint = "autodiff is not finite here, the manual backward is" if np.isfinite(m).all() else "neither is finite"
@@ -228,7 +228,7 @@ def judged(at: Sight) -> tuple[list[Row], Scale]:
 
 
 def by_differences(prepared: Prepared, start: Start, rows: list[Row], scale: Scale) -> tuple[list[Row], dict[str, str]]:
-    """Hold autodiff itself against differences of the forward.
+    """Check autodiff itself with differences of the forward.
 
     Returns: rows, with what differences add to them, and a word on how it went, or no word if they cannot tell.
     """
@@ -261,7 +261,7 @@ def by_differences(prepared: Prepared, start: Start, rows: list[Row], scale: Sca
 def under_transforms(
     prepared: Prepared, start: Start, options: Options, rows: list[Row]
 ) -> tuple[list[Row], dict[str, str]]:
-    """Run the manual backward under jit, vmap and on all devices, but for leaves that are random anyway."""
+    """Run the manual backward under jit, vmap and on all devices, except for leaves that are random anyway."""
     if not start.leaves or (prepared.brief and not prepared.evaluator.eager):
         return [], {}
     random = {row.leaf for row in rows if row.kind == "random"}

@@ -40,7 +40,7 @@ class Evidence(NamedTuple):
 def hint_of(e: Evidence) -> str:
     """The first hypothesis that fits, in words; "" if none does."""
     if not np.isfinite(e.manual).all():
-        return f"{int((~np.isfinite(e.manual)).sum())} of {e.manual.size} are not finite"
+        return f"{int((~np.isfinite(e.manual)).sum())} of {e.manual.size} elements are not finite"
     for hypothesis in HYPOTHESES:
         for found in hypothesis(e):
             return found
@@ -122,12 +122,12 @@ def meaning_of(c: float, e: Evidence) -> str:
             return text
     for size, owner in sizes_of(e):
         for value, text in (
-            (1 / size, f"divided by {size}, {owner}: mean for sum"),
-            (size, f"times {size}, {owner}: sum for mean"),
+            (1 / size, f"divided by {size}, {owner}: a mean instead of a sum"),
+            (size, f"times {size}, {owner}: a sum instead of a mean"),
             (size**-0.5, f"divided by the root of {size}, {owner}"),
             (size**0.5, f"times the root of {size}, {owner}"),
-            ((size - 1) / size, f"{size - 1} for {size}, {owner}"),
-            (size / (size - 1) if size > 1 else 0, f"{size} for {size - 1}, {owner}"),
+            ((size - 1) / size, f"{size - 1} instead of {size}, {owner}"),
+            (size / (size - 1) if size > 1 else 0, f"{size} instead of {size - 1}, {owner}"),
         ):
             if size > 1 and near(value):
                 return text
@@ -284,7 +284,7 @@ def missing_mean(e: Evidence) -> Iterator[str]:
                 d = spread if base is centred else difference
                 c = (d * base).sum(axes, keepdims=True) / ((base**2).sum(axes, keepdims=True) + 1e-300)
                 if same(e, c * base, d):
-                    yield f"the difference goes along x {words}: a term with the mean of dy x is missing or wrong"
+                    yield f"the difference is a multiple of x {words}: a term with the mean of dy x is missing or wrong"
                     return
 
 
@@ -313,7 +313,7 @@ def factor_of_dy(e: Evidence) -> Iterator[str]:
     if x is None or dy is None or not x.shape == dy.shape == e.manual.shape:
         return
     if same(e, e.manual, e.automatic * x):
-        yield "it is times x once too often"
+        yield "it is multiplied by x once too often"
     elif same(e, e.manual * x, e.automatic):
         yield "a factor x is left out"
 

@@ -31,7 +31,8 @@ def accuracy_at(at: Sight) -> Accuracy:
     lost = ~np.isfinite(mw) & np.isfinite(aw) & np.isfinite(at.values.a64)
     probe = at.probe.name
     if lost.any():
-        hint = f"{lost.sum()} of {mw.size} in {at.leaf.dtype}, where float64 and autodiff are finite"
+        where = f"in {at.leaf.dtype}, where float64 and autodiff are finite"
+        hint = f"{lost.sum()} of {mw.size} elements are not finite {where}"
         return Accuracy(at.leaf.row("nonfinite", probe=probe, hint=hint, **worst_spot(mw, aw)))
     size = np.linalg.norm(at.a)
     if not size or not np.isfinite(mw).all() or not np.isfinite(aw).all():
