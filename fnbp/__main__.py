@@ -23,31 +23,31 @@ from fnbp.layer import Layer
 
 
 class InputError(Exception):
-    """A mistake of the person at the keyboard, told in a sentence and without a traceback."""
+    """A mistake in the command, reported as one sentence without a traceback."""
 
 
 @dataclass
 class Compare:
-    """Is the backward right? Exit code 0: yes; 1: no; 2: there is a mistake in the command.
+    """Compare a manual backward with jax.vjp. The exit code is 0 if it is right, 1 if it is wrong, 2 if the command is.
 
-    An input is drawn from a Gaussian: 7x11 is a float32 array of that shape, 7x11:bfloat16 one of bfloat16, and
-    7x5:int32:50 holds integers below 50.
+    Each input is an array that is drawn: 7x11 is a float32 Gaussian of that shape, 7x11:bfloat16 is one of bfloat16,
+    and 7x5:int32:50 holds integers from 0 to 49.
     """
 
     subject: tyro.conf.Positional[str]
-    """MODULE:ATTRIBUTE of a Layer, a function that returns one, a jax.custom_vjp, or a function with --vjp."""
+    """MODULE:ATTRIBUTE of a Layer, a function that returns one, a jax.custom_vjp, or a function to go with --vjp."""
     inputs: tuple[str, ...] = field(default=("7x11",))
-    """The x of a Layer, or the arguments of a function: shapes."""
+    """The shape of the x of a Layer, or of each argument of a function."""
     reference: str | None = None
-    """MODULE:ATTRIBUTE of the plain function that a jax.custom_vjp is held against."""
+    """MODULE:ATTRIBUTE of the plain function that a jax.custom_vjp is compared with."""
     vjp: str | None = None
-    """MODULE:ATTRIBUTE of backward(args, cotangent) -> cotangents of args."""
+    """MODULE:ATTRIBUTE of the backward: (args, cotangent) -> cotangents of args."""
     seed: int = 0
-    """What inputs, parameters and cotangents are drawn from."""
+    """The seed of inputs, parameters and cotangents."""
     json: Path | None = None
-    """Write the report here, as JSON."""
+    """The file to write the report to, as JSON."""
     plot: Path | None = None
-    """Draw the figure here, as PNG or PDF."""
+    """The file to draw the figure in: PNG or PDF."""
 
 
 @dataclass
@@ -59,14 +59,14 @@ class Docs:
 
 
 def find(place: str) -> Any:
-    """The object at MODULE:ATTRIBUTE. InputError where there is none, with the nearest names."""
+    """The object at MODULE:ATTRIBUTE. Raises: InputError if there is none, with the nearest names."""
     module_name, colon, attribute = place.partition(":")
     if not colon or not module_name or not attribute:
-        raise InputError(f"{place!r} is not MODULE:ATTRIBUTE, such as mypackage.layers:my_layer")
+        raise InputError(f"{place!r} is not MODULE:ATTRIBUTE, for example mypackage.layers:my_layer")
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise InputError(f"there is no module {error.name!r} to be found from {Path.cwd()}") from error
+        raise InputError(f"no module named {error.name!r} can be imported from {Path.cwd()}") from error
     except Exception as error:
         raise InputError(f"importing {module_name} raises {type(error).__name__}: {error}") from error
     for name in attribute.split("."):
@@ -80,7 +80,7 @@ def find(place: str) -> Any:
 
 
 def draw(spec: str, rng: np.random.Generator) -> jax.Array:
-    """An array from a shape in words. InputError for words that are none."""
+    """Draw an array of a shape in words. Raises: InputError if the words are not a shape."""
     shape_text, _, rest = spec.partition(":")
     dtype_text, _, below = rest.partition(":")
     try:
@@ -88,14 +88,16 @@ def draw(spec: str, rng: np.random.Generator) -> jax.Array:
         dtype = jnp.dtype(dtype_text or "float32")
         limit = int(below) if below else 2
     except (TypeError, ValueError) as error:
-        raise InputError(f"{spec!r} is no input, such as 7x11, 7x11:bfloat16 or 7x5:int32:50") from error
+        raise InputError(
+            f"{spec!r} is not an input; expected for example 7x11, 7x11:bfloat16 or 7x5:int32:50"
+        ) from error
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.asarray(rng.integers(0, limit, shape), dtype)
     return jnp.asarray(np.asarray(rng.standard_normal(shape), np.float32), dtype)
 
 
 def layer_of(place: str, found: Any) -> Layer:
-    """A Layer, or what a function without arguments returns."""
+    """The Layer that was found, or that a function without arguments returns. Raises: InputError if there is none."""
     if callable(found) and not isinstance(found, Layer):
         try:
             found = found()
@@ -105,7 +107,7 @@ def layer_of(place: str, found: Any) -> Layer:
                 f"when called without arguments ({error})"
             ) from error
     if not isinstance(found, Layer):
-        raise InputError(f"{place} is a {type(found).__name__}; a Layer or a function is due")
+        raise InputError(f"{place} has type {type(found).__name__}; expected a Layer or a function")
     return found
 
 
@@ -124,7 +126,7 @@ def write_docs(settings: Docs, console: Console) -> int:
 
 
 def run(settings: Compare, console: Console) -> int:
-    """Compare as told; the exit code."""
+    """Compare as the command says. Returns: the exit code."""
     rng = np.random.default_rng(settings.seed)
     found = find(settings.subject)
     inputs = [draw(spec, rng) for spec in settings.inputs]
@@ -149,7 +151,7 @@ def run(settings: Compare, console: Console) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run it; the exit code."""
+    """Parse the command line and run it. Returns: the exit code."""
     settings = tyro.extras.subcommand_cli_from_dict(
         {"compare": Compare, "docs": Docs}, prog="python -m fnbp", description=__doc__, args=arguments
     )
@@ -158,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         return write_docs(settings, console) if isinstance(settings, Docs) else run(settings, console)
     except InputError as error:
         Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), highlight=False)
-    except Exception:  # of the subject's own code: it is neither right nor wrong
+    except Exception:  # the subject's own code failed: its backward is neither right nor wrong
         traceback.print_exc()
     return 2
 

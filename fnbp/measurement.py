@@ -1,4 +1,4 @@
-"""What does the backward cost? Manual and automatic, compiled, side by side."""
+"""Measure what a gradient costs: manual and automatic, compiled, side by side."""
 
 import time
 from collections.abc import Callable
@@ -25,12 +25,12 @@ SAMPLE_SECONDS = 5e-3  # a timed sample repeats the call until it takes this lon
 
 @dataclass(frozen=True)
 class Measured:
-    """One compiled function.
+    """The costs of one compiled function.
 
-    seconds          of one call, median
-    compile_seconds  tracing, lowering and compiling, median
-    flops            as XLA counts them, or None where the device does not tell
-    temp_bytes       temporary memory of the compiled program, or None
+    seconds          the median time of one call
+    compile_seconds  the median time of tracing, lowering and compiling
+    flops            floating point operations as XLA counts them, or None if the device does not report them
+    temp_bytes       the temporary memory of the compiled program, or None
     """
 
     seconds: float
@@ -43,8 +43,9 @@ class Measured:
 class Cost(Tabular):
     """The manual and the automatic gradient, measured in one run, and their ratios (manual / automatic).
 
-    time_ratio     median of the pairwise ratios of interleaved samples, with its quartiles
-    memory_ratio   of temporary memory        flops_ratio, compile_ratio
+    time_ratio      the median of the pairwise ratios of interleaved samples
+    time_quartiles  the quartiles of these ratios
+    device          the name of the device
     """
 
     manual: Measured
@@ -55,18 +56,21 @@ class Cost(Tabular):
 
     @property
     def memory_ratio(self) -> float | None:
+        """The ratio of the temporary memories, or None if one is unknown."""
         return ratio(self.manual.temp_bytes, self.automatic.temp_bytes)
 
     @property
     def flops_ratio(self) -> float | None:
+        """The ratio of the FLOPs, or None if one is unknown."""
         return ratio(self.manual.flops, self.automatic.flops)
 
     @property
     def compile_ratio(self) -> float | None:
+        """The ratio of the compile times."""
         return ratio(self.manual.compile_seconds, self.automatic.compile_seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The costs and their ratios as a dict for JSON."""
         ratios = {name: getattr(self, name) for name in ("memory_ratio", "flops_ratio", "compile_ratio")}
         return asdict(self) | ratios
 
@@ -88,14 +92,14 @@ class Cost(Tabular):
 
 
 def ratio(manual: float | None, automatic: float | None) -> float | None:
-    """manual / automatic; 1 where both are 0, None where one is unknown."""
+    """manual / automatic; 1 if both are 0, None if one is unknown."""
     if manual is None or automatic is None:
         return None
     return manual / automatic if automatic else 1.0 if not manual else float("inf")
 
 
 def text(value: float | None) -> str:
-    """A ratio for the table."""
+    """The ratio for the table, "-" if it is unknown."""
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -111,12 +115,15 @@ def cost(
     samples: int = 100,
     compiles: int = 3,
 ) -> Cost:
-    """Time, temporary memory, FLOPs and compile time of fnbp.value_and_grad and of jax.value_and_grad.
+    """Measure time, temporary memory, FLOPs and compile time of fnbp.value_and_grad and of jax.value_and_grad.
 
-    Both are of the same forward, compiled and warmed up; samples interleave, in turns, and the time ratio is the
-    median of the pairwise ratios.
+    Both take the gradient of the same forward, and both are compiled and warmed up. Their samples take turns, and the
+    time ratio is the median of the pairwise ratios.
 
-    Raises: ValueError for samples or compiles below 1; what fnbp.value_and_grad raises.
+    samples    how many times each is timed
+    compiles   how many times each is compiled
+
+    Raises: ValueError if samples or compiles is below 1; what fnbp.value_and_grad raises.
     """
     return versus(
         value_and_grad(net, loss), automatic_value_and_grad(net, loss), (params, state, x, y, ctx), samples, compiles
@@ -124,7 +131,10 @@ def cost(
 
 
 def versus(manual: Callable, automatic: Callable, args: tuple, samples: int = 100, compiles: int = 3) -> Cost:
-    """The Cost of any two functions of the same arguments. Raises: ValueError for samples or compiles below 1."""
+    """Measure the Cost of any two functions of the same arguments.
+
+    Raises: ValueError if samples or compiles is below 1.
+    """
     check_size("cost", "samples", samples)
     check_size("cost", "compiles", compiles)
     args = jax.device_put(args)
@@ -142,7 +152,7 @@ def versus(manual: Callable, automatic: Callable, args: tuple, samples: int = 10
 
 
 def compile_timed(functions: tuple[Callable, Callable], args: tuple) -> tuple[list[Any], list[float]]:
-    """Both compiled anew, and the seconds that each took."""
+    """Compile both functions anew. Returns: them, and the seconds that each took."""
     compiled, seconds = [], []
     for function in functions:
         fresh = jax.jit(lambda *args, function=function: function(*args))
@@ -153,11 +163,13 @@ def compile_timed(functions: tuple[Callable, Callable], args: tuple) -> tuple[li
 
 
 def interleave(pair: list[Any], args: tuple, samples: int) -> np.ndarray:
-    """(samples, 2): seconds of one call of each, taken in turns, first one first and then the other."""
+    """Time both functions in turns; which goes first alternates.
 
-    def timed(function, calls):
-        start = time.perf_counter()
-        out = None
+    Returns: (samples, 2), the seconds of one call of each.
+    """
+
+    def timed(function: Callable, calls: int) -> float:
+        start, out = time.perf_counter(), None
         for _ in range(calls):
             out = function(*args)
         jax.block_until_ready(out)
@@ -173,17 +185,17 @@ def interleave(pair: list[Any], args: tuple, samples: int) -> np.ndarray:
 
 
 def flops_of(compiled: Any) -> float | None:
-    """As XLA counts them; None where the backend does not."""
+    """The FLOPs of a compiled program as XLA counts them; None if the backend does not report them."""
     analysis = compiled.cost_analysis()
     return None if not analysis or "flops" not in analysis else float(analysis["flops"])
 
 
 def temp_bytes_of(compiled: Any) -> int | None:
-    """Temporary memory of the compiled program; None where the backend does not tell."""
+    """The temporary memory of a compiled program; None if the backend does not report it."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
 def device_name() -> str:
-    """The default device in words: "cpu", "NVIDIA H100 80GB HBM3"."""
+    """The name of the default device: "cpu", "NVIDIA H100 80GB HBM3"."""
     return jax.devices()[0].device_kind

@@ -1,4 +1,4 @@
-"""For tests: a wrong backward fails them, with the report as the message."""
+"""Assertions for tests: a wrong backward fails the test, with the report as the message."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,9 @@ __all__ = ["assert_gradients_match"]
 
 
 def assert_gradients_match(subject: Layer | Callable, *args: Any, **options: Any) -> Report:
-    """AssertionError, with the report, unless fnbp.compare finds the manual backward right. Arguments: as compare's.
+    """Assert that fnbp.compare finds the manual backward right. The arguments are those of compare.
 
-    Returns: the report. Raises: AssertionError; what compare raises.
+    Returns: the report. Raises: AssertionError, with the report, if the backward is wrong; what compare raises.
     """
     __tracebackhide__ = True  # pytest shows the line of the test
     report = compare(subject, *args, **options)

@@ -1,4 +1,4 @@
-"""python -m fnbp compare: what it prints, what it writes, how it ends, and what a slip of the hand meets."""
+"""python -m fnbp compare: what it prints, what it writes, its exit codes, and its answers to mistakes."""
 
 import json
 import subprocess
@@ -83,14 +83,17 @@ def test_what_is_wrong_ends_with_1_and_is_written_down(module, capsys):
 
 
 SLIPS = {
-    "no_colon": (("written_here",), "'written_here' is not MODULE:ATTRIBUTE, such as"),
-    "no_module": (("nowhere.at_all:x",), "there is no module 'nowhere'"),
+    "no_colon": (("written_here",), "'written_here' is not MODULE:ATTRIBUTE, for example"),
+    "no_module": (("nowhere.at_all:x",), "no module named 'nowhere'"),
     "no_attribute": (("written_here:rihgt",), "written_here has no attribute 'rihgt'; did you mean right?"),
-    "no_layer": (("written_here:not_a_layer",), "written_here:not_a_layer is a int; a Layer or a function is due"),
+    "no_layer": (
+        ("written_here:not_a_layer",),
+        "written_here:not_a_layer has type int; expected a Layer or a function",
+    ),
     "a_function_alone": (("written_here:f",), "give --reference or --vjp to compare it"),
     "no_vjp": (("written_here:f", "--vjp", "written_here:bakward"), "did you mean backward?"),
-    "no_shape": (("written_here:right", "--inputs", "3by7"), "'3by7' is no input, such as 7x11"),
-    "no_dtype": (("written_here:right", "--inputs", "3x7:floaty"), "'3x7:floaty' is no input"),
+    "no_shape": (("written_here:right", "--inputs", "3by7"), "'3by7' is not an input; expected for example 7x11"),
+    "no_dtype": (("written_here:right", "--inputs", "3x7:floaty"), "'3x7:floaty' is not an input"),
     "one_too_many": (("written_here:right", "--inputs", "3x7", "3"), "a Layer is compared at one x, got 2"),
     "integers": (
         ("written_here:g", "--reference", "jax.numpy:sin", "--inputs", "5:int32:9"),

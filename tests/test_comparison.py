@@ -10,6 +10,7 @@ import pytest
 
 import fnbp
 import fnbp.testing
+from fnbp.comparison.probes import PROBES
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((13, 7)).astype(np.float32)
@@ -94,7 +95,7 @@ FAULTS = {  # where, which leaf, the mistake, the hint
         "serial[4].dense(3)",
         "W",
         on_factor("W", lambda f: f.scaled(1 / len(f.d))),
-        "divided by 13, the batch size: mean for sum",
+        "divided by 13, the batch size: a mean instead of a sum",
     ),
     "bfloat16_inside": (
         "serial[3].softplus",
@@ -122,7 +123,7 @@ def by_place(report):
 
 
 def test_a_right_net_is_ok_in_every_row_and_every_check():
-    report = compare(probes=tuple(fnbp.comparison.PROBES), transforms=("jit", "vmap", "sharded"))
+    report = compare(probes=tuple(PROBES), transforms=("jit", "vmap", "sharded"))
     assert report.ok and report.worst <= 1e-12
     assert report.first_fault is None and report.faults == report.conventions == report.notes == ()
     assert report.checks == {"jit": "ok", "vmap": "ok", "sharded": "ok", "differences": "ok"}
@@ -176,7 +177,7 @@ def test_the_first_fault_shows_where_the_layer_is_worst_and_both_values():
     fault = fnbp.compare(wrong("serial[1].softplus", change, SMALL), X, **QUICK).first_fault
     assert fault.index == (3, 2)
     np.testing.assert_allclose(fault.manual - fault.automatic, 1000.0, rtol=1e-12)
-    assert fault.hint == "it is wrong at 3, 5 of axis 0 alone"
+    assert fault.hint == "it is wrong at 3, 5 of axis 0 only"
     zero = report_of("no_bias_gradient").first_fault
     assert zero.manual == 0 != zero.automatic and zero.error == 1
 
@@ -246,14 +247,18 @@ def test_a_gradient_that_is_exactly_zero_must_be_zero():
 
 
 STRUCTURES = {
-    "another_tree": (lambda right, p, res, dy: ({}, right(p, res, dy)[1]), "params", "came {}, due {'W': *, 'b': *}"),
-    "a_flat_dx": (on_dx(jnp.ravel), "x", "came float32[143], due float32[13, 11]"),
+    "another_tree": (
+        lambda right, p, res, dy: ({}, right(p, res, dy)[1]),
+        "params",
+        "got {}, expected {'W': *, 'b': *}",
+    ),
+    "a_flat_dx": (on_dx(jnp.ravel), "x", "got float32[143], expected float32[13, 11]"),
     "a_wrong_shape": (
         on_factor("W", lambda f: fnbp.Outer(f.x, f.d)),
         "W",
-        "came float32[11, 3], due float32[3, 11]; the shape is that of the transpose",
+        "got float32[11, 3], expected float32[3, 11]; the shape is that of the transpose",
     ),
-    "a_dtype": (on_dx(lambda dx: dx.astype(jnp.float16)), "x", "came float16[13, 11], due float32[13, 11]"),
+    "a_dtype": (on_dx(lambda dx: dx.astype(jnp.float16)), "x", "got float16[13, 11], expected float32[13, 11]"),
 }
 
 
@@ -275,7 +280,7 @@ def test_a_backward_that_raises_is_a_fault_and_the_others_are_still_judged():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_backward_that_raises_in_float64_alone_is_a_fault(dtype):
+def test_a_backward_that_raises_only_in_float64_is_a_fault(dtype):
     def narrow(right, params, res, dy):
         f, dx = right(params, res, dy)
         return f, jax.lax.add(dx, jnp.zeros(dx.shape, jnp.asarray(X, dtype).dtype))
@@ -291,7 +296,7 @@ def test_a_gradient_that_is_not_a_number_is_named():
     fault = fnbp.compare(
         wrong("serial[1].softplus", on_dx(lambda dx: dx.at[3, 2].set(jnp.nan)), SMALL), X, **QUICK
     ).first_fault
-    assert (fault.kind, fault.index, fault.hint) == ("nonfinite", (3, 2), "1 of 143 are not finite")
+    assert (fault.kind, fault.index, fault.hint) == ("nonfinite", (3, 2), "1 of 143 elements are not finite")
 
 
 def test_a_backward_that_draws_is_random():
@@ -342,7 +347,7 @@ def test_a_wrong_combinator_is_blamed_and_its_parts_are_not():
     assert by_place(report)["serial[0].dense(5)", "W"].kind == "inherits"
 
 
-def test_a_combinator_that_spoils_its_factors_alone_is_blamed():
+def test_a_combinator_that_spoils_only_its_factors_is_blamed():
     report = fnbp.compare(fnbp.serial(spoiling(fnbp.dense(7))), X, **QUICK)
     assert {(row.path, row.leaf) for row in report.faults} == {("serial[0].skip", "0.W"), ("serial[0].skip", "0.b")}
     assert "it is 2 times what is due" in report.first_fault.hint
@@ -393,7 +398,7 @@ def bent(slope, where):
     [(lambda dy: jnp.clip(dy, -10, 10), "it is clipped at 10"), (lambda dy: jnp.where(abs(dy) < 1e-4, 0, dy), "")],
     ids=["clipped", "flushed"],
 )
-def test_what_a_backward_does_to_large_and_small_cotangents_alone_is_seen(backward, hint):
+def test_what_a_backward_does_only_to_large_and_small_cotangents_is_seen(backward, hint):
     layer = fnbp.identity()._replace(backward=lambda params, res, dy: ({}, backward(dy)))
     fault = fnbp.compare(layer, X, transforms=()).first_fault
     assert fault.kind == "formula" and fault.probe in ("another", "nearby") and hint in fault.hint
@@ -408,7 +413,7 @@ def test_an_element_that_is_negative_at_every_draw_is_seen_too():
 
 
 @pytest.mark.parametrize("change", [lambda x: jnp.clip(x, -1000, 1000), lambda x: jnp.where(abs(x) < 1e-3, 0, x)])
-def test_what_a_backward_does_to_large_and_small_inputs_alone_is_seen(change):
+def test_what_a_backward_does_only_to_large_and_small_inputs_is_seen(change):
     layer = fnbp.dense(3)
     forward = layer.forward
 
@@ -527,8 +532,8 @@ def test_the_report_survives_json():
 
 
 BAD = {
-    "no_y": ({"loss": fnbp.mean_squared_error()}, ValueError, "compare: a loss needs y, and y a loss"),
-    "no_loss": ({"y": X}, ValueError, "compare: a loss needs y, and y a loss"),
+    "no_y": ({"loss": fnbp.mean_squared_error()}, ValueError, "compare: give both loss and y, or neither"),
+    "no_loss": ({"y": X}, ValueError, "compare: give both loss and y, or neither"),
     "no_such_loss": ({"loss": "mse", "y": X}, TypeError, "compare: loss must be a Loss, got str 'mse'"),
     "a_reference": ({"reference": jnp.tanh}, TypeError, "reference= and vjp= go with a function"),
     "a_probe": (
@@ -552,7 +557,7 @@ def test_bad_arguments_are_refused(name):
 def test_what_is_no_net_or_no_array_is_refused():
     with pytest.raises(TypeError, match=r"compare: tanh makes a layer; call it: tanh\(\)"):
         fnbp.compare(fnbp.tanh, X)
-    with pytest.raises(TypeError, match="compare: a Layer or a function is due, got int 3"):
+    with pytest.raises(TypeError, match="compare: subject must be a Layer or a function, got int 3"):
         fnbp.compare(3, X)
     with pytest.raises(TypeError, match=r"compare: dense\(3\) is given a list of numbers; give an array"):
         fnbp.compare(fnbp.dense(3), [[1.0, 2.0]])

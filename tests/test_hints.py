@@ -37,11 +37,17 @@ FITS = {
     "sign": (hint(-A), "the sign is flipped"),
     "two": (hint(2 * A), "it is 2 times what is due: a factor 2 too many"),
     "half": (hint(A / 2), "it is 0.5 times what is due: a factor 2 is missing"),
-    "over_batch": (hint(A / M), "it is 0.142857 times what is due: divided by 7, the batch size: mean for sum"),
-    "times_batch": (hint(A * M), "it is 7 times what is due: times 7, the batch size: sum for mean"),
-    "over_width": (hint(A / N), "it is 0.0769231 times what is due: divided by 13, axis 1 of x: mean for sum"),
+    "over_batch": (
+        hint(A / M),
+        "it is 0.142857 times what is due: divided by 7, the batch size: a mean instead of a sum",
+    ),
+    "times_batch": (hint(A * M), "it is 7 times what is due: times 7, the batch size: a sum instead of a mean"),
+    "over_width": (
+        hint(A / N),
+        "it is 0.0769231 times what is due: divided by 13, axis 1 of x: a mean instead of a sum",
+    ),
     "root": (hint(A / np.sqrt(K)), "it is 0.447214 times what is due: divided by the root of 5, axis 0 of W"),
-    "bessel": (hint(A * (N - 1) / N), "it is 0.923077 times what is due: 12 for 13, axis 1 of x"),
+    "bessel": (hint(A * (N - 1) / N), "it is 0.923077 times what is due: 12 instead of 13, axis 1 of x"),
     "keep": (hint(A * 0.7, name="dropout(0.3)"), "it is 0.7 times what is due: 1 - 0.3, of dropout(0.3)"),
     "inverse_keep": (
         hint(A / 0.7, name="dropout(0.3)"),
@@ -72,21 +78,21 @@ FITS = {
         hint(np.broadcast_to(A.mean(1, keepdims=True), A.shape)),
         "it is the mean over axis 1, repeated along it",
     ),
-    "one_row": (hint(part((3,), 5 * A[3])), "it is wrong at 3 of axis 0 alone"),
-    "zero_rows": (hint(part(([2, 4],), 0)), "it is wrong at 2, 4 of axis 0 alone, where it is zero"),
-    "one_element": (hint(part((3, 5), 9.0)), "it is wrong at 3 of axis 0 alone"),
+    "one_row": (hint(part((3,), 5 * A[3])), "it is wrong at 3 of axis 0 only"),
+    "zero_rows": (hint(part(([2, 4],), 0)), "it is wrong at 2, 4 of axis 0 only, where it is zero"),
+    "one_element": (hint(part((3, 5), 9.0)), "it is wrong at 3 of axis 0 only"),
     "mean_term": (
         hint(A + rng.standard_normal((M, 1))),
         "the difference is constant along axis 1: a mean over it is missing, or one too many",
     ),
     "x_term": (
         hint(A + rng.standard_normal((M, 1)) * (X - X.mean(1, keepdims=True))),
-        "the difference goes along x in each row: a term with the mean of dy x is missing or wrong",
+        "the difference is a multiple of x in each row: a term with the mean of dy x is missing or wrong",
     ),
-    "times_x": (hint(A * X), "it is times x once too often"),
+    "times_x": (hint(A * X), "it is multiplied by x once too often"),
     "no_x": (hint(A / X), "a factor x is left out"),
     "not_linear": (hint(A + X**2, thrice=3 * A + X**2), "it is not linear in the cotangent"),
-    "nan": (hint(part((1, 2), np.nan)), "1 of 91 are not finite"),
+    "nan": (hint(part((1, 2), np.nan)), "1 of 91 elements are not finite"),
 }
 
 
@@ -102,7 +108,7 @@ def test_what_fits_nothing_has_no_name():
 
 def test_one_number_is_no_multiple_unless_the_multiple_means_something():
     assert hint(np.array(1.234), np.array(1.0)) == ""
-    assert hint(np.array(1 / 7), np.array(1.0)).endswith("divided by 7, the batch size: mean for sum")
+    assert hint(np.array(1 / 7), np.array(1.0)).endswith("divided by 7, the batch size: a mean instead of a sum")
 
 
 def test_a_tiny_error_is_not_taken_for_the_right_gradient():

@@ -1,4 +1,4 @@
-"""Combinators within combinators: what is made of their factors against what jax.grad makes of each example alone."""
+"""Nested combinators: each contraction of their factors, compared with jax.grad of each example by itself."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def drawn(name, m, shape, rng):
     "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("gpt")) for name in NESTS]
 )
 @pytest.mark.parametrize("m", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_contractions_of_nests_are_those_of_each_example_alone(x64, name, m):
+def test_contractions_of_nests_are_those_of_each_example_by_itself(x64, name, m):
     net, shape = NESTS[name]
     rng, loss = np.random.default_rng(0), squares()
     x = drawn(name, m, shape, rng)

@@ -86,7 +86,7 @@ QUICK = {"probes": ("given", "large", "huge"), "transforms": ()}
         ("dense, dW and db over m", np.float32, "divided by 11, the batch size"),
         ("binary cross-entropy, da then dz", np.float32, "are not finite"),
         ("log(1 + e^x), 1 - 1 / (1 + e^x)", np.float32, "does something cancel, or is it cast down?"),
-        ("layer norm, in float32 throughout", jnp.bfloat16, "came float32[11, 7], due bfloat16[11, 7]"),
+        ("layer norm, in float32 throughout", jnp.bfloat16, "got float32[11, 7], expected bfloat16[11, 7]"),
         ("straight-through, beside its own rule", np.float32, "differences of the forward give another slope"),
         ("RMS norm with eps", np.float32, ""),
     ],

@@ -45,7 +45,7 @@ def test_what_inherits_or_is_a_convention_is_no_fault():
     report.raise_if_bad()
 
 
-def test_worst_is_the_largest_error_alone_or_in_the_whole_pass():
+def test_worst_is_the_largest_error_by_itself_or_in_the_whole_pass():
     assert REPORT.worst == 0.5
     assert fnbp.Report((RIGHT,)).worst == 2e-16
     assert fnbp.Report(()).worst == 0.0
@@ -80,7 +80,7 @@ def test_a_clean_report_is_short():
     assert "manual against automatic: ok" in text and "fault" not in text and text.splitlines()[-1] == "jit ok"
 
 
-def test_colours_are_for_a_terminal_alone():
+def test_colours_are_only_for_a_terminal():
     console = Console(force_terminal=True, width=150, record=True)
     with console.capture() as capture:
         console.print(REPORT)

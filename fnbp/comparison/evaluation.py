@@ -1,4 +1,4 @@
-"""Both backwards of a unit at a point: compiled where that can be done, in the arithmetic that is asked for."""
+"""Both backwards of a subject at a probe, in the arithmetic that is asked for, and compiled if possible."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,34 +9,39 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnbp.comparison.numerics import arithmetic, compiled, first_line, is_float0, on_device
+from fnbp.comparison.numerics import arithmetic, as_jax, compiled, first_line, is_float0
 from fnbp.comparison.probes import Probe
-from fnbp.comparison.subject import Mismatch, Unit, flatten
+from fnbp.comparison.subject import Mismatch, Subject, flatten
 
 
 class FailedError(Exception):
     """The manual backward raised."""
 
 
-class Point(NamedTuple):
-    """What a unit gave at a probe, as NumPy arrays: outputs of forward and reference, cotangents by leaf."""
+class Sides(NamedTuple):
+    """Both sides of a subject at a probe, as NumPy arrays.
+
+    y, expected_y      the outputs of its forward and of its reference
+    manual, automatic  cotangents by leaf
+    wrong              manual cotangents whose tree, shape or dtype is wrong
+    """
 
     y: list[np.ndarray]
-    due: list[np.ndarray]
+    expected_y: list[np.ndarray]
     manual: dict[str, np.ndarray]
     automatic: dict[str, np.ndarray]
     wrong: tuple[Mismatch, ...]
 
 
-class Plain(NamedTuple):
-    """What a unit gave step by step."""
+class StepByStep(NamedTuple):
+    """The outputs and the manual cotangents of a subject, run step by step, not compiled."""
 
     y: list[np.ndarray]
     manual: dict[str, np.ndarray]
 
 
 class Inputs:
-    """A probe as arrays for a compiled function, and what makes them another function's: tree, shapes, dtypes."""
+    """A probe as arrays for a compiled function; those of equal key (tree, shapes, dtypes) share one function."""
 
     def __init__(self, probe: Probe, dtype: Any):
         self.flat, self.tree = jax.tree.flatten(probe.of(dtype))
@@ -44,109 +49,121 @@ class Inputs:
         shapes = tuple((np.shape(a), getattr(a, "dtype", type(a))) for a in self.flat)
         self.key = str(dtype), self.tree, shapes
 
-    def whole(self, arrays: list) -> Any:
-        """args, fixed, dy of these arrays, with the cotangents of integers between them."""
+    def unflatten(self, arrays: list) -> Any:
+        """args, fixed and dy made of these arrays, with the cotangents of integers put back."""
         moving = iter(arrays)
         return jax.tree.unflatten(self.tree, [a if is_float0(a) else next(moving) for a in self.flat])
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class Note:
-    """What a compiled function says beside its arrays."""
+class Aside:
+    """What a compiled function returns beside its arrays: faults that show while it is traced."""
 
     wrong: tuple[Mismatch, ...] = ()
     failed: str = ""
 
 
-class Runner:
-    """Evaluates a unit. eager: it cannot be compiled, so it runs step by step."""
+class Evaluator:
+    """Evaluates a subject.
 
-    def __init__(self, unit: Unit):
-        self.unit = unit
+    eager   the subject cannot be compiled, so it runs step by step
+    """
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
         self.eager = False
         self.compiled: dict[Any, Callable] = {}
-        self.known: dict[Any, Point] = {}
+        self.known: dict[Any, Sides] = {}
 
-    def at(self, probe: Probe, dtype: Any = None) -> Point:
-        """Both sides at a probe, in dtype or, for None, as given. Raises: FailedError where the backward does."""
+    def at(self, probe: Probe, dtype: Any = None) -> Sides:
+        """Both sides at a probe, in dtype or, for None, as given; kept for the next call.
+
+        Raises: FailedError if the manual backward raises.
+        """
         known = id(probe), dtype
         if known not in self.known:
             self.known[known] = self.evaluate(probe, dtype)
         return self.known[known]
 
-    def evaluate(self, probe: Probe, dtype: Any) -> Point:
+    def evaluate(self, probe: Probe, dtype: Any) -> Sides:
+        """Compute both sides at a probe, as `at` does, but keep nothing."""
         with arithmetic(dtype):
             inputs = Inputs(probe, dtype)
             if not self.eager:
                 try:
                     if inputs.key not in self.compiled:
                         self.compiled[inputs.key] = self.lower(inputs)()
-                    return self.point(*self.compiled[inputs.key](inputs.arrays))
-                except Exception:  # it cannot be traced, or it fails anyway: step by step will tell
+                    return self.sides_of(*self.compiled[inputs.key](inputs.arrays))
+                except Exception:  # it cannot be traced, or it fails anyway; running it step by step tells which
                     pass
-            found = self.point(*self.run(*on_device(inputs.whole(inputs.arrays))))
+            found = self.sides_of(*self.run(*as_jax(inputs.unflatten(inputs.arrays))))
             self.eager = True
             return found
 
-    def plain(self, probe: Probe) -> Plain:
-        """Forward and manual backward step by step, as their author wrote them. Raises: FailedError."""
-        args, fixed, dy = on_device((probe.args, probe.fixed, probe.dy))
-        y = self.unit.forward(args, fixed)
+    def step_by_step(self, probe: Probe) -> StepByStep:
+        """Run the forward and the manual backward step by step. Raises: FailedError if the manual backward raises."""
+        args, fixed, dy = as_jax((probe.args, probe.fixed, probe.dy))
+        y = self.subject.forward(args, fixed)
         try:
-            manual, _ = flatten(self.unit, args, self.unit.manual(args, fixed, dy))
+            manual, _ = flatten(self.subject, args, self.subject.manual(args, fixed, dy))
         except Exception as error:
             raise FailedError(f"{type(error).__name__}: {first_line(error)}") from error
-        return Plain([np.asarray(a) for a in jax.tree.leaves(y)], {name: np.asarray(a) for name, a in manual.items()})
+        return StepByStep(
+            [np.asarray(a) for a in jax.tree.leaves(y)], {name: np.asarray(a) for name, a in manual.items()}
+        )
 
     def lower(self, inputs: "Inputs") -> Callable:
-        """run, traced for inputs of that shape; call what is returned to compile it."""
-        return compiled(lambda arrays: self.run(*inputs.whole(arrays))).lower(inputs.arrays).compile
+        """Trace `run` for inputs of that shape. Returns: a function that compiles it."""
+        return compiled(lambda arrays: self.run(*inputs.unflatten(arrays))).lower(inputs.arrays).compile
 
     def prepare(self, probes: list[Probe], dtypes: tuple) -> dict[Any, Callable]:
         """What is still to be compiled for these probes, by key."""
-        due: dict[Any, Callable] = {}
+        missing: dict[Any, Callable] = {}
         for dtype in dtypes:
             with arithmetic(dtype):
                 for inputs in (Inputs(probe, dtype) for probe in probes):
-                    if inputs.key not in due:
-                        with suppress(Exception):  # evaluate will meet it again, and say so
-                            due[inputs.key] = self.lower(inputs)
-        return due
+                    if inputs.key not in missing:
+                        with suppress(Exception):  # evaluate meets the error again, and reports it
+                            missing[inputs.key] = self.lower(inputs)
+        return missing
 
     def run(self, args: tuple, fixed: Any, dy: Any) -> tuple:
-        """y, the reference's y, both sides, and a Note."""
-        unit = self.unit
-        due, pull = jax.vjp(lambda *args: unit.reference(args, fixed), *args)
-        automatic, _ = flatten(unit, args, pull(dy))
-        y = unit.forward(args, fixed) if unit.forward is not unit.reference else due
+        """The forward, the reference and both backwards: the fields of Sides, and an Aside."""
+        subject = self.subject
+        expected_y, pull = jax.vjp(lambda *args: subject.reference(args, fixed), *args)
+        automatic, _ = flatten(subject, args, pull(dy))
+        y = subject.forward(args, fixed) if subject.forward is not subject.reference else expected_y
         manual: dict[str, Any] = {}
         try:
-            manual, wrong = flatten(unit, args, unit.manual(args, fixed, dy))
-            note = Note(wrong=tuple(wrong))
+            manual, wrong = flatten(subject, args, subject.manual(args, fixed, dy))
+            aside = Aside(wrong=tuple(wrong))
         except Exception as error:
-            note = Note(failed=f"{type(error).__name__}: {first_line(error)}")
-        return jax.tree.leaves(y), jax.tree.leaves(due), manual, automatic, note
+            aside = Aside(failed=f"{type(error).__name__}: {first_line(error)}")
+        return jax.tree.leaves(y), jax.tree.leaves(expected_y), manual, automatic, aside
 
-    def point(self, y: list, due: list, manual: dict, automatic: dict, note: Note) -> Point:
-        if note.failed:
-            raise FailedError(note.failed)
+    def sides_of(self, y: list, expected_y: list, manual: dict, automatic: dict, aside: Aside) -> Sides:
+        """Sides of what `run` returned. Raises: FailedError if the manual backward raised."""
+        if aside.failed:
+            raise FailedError(aside.failed)
         numbers = [{name: np.asarray(a) for name, a in side.items()} for side in (manual, automatic)]
-        return Point([np.asarray(a) for a in y], [np.asarray(a) for a in due], numbers[0], numbers[1], note.wrong)
+        return Sides(
+            [np.asarray(a) for a in y], [np.asarray(a) for a in expected_y], numbers[0], numbers[1], aside.wrong
+        )
 
 
-def compile_together(runners: list[Runner], probes: list[list[Probe]], dtypes: tuple) -> None:
-    """Trace one after the other, compile side by side: XLA leaves Python's lock."""
+def compile_together(evaluators: list[Evaluator], probes: list[list[Probe]], dtypes: tuple) -> None:
+    """Trace what all evaluators need one after the other, and compile it in parallel: XLA releases Python's lock."""
     jobs = [
         (r, key, job)
-        for r, points in zip(runners, probes, strict=True)
+        for r, points in zip(evaluators, probes, strict=True)
         for key, job in r.prepare(points, dtypes).items()
     ]
 
     def work(one):
-        runner, key, job = one
+        evaluator, key, job = one
         with suppress(Exception):
-            runner.compiled[key] = job()
+            evaluator.compiled[key] = job()
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(work, jobs))

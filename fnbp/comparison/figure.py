@@ -1,4 +1,4 @@
-"""The figure of a report: each leaf's error alone and in the whole pass, from the input up to the loss."""
+"""The figure of a report: each leaf's error, by itself and in the whole pass, from the input up to the loss."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ FAULT = "#b3261e"
 
 
 def draw(report: Any, path: Any = None) -> Any:
-    """A matplotlib Figure of the report; saved to path where one is given. Raises: ImportError without matplotlib."""
+    """Draw the report as a matplotlib Figure, and save it if there is a path.
+
+    Raises: ImportError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -21,7 +24,7 @@ def draw(report: Any, path: Any = None) -> Any:
     heights = range(len(rows))
     for height, row in enumerate(rows):
         draw_row(axes, height, row)
-    axes.set_yticks(heights, [plain(f"{row.path}   d{row.leaf}") for row in rows], fontsize=8, family="monospace")
+    axes.set_yticks(heights, [escaped(f"{row.path}   d{row.leaf}") for row in rows], fontsize=8, family="monospace")
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_color(COLOURS.get(row.kind, FAULT) if row.kind != "ok" else "#222222")
     bands(axes, rows)
@@ -30,7 +33,7 @@ def draw(report: Any, path: Any = None) -> Any:
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xlabel("|manual - automatic| / |automatic| in float64; an exact 0 at the left edge")
     title = "every leaf is right" if report.ok else f"first fault: {report.faults[0].path} -> d{report.faults[0].leaf}"
-    figure.suptitle(plain(f"manual against automatic: {title}"), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(escaped(f"manual against automatic: {title}"), x=0.01, ha="left", fontsize=11, fontweight="bold")
     legend(axes, any(row.whole is not None for row in rows))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -39,13 +42,13 @@ def draw(report: Any, path: Any = None) -> Any:
     return figure
 
 
-def plain(text: str) -> str:
-    """Text that matplotlib takes for no formula."""
+def escaped(text: str) -> str:
+    """The text with its dollar signs escaped, so that matplotlib does not read a formula."""
     return text.replace("$", r"\$")
 
 
 def draw_row(axes: Any, height: float, row: Any) -> None:
-    """A leaf: what rounding allows, the error alone, the error in the whole pass."""
+    """Draw a leaf: what rounding allows, the error of the layer by itself, the error in the whole pass."""
     colour = COLOURS.get(row.kind, FAULT)
     alone = on_scale(row.error)
     if row.limit:
@@ -60,12 +63,12 @@ def draw_row(axes: Any, height: float, row: Any) -> None:
 
 
 def on_scale(error: float) -> float:
-    """error, moved onto the axis."""
+    """The error, moved onto the axis."""
     return float(np.clip(np.nan_to_num(error, nan=CEILING, posinf=CEILING), FLOOR, CEILING))
 
 
 def bands(axes: Any, rows: Any) -> None:
-    """A grey band behind every other layer."""
+    """Draw a grey band behind every other layer."""
     paths = list(dict.fromkeys(row.path for row in rows))
     for height, row in enumerate(rows):
         if paths.index(row.path) % 2:
@@ -73,8 +76,8 @@ def bands(axes: Any, rows: Any) -> None:
 
 
 def legend(axes: Any, whole: bool) -> None:
-    """What the marks mean."""
-    axes.plot([], [], "o", color=COLOURS["ok"], ms=4, label="the layer alone, told the right delta")
+    """Draw the legend."""
+    axes.plot([], [], "o", color=COLOURS["ok"], ms=4, label="the layer by itself, given the right delta")
     if whole:
         axes.plot([], [], "o", mfc="white", mec=COLOURS["ok"], ms=6, label="at the end of the whole backward pass")
         axes.plot([], [], "o", mfc="white", mec=COLOURS["inherits"], ms=6, label="inherits an error from above")

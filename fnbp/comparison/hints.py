@@ -1,4 +1,4 @@
-"""The likely mistake behind a wrong gradient: hypotheses, the most telling first, each tried on the numbers."""
+"""The likely mistake behind a wrong gradient: hypotheses, the most specific first, each tried on the numbers."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,11 @@ FITS = 1e-2  # of the error: what may be left after a hypothesis that explains i
 class Evidence(NamedTuple):
     """What is known of one wrong leaf, in float64.
 
-    manual, automatic   of the leaf
-    others              automatic gradients of the other leaves of the same unit
+    manual, automatic   the two gradients of the leaf
+    others              automatic gradients of the other leaves of the same subject
     arrays              the arguments and the cotangent, by name
-    thrice              the manual gradient of three times the cotangent, or None
-    name                of the layer, "dropout(0.3)": numbers in it may be the factor
+    thrice              the manual gradient for three times the cotangent, or None
+    name                the name of the layer, "dropout(0.3)": a number in it may be the factor
     """
 
     leaf: str
@@ -30,17 +30,17 @@ class Evidence(NamedTuple):
     name: str
 
     @property
-    def room(self) -> float:
-        """How near is the same: well below the error itself, and below what rounding explains."""
+    def tolerance(self) -> float:
+        """How near counts as equal: well below the error itself, and at most 1e-6."""
         return min(
             1e-6, FITS * float(np.linalg.norm(self.manual - self.automatic) / (np.linalg.norm(self.automatic) or 1))
         )
 
 
 def hint_of(e: Evidence) -> str:
-    """The first hypothesis that fits, in words; "" where none does."""
+    """The first hypothesis that fits, in words; "" if none does."""
     if not np.isfinite(e.manual).all():
-        return f"{int((~np.isfinite(e.manual)).sum())} of {e.manual.size} are not finite"
+        return f"{int((~np.isfinite(e.manual)).sum())} of {e.manual.size} elements are not finite"
     for hypothesis in HYPOTHESES:
         for found in hypothesis(e):
             return found
@@ -48,14 +48,16 @@ def hint_of(e: Evidence) -> str:
 
 
 def hint_of_mismatch(wrong: Mismatch) -> str:
-    """What a cotangent of another build looks like."""
+    """The hint for a cotangent whose tree, shape or dtype is wrong."""
     guess = "; the shape is that of the transpose" if wrong.transposed else ""
-    return f"came {wrong.came}, due {wrong.due}{guess}"
+    return f"got {wrong.got}, expected {wrong.expected}{guess}"
 
 
-def same(e: Evidence, a: np.ndarray, b: np.ndarray, room: float | None = None) -> bool:
-    """True where a is b, up to room of the size of b."""
-    near = bool(np.linalg.norm(a - b) <= (room or e.room) * np.linalg.norm(b)) if a.shape == b.shape else False
+def same(e: Evidence, a: np.ndarray, b: np.ndarray, tolerance: float | None = None) -> bool:
+    """True if a equals b up to tolerance, relative to the size of b, and b is not 0."""
+    near = (
+        bool(np.linalg.norm(a - b) <= (tolerance or e.tolerance) * np.linalg.norm(b)) if a.shape == b.shape else False
+    )
     return near and bool(np.any(b))
 
 
@@ -79,7 +81,7 @@ def clipped(e: Evidence) -> Iterator[str]:
 
 
 def linear(e: Evidence) -> Iterator[str]:
-    """A backward is linear in the cotangent; told three times as much it returns three times as much."""
+    """A backward is linear in the cotangent: three times the cotangent gives three times the gradient."""
     if e.thrice is None or not np.any(e.manual):
         return
     if same(e, e.thrice, e.manual):
@@ -91,7 +93,7 @@ def linear(e: Evidence) -> Iterator[str]:
 
 
 def affine(e: Evidence) -> Iterator[str]:
-    """What is left of the same test when nothing else fits."""
+    """The same test as linear, when nothing else fits."""
     if e.thrice is not None and not same(e, e.thrice, 3 * e.manual):
         yield "it is not linear in the cotangent"
 
@@ -110,7 +112,7 @@ def constant(e: Evidence) -> Iterator[str]:
 
 
 def meaning_of(c: float, e: Evidence) -> str:
-    """What a constant may stand for: a size, its root, or a number in the layer's name."""
+    """What a constant may stand for: a size, its root, or a number in the name of the layer; "" for none of them."""
 
     def near(value: float) -> bool:
         return abs(c - value) <= 1e-5 * abs(value)
@@ -120,12 +122,12 @@ def meaning_of(c: float, e: Evidence) -> str:
             return text
     for size, owner in sizes_of(e):
         for value, text in (
-            (1 / size, f"divided by {size}, {owner}: mean for sum"),
-            (size, f"times {size}, {owner}: sum for mean"),
+            (1 / size, f"divided by {size}, {owner}: a mean instead of a sum"),
+            (size, f"times {size}, {owner}: a sum instead of a mean"),
             (size**-0.5, f"divided by the root of {size}, {owner}"),
             (size**0.5, f"times the root of {size}, {owner}"),
-            ((size - 1) / size, f"{size - 1} for {size}, {owner}"),
-            (size / (size - 1) if size > 1 else 0, f"{size} for {size - 1}, {owner}"),
+            ((size - 1) / size, f"{size - 1} instead of {size}, {owner}"),
+            (size / (size - 1) if size > 1 else 0, f"{size} instead of {size - 1}, {owner}"),
         ):
             if size > 1 and near(value):
                 return text
@@ -138,7 +140,7 @@ def meaning_of(c: float, e: Evidence) -> str:
 
 
 def sizes_of(e: Evidence) -> list[tuple[int, str]]:
-    """The sizes that a sum or a mean may run over, the batch first, and what they are of."""
+    """The sizes that a sum or a mean may run over, the batch first, each with what it is the size of."""
     found: dict[int, str] = {}
     flowing = [(name, a) for name, a in e.arrays.items() if a.ndim > 1] or list(e.arrays.items())
     for name, a in flowing:
@@ -160,7 +162,7 @@ def transposed(e: Evidence) -> Iterator[str]:
 
 
 def flipped(e: Evidence) -> Iterator[str]:
-    """m is a, backwards along an axis: a kernel that was not turned."""
+    """m is a, reversed along an axis: a kernel that was not flipped."""
     for axis in range(e.manual.ndim):
         if e.manual.shape[axis] > 1 and same(e, e.manual, np.flip(e.automatic, axis)):
             yield f"it is flipped along axis {axis}"
@@ -169,7 +171,7 @@ def flipped(e: Evidence) -> Iterator[str]:
 
 
 def shifted(e: Evidence) -> Iterator[str]:
-    """Off by one along an axis: all but the border agree after a shift."""
+    """m is a, off by one along an axis: all except the border agree after a shift."""
     for axis in range(e.manual.ndim):
         n = e.manual.shape[axis]
         if n < 3:
@@ -188,20 +190,23 @@ def swapped(e: Evidence) -> Iterator[str]:
 
 
 def rounded(e: Evidence) -> Iterator[str]:
-    """An error as small as the rounding of a narrower dtype; and either every number is one of that dtype, or the error
-    is not linear in the cotangent, as that of a formula is."""
+    """The error is as small as the rounding of a narrower dtype.
+
+    And either every number is one of that dtype, or the error is not linear in the cotangent, as that of a wrong
+    formula is.
+    """
     if not np.any(e.automatic):
         return
     difference = e.manual - e.automatic
     size = np.linalg.norm(difference) / np.linalg.norm(e.automatic)
     restless = e.thrice is not None and np.linalg.norm(e.thrice / 3 - e.manual) > 0.1 * np.linalg.norm(difference)
-    for name, unit in (("bfloat16", 2.0**-9), ("float16", 2.0**-12), ("float32", 2.0**-25)):
-        if (all_exact(e.manual, name) and size < 8 * unit) or (restless and unit / 8 < size < 4 * unit):
+    for name, rounding in (("bfloat16", 2.0**-9), ("float16", 2.0**-12), ("float32", 2.0**-25)):
+        if (all_exact(e.manual, name) and size < 8 * rounding) or (restless and rounding / 8 < size < 4 * rounding):
             yield f"its error is {size:.0e}, the rounding of {name}: is something cast to {name}?"
 
 
 def all_exact(a: np.ndarray, dtype: str) -> bool:
-    """True where every number is one of that dtype."""
+    """True if every number of a is one of that dtype."""
     if a.size < 2:
         return False
     narrow = np.asarray(a, np.float64)
@@ -235,12 +240,12 @@ def extra(e: Evidence) -> Iterator[str]:
         if arg.shape != difference.shape or not np.any(arg):
             continue
         c = np.vdot(arg, difference) / np.vdot(arg, arg)
-        if same(e, difference, c * arg, room=1e-5):
+        if same(e, difference, c * arg, tolerance=1e-5):
             yield f"{c:.6g} times {name} is {'missing from' if name == 'dy' and c < 0 else 'added to'} it"
 
 
 def in_part(e: Evidence) -> Iterator[str]:
-    """Right but for some places along an axis."""
+    """m is a, except at some places along an axis."""
     scale = np.linalg.norm(e.automatic) / np.sqrt(e.automatic.size)
     off = abs(e.manual - e.automatic) > 1e-9 * (abs(e.automatic) + 1e-3 * scale)
     if off.all() or not off.any():
@@ -253,7 +258,7 @@ def in_part(e: Evidence) -> Iterator[str]:
         places = np.flatnonzero(wrong)
         zero = not np.any(np.take(e.manual, places, axis))
         shown = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
-        yield f"it is wrong at {shown} of axis {axis} alone{', where it is zero' if zero else ''}"
+        yield f"it is wrong at {shown} of axis {axis} only{', where it is zero' if zero else ''}"
     if off.sum() == 1:
         yield f"one element of {off.size} is wrong"
     elif 4 * off.sum() <= off.size:
@@ -263,7 +268,7 @@ def in_part(e: Evidence) -> Iterator[str]:
 
 
 def missing_mean(e: Evidence) -> Iterator[str]:
-    """The difference is constant along an axis, as a mean is, or along x in each row."""
+    """m - a is constant along an axis, as a mean is, or a multiple of x in each row or column."""
     difference = e.manual - e.automatic
     for axis in range(difference.ndim - 1, -1, -1):
         mean = difference.mean(axis, keepdims=True)
@@ -279,12 +284,12 @@ def missing_mean(e: Evidence) -> Iterator[str]:
                 d = spread if base is centred else difference
                 c = (d * base).sum(axes, keepdims=True) / ((base**2).sum(axes, keepdims=True) + 1e-300)
                 if same(e, c * base, d):
-                    yield f"the difference goes along x {words}: a term with the mean of dy x is missing or wrong"
+                    yield f"the difference is a multiple of x {words}: a term with the mean of dy x is missing or wrong"
                     return
 
 
 def broadcast(e: Evidence) -> Iterator[str]:
-    """m is constant along an axis along which a is not."""
+    """m is the sum or the mean of a along an axis, repeated."""
     for axis in range(e.manual.ndim):
         if e.manual.shape[axis] > 1 and same(
             e, np.broadcast_to(e.manual.mean(axis, keepdims=True), e.manual.shape), e.manual
@@ -303,12 +308,12 @@ def signs(e: Evidence) -> Iterator[str]:
 
 
 def factor_of_dy(e: Evidence) -> Iterator[str]:
-    """Elementwise: m / a says which factor is wrong."""
+    """m = a x, or m x = a, elementwise."""
     x, dy = e.arrays.get("x"), e.arrays.get("dy")
     if x is None or dy is None or not x.shape == dy.shape == e.manual.shape:
         return
     if same(e, e.manual, e.automatic * x):
-        yield "it is times x once too often"
+        yield "it is multiplied by x once too often"
     elif same(e, e.manual * x, e.automatic):
         yield "a factor x is left out"
 

@@ -1,26 +1,28 @@
-"""What compare found, for a person at a terminal, for a log, for JSON, and as a figure."""
+"""The report of compare: for a person at a terminal, for a log, for JSON, and as a figure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
+import jax
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fnbp.comparison.numerics import FLOAT64_BACKENDS
 from fnbp.rendering import Tabular
 
 FAULTS = {  # the gravest first
     "raises": "the backward raises",
-    "structure": "tree, shape or dtype is not that of the argument",
-    "random": "another value each time",
-    "nonfinite": "NaN or infinity where autodiff has none",
-    "formula": "wrong in float64: another formula",
-    "precision": "right in float64, but less accurate than autodiff where it runs",
-    "jit": "differs, or fails, under jit",
-    "vmap": "differs, or fails, under vmap",
-    "sharded": "differs, or fails, spread over devices",
+    "structure": "its tree, shape or dtype is not that of the argument",
+    "random": "it returns another value each time",
+    "nonfinite": "it has NaN or infinity, and autodiff has none",
+    "formula": "it is wrong in float64: the formula is wrong",
+    "precision": "it is right in float64, but less accurate than autodiff in the dtype of the arguments",
+    "jit": "it differs, or fails, under jit",
+    "vmap": "it differs, or fails, under vmap",
+    "sharded": "it differs, or fails, when spread over devices",
     "forward": "the two functions return different values",
 }
 SEVERITY = {kind: i for i, kind in enumerate((*FAULTS, "inherits", "convention", "ok"))}
@@ -28,19 +30,19 @@ SEVERITY = {kind: i for i, kind in enumerate((*FAULTS, "inherits", "convention",
 
 @dataclass(frozen=True)
 class Row:
-    """One leaf: the gradient of a parameter or an argument, of one layer alone.
+    """One leaf: the gradient of a parameter or an argument of one layer.
 
     path       "serial[3].dense(17)", or the name of a function
     leaf       "W", or "x" for the input's cotangent
-    kind       "ok", or a fault: a key of FAULTS; or "inherits": right, but told a wrong delta in the whole pass; or
-               "convention": at a kink or a tie the two choose other slopes, or autodiff follows a rule of its own
-    error      |manual - automatic| / |automatic| in float64, on the given arguments, the layer alone
+    kind       "ok"; a fault, which is a key of FAULTS; "inherits": right, but given a wrong delta in the whole pass; or
+               "convention": at a kink or a tie the two choose different slopes, or autodiff follows a rule of its own
+    error      |manual - automatic| / |automatic| in float64, at the given arguments, of the layer by itself
     limit      the error that rounding may make there: 64 times the noise of this leaf
-    z          the same over this leaf's own rounding noise, at the worst probe; a formula is wrong above 64
-    rho        the error of manual over that of automatic in the working dtype, or None where there is none
-    whole      error, but at the end of the whole backward pass; None for a function, a loss
-    probe      where it is worst
-    index      the worst element there, with both values
+    z          the error over the rounding noise of this leaf, at the worst probe; above 64 the formula is wrong
+    rho        the error of manual over that of automatic in the dtype of the arguments, or None if it was not measured
+    whole      the error at the end of the whole backward pass; None for a function and for a loss
+    probe      the probe that shows the fault
+    index      the worst element there; manual and automatic are its two values
     hint       the likely mistake
     """
 
@@ -62,20 +64,36 @@ class Row:
 
     @property
     def ok(self) -> bool:
+        """True unless the row is a fault."""
         return self.kind not in FAULTS
 
     @property
     def verdict(self) -> str:
-        """As the table has it: faults in capitals."""
+        """The kind as the table shows it: a fault in capitals."""
         return self.kind if self.ok else self.kind.upper()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found of one subject.
+
+    rows          one for each leaf, after those that stand for no single leaf
+    checks        how each transform went, and whether differences agree, by name
+    """
+
+    rows: list[Row]
+    notes: list[str]
+    conventions: list[Row] = field(default_factory=list)
+    checks: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report(Tabular):
     """What compare found: rows from input to output, faults from the last layer to the first.
 
-    checks  how the transforms went, and whether differences of the forward agree with autodiff, by name
-    notes   what was not tried and why, one line each
+    checks       by name: how each transform went, and whether differences of the forward agree with autodiff
+    notes        what was not tried and why, one line each
+    conventions  where manual and automatic differ and both are right
     """
 
     rows: tuple[Row, ...]
@@ -85,47 +103,49 @@ class Report(Tabular):
 
     @property
     def faults(self) -> tuple[Row, ...]:
+        """The rows that are faults, in the order in which a backward pass meets them."""
         paths = dict.fromkeys(row.path for row in self.rows)
         return tuple(row for path in reversed(paths) for row in self.rows if row.path == path and not row.ok)
 
     @property
     def first_fault(self) -> Row | None:
-        """The fault that a backward pass meets first."""
+        """The fault that a backward pass meets first, or None."""
         return next(iter(self.faults), None)
 
     @property
     def ok(self) -> bool:
+        """True if there is no fault."""
         return not self.faults
 
     @property
     def worst(self) -> float:
-        """The largest relative error on the given arguments, of a layer alone or of the whole pass."""
+        """The largest relative error at the given arguments, of a layer by itself or of the whole pass."""
         return max((max(row.error, row.whole or 0.0) for row in self.rows), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: what is not finite as text."""
+        """The report as a dict for JSON; a number that is not finite becomes text."""
 
-        def plain(row: Row) -> dict[str, Any]:
+        def as_values(row: Row) -> dict[str, Any]:
             values = asdict(row) | {"ok": row.ok, "shape": list(row.shape), "index": list(row.index)}
             return {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
 
         return {
             "ok": self.ok,
             "worst": self.worst if isfinite(self.worst) else str(self.worst),
-            "rows": [plain(row) for row in self.rows],
-            "faults": [plain(row) for row in self.faults],
-            "conventions": [plain(row) for row in self.conventions],
+            "rows": [as_values(row) for row in self.rows],
+            "faults": [as_values(row) for row in self.faults],
+            "conventions": [as_values(row) for row in self.conventions],
             "checks": dict(self.checks),
             "notes": list(self.notes),
         }
 
     def raise_if_bad(self) -> None:
-        """AssertionError, with the report as its message, unless every row is ok."""
+        """Raise AssertionError, with the report as its message, unless every row is ok."""
         if not self.ok:
             raise AssertionError(f"manual and automatic gradients differ\n{self}")
 
     def plot(self, path: Any = None) -> Any:
-        """A figure: each leaf's error alone and in the whole pass, by layer; saved to path where one is given.
+        """Draw each leaf's error, by itself and in the whole pass; save the figure if there is a path.
 
         Returns: a matplotlib Figure. Raises: ImportError without matplotlib.
         """
@@ -133,11 +153,11 @@ class Report(Tabular):
 
         return draw(self, path)
 
-    def __rich__(self) -> RenderableType:
+    def __rich__(self) -> RenderableType:  # type: ignore[override]
         return Group(self.table(), *self.lines())
 
     def table(self) -> Table:
-        """A row a leaf."""
+        """The table: a row for each leaf."""
         title = "manual against automatic: " + ("ok" if self.ok else "WRONG")
         table = Table(title=title, title_justify="left", title_style="bold" if self.ok else "bold red")
         whole = any(row.whole is not None for row in self.rows)
@@ -150,19 +170,19 @@ class Report(Tabular):
             cells = [f"{row.error:.1e}", short(row.z), "-" if row.rho is None else f"{row.rho:.2g}"]
             if whole:
                 cells.append("-" if row.whole is None else f"{row.whole:.1e}")
-            # as Text: what a name holds in brackets is no markup
+            # as Text: brackets in a name are not markup
             table.add_row(Text(row.path), Text(row.leaf), shape, *cells, row.verdict, style=style)
         return table
 
     def lines(self) -> list[Text]:
-        """Below the table: the first fault, the other faults, conventions, checks, notes."""
+        """The lines below the table: the first fault, the other faults, conventions, checks, notes."""
         found = []
         for i, row in enumerate(self.faults):
             found.append(
-                Text(("first fault: " if i == 0 else "also: ") + describe(row), "bold red" if i == 0 else "red")
+                Text(("first fault: " if i == 0 else "also: ") + line_of(row), "bold red" if i == 0 else "red")
             )
         for row in self.conventions:
-            found.append(Text(describe(row), "cyan"))
+            found.append(Text(line_of(row), "cyan"))
         inherited = sum(row.kind == "inherits" for row in self.rows)
         if inherited:
             found.append(
@@ -173,13 +193,27 @@ class Report(Tabular):
         return found + [Text(f"note: {note}", "dim") for note in self.notes]
 
 
+def report_of(rows: Iterable[Row], found: Sequence[Findings], transforms: Iterable[str]) -> Report:
+    """The Report of these rows, with the checks, notes and conventions of every subject."""
+    checks: dict[str, str] = {}
+    for name in (*transforms, "differences"):
+        words = [one.checks[name] for one in found if name in one.checks]
+        if words:
+            checks[name] = next((w for w in words if w == "WRONG"), next((w for w in words if w != "ok"), "ok"))
+    notes = [note for one in found for note in one.notes]
+    if jax.default_backend() not in FLOAT64_BACKENDS:
+        notes.append(f"{jax.default_backend()} has no float64: the float64 side ran on the CPU")
+    conventions = tuple(row for one in found for row in one.conventions)
+    return Report(tuple(rows), checks, tuple(dict.fromkeys(notes)), conventions)
+
+
 def short(z: float) -> str:
-    """A number for the table."""
+    """z for the table."""
     return f"{z:.1f}" if z < 1000 else f"{z:.0e}"
 
 
-def describe(row: Row) -> str:
-    """A fault in one line."""
+def line_of(row: Row) -> str:
+    """A row in one line."""
     where = f"{row.path} -> d{row.leaf}" if row.leaf else row.path
     where = row.path if row.kind == "forward" else where
     values = f", worst at {list(row.index)}: manual {row.manual:+.6g}, automatic {row.automatic:+.6g}"

@@ -1,0 +1,111 @@
+"""Compare anyone's function: a jax.custom_vjp beside a plain twin, or a function beside its backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnbp.arrays.checks import check_finite, describe
+from fnbp.comparison.numerics import as_numpy_32, first_line, index_of_largest, is_floating
+from fnbp.comparison.plan import Plan, check_no_lists
+from fnbp.comparison.report import Row
+from fnbp.comparison.subject import Subject, subject_of_function
+
+FLOAT0 = jax.dtypes.float0
+FORWARDS_DIFFER = 1e3  # roundings of the dtype, relative to the largest value
+
+
+def plan_of_function(f: Any, args: tuple, reference: Callable | None, vjp: Callable | None) -> Plan:
+    """Plan the comparison of a function: it is the one subject, unless it and its reference return different values.
+
+    Raises: TypeError for what is no function, for other than one of reference and vjp, and for what jax.vjp cannot
+            differentiate; ValueError for arguments that hold no floating point numbers, or some that are not finite.
+    """
+    check_function(f, args, reference, vjp)
+    args = as_numpy_32(args)
+    check_arguments(name_of(f), args)
+    subject = subject_of_function(f, args, reference, vjp)
+    different = compare_forwards(subject, args) if reference is not None else []
+    check_differentiable(subject, args)
+    return Plan([] if different else [subject], lambda rows: different or rows)
+
+
+def name_of(f: Any) -> str:
+    """The name of a function, or of the type of another callable."""
+    return getattr(f, "__name__", type(f).__name__)
+
+
+def check_function(f: Any, args: tuple, reference: Callable | None, vjp: Callable | None) -> None:
+    """TypeError unless f is a function with one way to compare it."""
+    if isinstance(f, type) or not callable(f):
+        raise TypeError(f"compare: subject must be a Layer or a function, got {describe(f)}")
+    name = name_of(f)
+    if getattr(f, "__module__", "").startswith("fnbp.layers"):
+        raise TypeError(f"compare: {name} makes a layer; call it: {name}()")
+    if (reference is None) == (vjp is None):
+        raise TypeError(
+            f"compare: {name} has no backward to compare: give reference=plain for a jax.custom_vjp, or "
+            "vjp=backward, backward(args, cotangent) -> cotangents of args (one of the two)"
+        )
+    check_no_lists(name, args)
+
+
+def check_arguments(name: str, args: tuple) -> None:
+    """TypeError or ValueError unless every argument is an array, one of them of floating point, and all are finite."""
+    leaves = jax.tree.leaves(args)
+    for i, leaf in enumerate(leaves):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"compare: leaf {i} of the arguments of {name} is {describe(leaf)}: close over it instead")
+    if not any(is_floating(a) for a in leaves):
+        found = ", ".join(map(describe, leaves)) or "none"
+        raise ValueError(f"compare: {name} has no floating point argument to differentiate, got {found}")
+    check_finite("compare", f"the arguments of {name}", args)
+
+
+def check_differentiable(subject: Subject, args: tuple) -> None:
+    """TypeError if the reference returns nothing to differentiate, or jax.vjp cannot differentiate it."""
+
+    def pulled(*args):
+        y, pull = jax.vjp(lambda *a: subject.reference(a, subject.fixed), *args)
+        flat, tree = jax.tree.flatten(y)
+        zeros = [jnp.zeros(a.shape, a.dtype) if is_floating(a) else np.zeros(a.shape, FLOAT0) for a in flat]
+        return [d for d in jax.tree.leaves(pull(jax.tree.unflatten(tree, zeros))) if is_floating(d)]
+
+    y = jax.eval_shape(lambda *args: subject.reference(args, subject.fixed), *args)
+    if not any(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(y)):
+        found = ", ".join(describe(a) for a in jax.tree.leaves(y)) or "nothing"
+        raise TypeError(f"compare: {subject.path} must return a floating point array to be differentiated, got {found}")
+    try:
+        jax.eval_shape(pulled, *args)
+    except Exception as error:
+        raise TypeError(
+            f"compare: jax.vjp cannot differentiate {subject.path}, so there is nothing to compare with: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def compare_forwards(subject: Subject, args: tuple) -> list[Row]:
+    """A row of kind "forward" for each output in which a custom_vjp and its reference differ.
+
+    Raises: ValueError if they return different shapes or dtypes.
+    """
+    shapes = [jax.eval_shape(lambda *a, f=f: f(a, subject.fixed), *args) for f in (subject.forward, subject.reference)]
+    ours, theirs = ([(a.shape, a.dtype) for a in jax.tree.leaves(tree)] for tree in shapes)
+    if ours != theirs or jax.tree.structure(shapes[0]) != jax.tree.structure(shapes[1]):
+        text = [", ".join(f"{dtype}{list(shape)}" for shape, dtype in side) for side in (ours, theirs)]
+        raise ValueError(f"compare: {subject.path} returns {text[0]}, its reference {text[1]}; they must match")
+    rows = []
+    y, expected = (jax.tree.leaves(f(args, subject.fixed)) for f in (subject.forward, subject.reference))
+    for i, (a, b) in enumerate(zip(y, expected, strict=True)):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        eps = float(jnp.finfo(y[i].dtype).eps) if is_floating(y[i]) else 0.0
+        error = float(np.max(abs(a - b), initial=0)) / (float(np.max(abs(b), initial=0)) or 1.0)
+        if error > FORWARDS_DIFFER * eps:
+            index = index_of_largest(abs(a - b))
+            hint = f"the functions themselves differ by {error:.1e}: the reference is a different function"
+            spot = {"index": index, "manual": float(a[index]), "automatic": float(b[index])}
+            leaf = "y" if len(y) == 1 else f"y[{i}]"
+            rows.append(Row(subject.path, leaf, a.shape, str(y[i].dtype), "forward", error=error, hint=hint, **spot))
+    return rows

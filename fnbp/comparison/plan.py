@@ -1,0 +1,75 @@
+"""What compare was asked for, and what is to be compared."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnbp.arrays.checks import check_key
+from fnbp.comparison.probes import PROBES
+from fnbp.comparison.report import Row
+from fnbp.comparison.subject import Subject
+from fnbp.comparison.transforms import TRANSFORMS
+
+
+class Options(NamedTuple):
+    """The probes and transforms to try, by name, and the generator of all that is drawn."""
+
+    probes: tuple[str, ...]
+    transforms: tuple[str, ...]
+    rng: np.random.Generator
+
+
+def options_of(probes: Sequence[str], transforms: Sequence[str], key: jax.Array) -> Options:
+    """Check what was asked for. Raises: ValueError for an unknown name; TypeError if key is not a random key."""
+    check_names("probe", probes, PROBES)
+    if list(probes[:1]) != ["given"]:
+        raise ValueError("compare: the first probe must be 'given', the point that all others start from")
+    check_names("transform", transforms, TRANSFORMS)
+    check_key("compare", key)
+    seed = np.asarray(jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
+    return Options(tuple(probes), tuple(transforms), np.random.default_rng(seed.ravel().tolist()))
+
+
+def check_names(what: str, names: Sequence[str], table: Mapping[str, Any]) -> None:
+    """ValueError for a name that is not in the table."""
+    for name in names:
+        if name not in table:
+            raise ValueError(f"compare: unknown {what} {name!r}; there are: {', '.join(table)}")
+
+
+def check_for_layer(args: tuple, of_functions: dict[str, Any]) -> None:
+    """TypeError unless a Layer is given one x, and nothing that goes with a function."""
+    if any(value is not None for value in of_functions.values()):
+        raise TypeError("compare: reference= and vjp= go with a function; a Layer has its backward in it")
+    if len(args) != 1:
+        raise TypeError(f"compare: a Layer is compared at one x, got {len(args)} positional arguments")
+
+
+def check_for_function(of_layers: dict[str, Any]) -> None:
+    """TypeError if a function is given what goes with a Layer."""
+    for name, value in of_layers.items():
+        if value is not None:
+            raise TypeError(f"compare: {name}= goes with a Layer; a function takes all that it needs as arguments")
+
+
+def check_no_lists(name: str, args: tuple) -> None:
+    """TypeError for a list of numbers, which JAX takes for a tree of scalars."""
+    for arg in args:
+        of_numbers = all(isinstance(leaf, (int, float)) for leaf in jax.tree.leaves(arg))
+        if isinstance(arg, (list, tuple)) and arg and of_numbers:
+            kind = type(arg).__name__
+            raise TypeError(f"compare: {name} is given a {kind} of numbers; give an array: jnp.asarray(...)")
+
+
+class Plan(NamedTuple):
+    """What is to be compared.
+
+    subjects   each is compared by itself
+    rows_of    the rows of all subjects -> the rows of the report
+    """
+
+    subjects: list[Subject]
+    rows_of: Callable[[list[Row]], list[Row]]
