@@ -54,7 +54,7 @@ class Trace(NamedTuple):
 
 
 def check_batch(x: Any, y: Any) -> None:
-    """ValueError for a batch of 0, x and y of other lengths, or non-finite data; TypeError for what is no array."""
+    """ValueError if the batch is empty, lengths differ, or data are not finite; TypeError if one is not an array."""
     for leaf in jax.tree.leaves((x, y)):
         if not jnp.ndim(leaf):
             raise TypeError(f"backprop: x and y must be arrays with a first axis, the examples; got {describe(leaf)}")
@@ -62,13 +62,13 @@ def check_batch(x: Any, y: Any) -> None:
     if (0,) in sizes:
         raise ValueError("backprop: a batch of 0 examples has no mean loss")
     if len(sizes) > 1:
-        raise ValueError(f"backprop: x and y must have as many examples each, got {sorted(s[0] for s in sizes)}")
+        raise ValueError(f"backprop: x and y must have equally many examples, got {sorted(s[0] for s in sizes)}")
     check_finite("backprop", "x", x)
     check_finite("backprop", "y", y)
 
 
 def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[..., Pass]:
-    """Backpropagation: (params, state, x, y, ctx=Context()) -> Pass.
+    """Make the backpropagation of a net and a loss: (params, state, x, y, ctx=Context()) -> Pass.
 
         1  prediction, saved = forward of every layer            2  J = mean of the losses
         3  delta = dJ/dprediction; then, last layer first:  factors, delta = backward(params, saved, delta)
@@ -82,11 +82,11 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
     Values that only jit sees cannot raise. There a label, token or length out of range, or batch_norm at inference
     before any training, makes the loss and the gradient NaN.
 
-    Shapes: x (m, ...), y as the loss wants it.
-    Source: the document, section 3.2.
-    Raises: ValueError for a batch of 0, targets, params or factors that do not fit, and, outside jit, non-finite data;
-            TypeError if a layer mixes the examples, or its backward has no factor for that contraction, or the loss
-            takes no mask and there is one.
+    Shapes: x (m, ...), y as the loss expects it.
+    Source: fnbp/README.md, B1 to B6.
+    Raises: ValueError if the batch is empty, targets, params or factors do not fit, and, outside jit, if data are not
+            finite; TypeError if a layer mixes the examples, its backward has no factor for that contraction, or there
+            is a mask and the loss takes none.
     """
     check_is("backprop", "net", net, Layer)
     run = one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss)
@@ -126,12 +126,12 @@ def one_pass(net: Layer, loss: Loss) -> Callable[..., Pass]:
 
 
 def mean_delta(dlosses: Any, m: int) -> Any:
-    """The delta of the mean over m examples, of the delta of their sum."""
+    """Turn the cotangent of the summed loss into that of the mean over m examples."""
     return jax.tree.map(lambda d: (wide(d) / m).astype(d.dtype), dlosses)
 
 
 def conform(grads: Any, params: Any) -> Any:
-    """Gradients in the dtypes of params, as jax.grad has them; ValueError where tree or shapes are not params'."""
+    """Gradients in the dtypes of params, as jax.grad has them; ValueError if tree or shapes differ from params'."""
     if jax.tree.structure(grads) != jax.tree.structure(params):
         raise ValueError(f"backward returns {jax.tree.structure(grads)}, params are {jax.tree.structure(params)}")
     for (where, g), p in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(params), strict=True):
@@ -142,7 +142,7 @@ def conform(grads: Any, params: Any) -> Any:
 
 
 def value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
-    """J and its gradient: (params, state, x, y, ctx=Context()) -> (value, state), grads.
+    """Make the function of J and its gradient: (params, state, x, y, ctx=Context()) -> (value, state), grads.
 
     The shape of jax.value_and_grad with has_aux=True, so that it drops into any training step. A step that trains
     passes Context(key, train=True), with another key each time: a UserWarning says so if the net draws and ctx does not
@@ -171,9 +171,9 @@ def check_training(net: Layer, ctx: Context) -> None:
 
 
 def apply(net: Layer, params: Any, state: Any, x: Any, ctx: Context = Context()) -> Any:
-    """The prediction of a net: y of its forward, without the new state and without what a backward needs.
+    """Predict: y of the forward of a net, without the new state and what a backward needs.
 
-    Without ctx as at inference: nothing is drawn, batch_norm uses its running statistics.
+    By default as at inference: nothing is drawn, and batch_norm uses its running statistics.
 
     Raises: TypeError if net is not a Layer, or ctx is not a Context; ValueError or TypeError as the forward of the net.
     """
@@ -184,7 +184,7 @@ def apply(net: Layer, params: Any, state: Any, x: Any, ctx: Context = Context())
 
 
 def per_example_norms(net: Layer, loss: Loss) -> Callable[..., jax.Array]:
-    """The norm of each example's gradient: (params, state, x, y, ctx=Context()) -> (m,).
+    """Make the function of each example's gradient norm: (params, state, x, y, ctx=Context()) -> (m,).
 
         |dl_i/dtheta| = sqrt(sum over parameters of sq_norms)
 
@@ -238,13 +238,13 @@ def traced(path: str, layer: Layer) -> Layer:
 
 
 def trace(net: Layer, loss: Loss) -> Callable[..., Trace]:
-    """Every layer's output and error, by path: (params, state, x, y, ctx=Context()) -> Trace.
+    """Make a pass that returns every layer's output and error: (params, state, x, y, ctx=Context()) -> Trace.
 
         outputs["serial[0].dense(128)"] = y      deltas["serial[0].dense(128)"] = dJ/dy
 
     What autodiff hides. Under jit, what you do not use of it is not computed.
 
-    Source: the document, section 4.2, its error terms.
+    Source: fnbp/README.md, B3 to B5.
     Raises: as backprop.
     """
     check_is("trace", "net", net, Layer)

@@ -53,7 +53,7 @@ def register_factor(kind: type) -> type:
 
 
 class Factor(ABC):
-    """What a backward returns for one parameter: an unfinished sum over examples, linear in the error d.
+    """An unfinished sum over examples, linear in the error d: what a backward returns for one parameter.
 
     Axis 0 is the example. Axes between it and the last are positions that share the parameter (time, pixels).
 
@@ -237,7 +237,7 @@ class PerExample(Factor):
 @register_factor
 @dataclass(frozen=True)
 class Mixed(Factor):
-    """A finished gradient of a layer that mixes the examples: none of them has a gradient of its own.
+    """A finished gradient of a layer that mixes the examples, so that no example has a gradient of its own.
 
     Shapes: d, of the parameter.
     Raises: TypeError from every contraction but total.
@@ -306,7 +306,7 @@ class Added(Factor):
 
 
 def chunked(factor: Callable[..., Factor], arrays: tuple, elements: int) -> jax.Array:
-    """sq_norms by forming per-example gradients of so many elements, few at once."""
+    """sq_norms by forming the per-example gradients, each of that many elements, a few at a time."""
     m = arrays[0].shape[0]
     chunk = min(m, max(1, CHUNK // elements))
     return jax.lax.map(lambda one: jnp.sum(factor(*one).total() ** 2), arrays, batch_size=chunk)

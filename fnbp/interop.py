@@ -45,7 +45,7 @@ __all__ = ["automatic_value_and_grad", "from_jax", "loss_from_jax", "to_jax"]
 
 
 def empty_state(layer: Layer, params: Any, x: Any) -> Any:
-    """The state of a net that has none: a tree without arrays. ValueError where the net has some."""
+    """The state of a net without state: a tree without arrays. ValueError if the net has state."""
     _, state = jax.eval_shape(layer.init, jax.random.key(0), x)
     if jax.tree.leaves(state):
         raise ValueError(f"to_jax: {layer.name} has state; give it as to_jax(layer, state=...)")
@@ -53,7 +53,7 @@ def empty_state(layer: Layer, params: Any, x: Any) -> Any:
 
 
 def to_jax(layer: Layer, state: Any = None, ctx: Context = Context(), with_state: bool = False) -> Callable[..., Any]:
-    """A function apply(params, x) -> y for any JAX, Flax or Equinox model, with the manual backward as its VJP.
+    """Make a function apply(params, x) -> y for any JAX, Flax or Equinox model, with the manual backward as its VJP.
 
         jax.vjp(apply, params, x)[1](dy) = total of backward's factors, dx
 
@@ -62,8 +62,8 @@ def to_jax(layer: Layer, state: Any = None, ctx: Context = Context(), with_state
 
     Options: with_state: the function is apply(params, state, x, ctx=ctx) -> (y, new state), for batch_norm, dropout and
              whatever changes from step to step. State and context have no cotangent.
-    Raises:  ValueError for a layer with state if none is given, or for a fixed state beside with_state; TypeError if
-             the argument is not a Layer.
+    Raises:  ValueError if the layer has state and none is given, or a fixed state is given beside with_state; TypeError
+             if the argument is not a Layer.
     """
     check_is("to_jax", "layer", layer, Layer)
     check_is("to_jax", "with_state", with_state, bool)
@@ -166,7 +166,7 @@ def from_jax(
     mask: str | Rule | None = None,
     mixes: Literal["never", "training", "always"] = "never",
 ) -> Layer:
-    """A Layer whose backward is jax.vjp: of any Layer, or of a function apply(params, x) -> y.
+    """Make a Layer whose backward is jax.vjp, of any Layer or of a function apply(params, x) -> y.
 
         from_jax(dense(10))                   the same layer, differentiated automatically
         from_jax(apply, init, "mine")         init(key, x) -> params; without it the function has no parameters: {}
@@ -174,9 +174,9 @@ def from_jax(
     Its factors keep what jax.vjp needs, so per-example quantities are of each example alone. Integers have no
     cotangent: there dx is None.
 
-    Options: mask, of a function: as in stateless; without it a mask is refused. mixes, of a function: when an example's
-             y depends on other examples; say so, since nothing else can tell. A Layer brings both along.
-    Raises:  TypeError for what is neither a Layer nor a function; ValueError for an unknown mixes.
+    Options: mask: of a function, as in stateless; by default a mask is refused. mixes: of a function, when an example's
+             y depends on other examples; nothing else can tell. A Layer brings both along.
+    Raises:  TypeError if the argument is neither a Layer nor a function; ValueError if mixes is unknown.
     """
     if name is not None:
         check_name("from_jax", name)
@@ -185,20 +185,21 @@ def from_jax(
             raise TypeError(
                 f"from_jax: init, mask and mixes go with a function; {apply.name} is a Layer, which has its own"
             )
-        layer = apply
+        layer, label = apply, name or f"from_jax({apply.name})"
     elif callable(apply):
-        label = name or getattr(apply, "__name__", "from_jax")
-        check_functions(getattr(apply, "__name__", label), apply, init)
+        own = name_of(apply)
+        label = name or (f"from_jax({own})" if own else "from_jax")
+        check_functions(own or "the function", apply, init)
         layer = lifted(apply, init, label, mask or refused, mixes)
     else:
-        raise TypeError(f"from_jax: a Layer or a function apply(params, x) is due, got {describe(apply)}")
+        raise TypeError(f"from_jax: expected a Layer or a function apply(params, x), got {describe(apply)}")
 
     def forward(params, state, x, ctx):
         def differentiated(params, x):
             y, new_state, _ = layer.forward(params, state, x, ctx)
             return y, new_state
 
-        check_leaves(name or layer.name, x)
+        check_leaves(label, x)
         y, pull, new_state = jax.vjp(differentiated, params, x, has_aux=True)
         return y, new_state, (pull, state, x, ctx)
 
@@ -213,11 +214,11 @@ def from_jax(
         return jax.tree.unflatten(tree, factors), dx
 
     traits = replace(traits_of(layer, mask_of(layer)), carries=layer.traits.carries)
-    return Layer(layer.init, forward, backward, name or f"from_jax({layer.name})", traits=traits)
+    return Layer(layer.init, forward, backward, label, traits=traits)
 
 
 def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, reduce: str = "examples") -> Loss:
-    """A Loss whose backward is jax.vjp: of a function f(prediction, target) -> losses (m,), such as one of optax.
+    """Make a Loss whose backward is jax.vjp, of a function f(prediction, target) -> losses (m,), as optax has them.
 
         l = f(p, t)      dp = jax.vjp of f at 1
 
@@ -231,7 +232,7 @@ def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, r
     """
     if not callable(f) or isinstance(f, (Layer, Loss)):
         raise TypeError(f"loss_from_jax: a function (prediction, target) -> losses (m,) is expected, got {describe(f)}")
-    label = name or getattr(f, "__name__", "loss_from_jax")
+    label = name or name_of(f) or "loss_from_jax"
     check_reduce(label, reduce)
 
     def forward(prediction, target, mask=None):
@@ -256,15 +257,21 @@ def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, r
     return Loss(forward, backward, label, takes_mask=True)
 
 
+def name_of(f: Callable) -> str | None:
+    """What a function is called; None if it has no name, as a lambda."""
+    name = getattr(f, "__name__", "<lambda>")
+    return None if name == "<lambda>" else name
+
+
 def check_leaves(name: str, x: Any) -> None:
-    """TypeError for what jax.vjp takes for no argument."""
+    """TypeError if jax.vjp does not take a leaf of x as an argument."""
     for leaf in jax.tree.leaves(x):
         if not isinstance(leaf, (jax.Array, bool, int, float, complex)):
             check_array(name, "x", leaf)
 
 
 def check_functions(name: str, apply: Callable, init: Any) -> None:
-    """TypeError unless apply can be called with params and x, and init, where there is one, with a key and x."""
+    """TypeError unless apply can be called with params and x, and init, if there is one, with a key and x."""
     if not takes(apply, 2):
         alone = f"; for a function of x alone: from_jax(lambda params, x: {name}(x))" if takes(apply, 1) else ""
         raise TypeError(f"from_jax: {name} must take (params, x){alone}")
@@ -274,8 +281,8 @@ def check_functions(name: str, apply: Callable, init: Any) -> None:
 
 def lifted(apply: Callable, init: Callable | None, name: str, mask: str | Rule, mixes: Any) -> Layer:
     """A Layer around a function apply(params, x) -> y, without a backward of its own."""
-    rule = mask if callable(mask) else choose(f"rule for a mask of {name}", mask, RULES)
-    choose(f"mixes of {name}", mixes, dict.fromkeys(MIXES, 0))
+    rule = mask if callable(mask) else choose("rule for a mask", mask, RULES, f"{name}: ")
+    choose("mixes", mixes, dict.fromkeys(MIXES, 0), f"{name}: ")
 
     def init_lifted(key, x):
         check_key(name, key)
@@ -294,9 +301,9 @@ def lifted(apply: Callable, init: Callable | None, name: str, mask: str | Rule, 
 
 
 def automatic_value_and_grad(net: Layer, loss: Loss) -> Callable[..., Any]:
-    """fnbp.value_and_grad by jax.value_and_grad of the same forward: the reference for every comparison.
+    """Make fnbp.value_and_grad by jax.value_and_grad of the same forward: the reference for every comparison.
 
-    Raises: as fnbp.value_and_grad; TypeError for what is no Layer, or no Loss.
+    Raises: as fnbp.value_and_grad; TypeError if net is not a Layer, or loss is not a Loss.
     """
     check_is("automatic_value_and_grad", "net", net, Layer)
     check_is("automatic_value_and_grad", "loss", loss, Loss)

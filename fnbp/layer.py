@@ -39,7 +39,7 @@ MIXES: tuple[Mixes, ...] = ("never", "training", "always")
 
 @dataclass(frozen=True)
 class Traits:
-    """What a layer says of itself before it runs, so that a net can be asked.
+    """What a layer states of itself before it runs, so that a net can be asked.
 
     mask    what becomes of Context.mask: a rule (name, x, mask) -> the mask of y, see fnbp.masks
     mixes   when an example's y depends on other examples of the batch: "never", "training" or "always"; an example
@@ -118,7 +118,7 @@ class Layer(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What a forward may know beside its input: a random key, a mask, and whether this is training.
+    """Hold what a forward may know beside its input: a random key, a mask, and whether this is training.
 
     key    a jax.random key for layers that draw, or None
     mask   True where a position counts, or None
@@ -194,26 +194,26 @@ def counting(name: str, rule: Rule, forward: Callable, backward: Callable) -> tu
 def stateless(
     init: Callable, forward: Callable, backward: Callable, name: str, mask: str | Rule = refused, alone: bool = False
 ) -> Layer:
-    """A Layer of functions that mention neither state nor context.
+    """Make a Layer of functions that mention neither state nor context.
 
         init     (key, x)          -> params
         forward  (params, x)       -> y, res
         backward (params, res, dy) -> factors, dx
 
-    Options: mask: what the layer makes of Context.mask. "elementwise" or "position" if it treats each number, or each
-             position of x (m, *positions, features), by itself: it then reads 0 where the mask is False. Without it a
-             mask is refused. alone: x is one array, never a pair.
-    Raises:  ValueError for an unknown mask rule; TypeError from init if key is not a random key, from forward for a
-             mask that is refused.
+    Options: mask: what the layer does with Context.mask. "elementwise" or "position" if it treats each number, or each
+             position of x (m, *positions, features), by itself: it then reads 0 where the mask is False. By default a
+             mask is refused. alone: True if x is one array, never a pair.
+    Raises:  ValueError if the mask rule is unknown; TypeError from init if key is not a random key, and from forward if
+             there is a mask and it is refused.
     """
-    rule = mask if callable(mask) else choose(f"rule for a mask of {name}", mask, RULES)
+    rule = mask if callable(mask) else choose("rule for a mask", mask, RULES, f"{name}: ")
     return mask_aware(init, lambda params, x, mask: forward(params, x), backward, name, rule, alone)
 
 
 def mask_aware(
     init: Callable, forward: Callable, backward: Callable, name: str, rule: Rule, alone: bool = True
 ) -> Layer:
-    """As stateless, of a layer that takes the mask into account: forward (params, x, mask) -> y, res."""
+    """As stateless, for a forward that takes the mask into account: (params, x, mask) -> y, res."""
 
     check_name("stateless", name)
 
@@ -259,7 +259,7 @@ def mask_of(layer: Layer) -> Rule:
 
 
 def mask_behind(layer: Layer, x: Any, mask: Any) -> Any:
-    """The mask of layer's y, given x and its mask; None if all its positions count. Raises where it is refused."""
+    """The mask of a layer's y, given x and its mask; None if all positions of y count. TypeError if it is refused."""
     return layer.traits.mask(layer.name, x, mask)
 
 
@@ -308,7 +308,7 @@ def without(leaf: str, backward: Callable) -> Callable:
 
 
 def map_layers(f: Callable[[str, Layer], Layer], net: Layer) -> Layer:
-    """net with every leaf replaced by f(path, leaf).
+    """Replace every leaf of a net by f(path, leaf).
 
     Paths read "serial[3].dense(17)". The combinators are rebuilt around the new leaves, so whatever f adds to a
     backward runs inside their loops. Contraction, tracing, freezing and other rules are all such maps.
@@ -323,7 +323,7 @@ def map_layers(f: Callable[[str, Layer], Layer], net: Layer) -> Layer:
 
 
 def checked(path: str, layer: Layer) -> Layer:
-    """For map_layers: a layer whose functions raise a TypeError where they do not return as many things as are due."""
+    """For map_layers: a layer whose functions raise a TypeError if they return too few values, or too many."""
 
     def forward(params, state, x, ctx):
         return check_returned(path, "forward", layer.forward(params, state, x, ctx), "y, state, res")
@@ -369,7 +369,7 @@ def replace_functions(
 
 
 def rebuilt(layer: Layer, parts: tuple[Layer, ...]) -> Layer:
-    """A combinator over other parts. ValueError where a function of its own was replaced: rebuild would lose it."""
+    """A combinator over other parts. ValueError if one of its own functions was replaced: rebuild would lose it."""
     assert layer.rebuild is not None
     fresh = layer.rebuild(layer.parts)
     for name in ("init", "forward", "backward"):

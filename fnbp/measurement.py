@@ -157,6 +157,7 @@ def interleave(pair: list[Any], args: tuple, samples: int) -> np.ndarray:
 
     def timed(function, calls):
         start = time.perf_counter()
+        out = None
         for _ in range(calls):
             out = function(*args)
         jax.block_until_ready(out)

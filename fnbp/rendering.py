@@ -3,15 +3,14 @@
 from abc import ABC, abstractmethod
 from io import StringIO
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 
 class Tabular(ABC):
     """What has a __rich__ table: rich prints it in colour, str() gives it in plain text."""
 
     @abstractmethod
-    def __rich__(self) -> Table:
+    def __rich__(self) -> RenderableType:
         """The table."""
 
     def __str__(self) -> str:

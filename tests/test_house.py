@@ -47,7 +47,12 @@ def returns(function):
     return getattr(annotation, "__name__", annotation)
 
 
-LIFTS = {"stateless", "map_layers", "activation", "replace_functions"}  # they return a Layer but are no layer of their own
+LIFTS = {
+    "stateless",
+    "map_layers",
+    "activation",
+    "replace_functions",
+}  # they return a Layer, and are none
 BLOCKS = {"residual", "gelu_mlp", "swiglu", "transformer_block", "bidirectional", "stacked"}
 COMBINATORS = {"serial", "skip", "parallel", "repeat", "ragged", "remat", "cast", "freeze", "tie", "from_jax"} | BLOCKS
 LAYERS = {name for name, f in constructors().items() if returns(f) == "Layer"} - LIFTS
@@ -67,7 +72,7 @@ def test_cases_have_distinct_prime_sizes(case):
 
 @pytest.mark.parametrize("name", sorted(LAYERS - COMBINATORS))
 def test_docstrings_of_layers_have_their_parts(name):
-    text = inspect.getdoc(constructors()[name])
+    text = inspect.getdoc(constructors()[name]) or ""
     first, second, *_ = text.splitlines()
     assert first.endswith(".") and second == ""
     assert re.search(r"^ {4}\S.* = ", text, re.M), "formulas"
@@ -78,7 +83,7 @@ def test_docstrings_of_layers_have_their_parts(name):
 
 @pytest.mark.parametrize("name", [name for name, f in constructors().items() if returns(f) == "Loss"])
 def test_docstrings_of_losses_have_their_parts(name):
-    text = inspect.getdoc(constructors()[name])
+    text = inspect.getdoc(constructors()[name]) or ""
     for part in ("l =", "Shapes:", "Source:", "Raises:", "saved"):
         assert part in text, part
 

@@ -177,7 +177,7 @@ def test_from_jax_of_a_function_without_parameters(x64):
 
     layer = fnbp.from_jax(sin)
     assert layer.name == "from_jax(sin)" and layer.parts == () and layer.rebuild is None
-    with pytest.raises(TypeError, match="sin: a random key is due"):
+    with pytest.raises(TypeError, match=r"from_jax\(sin\): expected a random key"):
         layer.init(0, jnp.ones((2, 3)))
     layer = fnbp.from_jax(lambda params, x: jnp.sin(x))
     x, dy = weights((7, 3)), normal(np.random.default_rng(6), (7, 3), float)
@@ -204,7 +204,7 @@ def test_from_jax_keeps_state_and_context():
 
 @pytest.mark.parametrize("neither", [3, None, "dense"])
 def test_from_jax_refuses_what_is_neither_layer_nor_function(neither):
-    words = rf"from_jax: a Layer or a function apply\(params, x\) is due, got {type(neither).__name__} {neither!r}"
+    words = rf"from_jax: expected a Layer or a function apply\(params, x\), got {type(neither).__name__} {neither!r}"
     with pytest.raises(TypeError, match=words):
         fnbp.from_jax(neither)
 

@@ -13,8 +13,10 @@ import optax
 import pytest
 
 import fnbp
+import fnbp.training.drive
 import fnbp.training.fit
 import fnbp.training.progress
+import fnbp.training.reached
 
 SGD = optax.sgd(0.01)
 LOSS = fnbp.mean_squared_error()
@@ -219,7 +221,7 @@ def pressing(times=1, at=1, number=signal.SIGINT):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("options", [{"steps": 1}, {"epochs": 1, "steps": None}, {"threshold": 1e9}], ids=str)
 def test_a_signal_with_the_last_step_is_not_swallowed(number, options, monkeypatch):
-    monkeypatch.setattr(fnbp.training.fit, "CALL_SECONDS", 1e9)  # calls of 1, 2, 4 steps, however slow the machine
+    monkeypatch.setattr(fnbp.training.drive, "CALL_SECONDS", 1e9)  # calls of 1, 2, 4 steps, however slow the machine
     found = whole(fit(*task(), callback=pressing(number=number, at=options.get("epochs", 0) * 3 or 1), **options))
     assert found.stopped == {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}[number]
     assert f"after step {found.step}; besides, " in found.message
@@ -240,7 +242,7 @@ def test_a_signal_after_the_last_step_is_not_swallowed_either(monkeypatch):
 
 @pytest.mark.parametrize("options", [{"steps": 5}, {"callback": pressing(times=2, at=3)}], ids=["done", "pressed"])
 def test_a_further_ctrl_c_tears_nothing_that_is_handed_out(monkeypatch, options):
-    make = fnbp.training.fit.Reached.fit
+    make = fnbp.training.reached.Reached.fit
 
     def pressed(*args):
         signal.raise_signal(signal.SIGINT)
@@ -248,7 +250,7 @@ def test_a_further_ctrl_c_tears_nothing_that_is_handed_out(monkeypatch, options)
         signal.raise_signal(signal.SIGINT)
         return found
 
-    monkeypatch.setattr(fnbp.training.fit.Reached, "fit", pressed)
+    monkeypatch.setattr(fnbp.training.reached.Reached, "fit", pressed)
     with pytest.raises(KeyboardInterrupt) as caught:
         fit(*task(), **options)
     assert whole(caught.value.fit).step == 5 or "callback" in options

@@ -136,7 +136,7 @@ def test_stateless_lifts_functions_that_mention_neither_state_nor_context():
     assert after is mine
     assert relative(y, 3 * np.asarray(x)) == 0
     assert layer.backward is backward and res[0] is x
-    with pytest.raises(TypeError, match=r"times: a random key is due, such as jax.random.key\(0\); got int 7"):
+    with pytest.raises(TypeError, match=r"times: expected a random key, e.g. jax.random.key\(0\); got int 7"):
         layer.init(7, x)
 
 
@@ -144,7 +144,7 @@ def test_a_uint32_key_is_a_key_too_and_other_arrays_are_none():
     layer = fnbp.dense(3)
     layer.init(jax.random.PRNGKey(0), jnp.ones((2, 5)))
     for key, words in ((jnp.zeros(2), "float32 of shape"), (jnp.zeros((2, 2), jnp.uint32), "uint32 of shape")):
-        with pytest.raises(TypeError, match=f"a random key is due.*got {words}"):
+        with pytest.raises(TypeError, match=f"expected a random key.*got {words}"):
             layer.init(key, jnp.ones((2, 5)))
 
 
@@ -238,7 +238,7 @@ def test_a_backward_that_returns_too_much_or_too_little_is_named():
     x, y = normal(np.random.default_rng(0), (7, 3), float), jnp.arange(7) % 3
     for backward, came in (
         (lambda params, res, dy: 2 * dy, r"float\d+ of shape \(7, 3\)"),
-        (lambda params, res, dy: ({}, 2 * dy, None), "3 things"),
+        (lambda params, res, dy: ({}, 2 * dy, None), "3 values"),
     ):
         net = fnbp.serial(fnbp.tanh(), doubling(backward=backward))
         message = rf"serial\[1\]\.double: backward must return \(factors, dx\), got {came}"

@@ -226,7 +226,7 @@ def test_init_draws_in_narrow_dtypes(case, shape, dtype):
 
 @each
 def test_init_wants_a_key(case, shape):
-    with pytest.raises(TypeError, match=r"a random key is due, such as jax.random.key\(0\); got int 0"):
+    with pytest.raises(TypeError, match=r"expected a random key, e.g. jax.random.key\(0\); got int 0"):
         case.layer.init(0, draw(case, shape, jnp.float32)[2])
 
 

@@ -217,7 +217,7 @@ def test_a_layer_of_ones_own_refuses_a_mask_until_it_says_what_it_means():
     with pytest.raises(TypeError, match=r"double: no meaning of a mask .* stateless\(..., mask=\"position\"\)"):
         double().forward({}, {}, x, ctx)
     assert double(mask="position").forward({}, {}, x, ctx)[0].sum() == 4 * LENGTHS.sum()
-    with pytest.raises(ValueError, match="rule for a mask of double 'positions'; did you mean 'position'"):
+    with pytest.raises(ValueError, match="double: unknown rule for a mask 'positions'; did you mean 'position'"):
         double(mask="positions")
     raw = fnbp.Layer(lambda key, x: ({}, {}), lambda p, s, x, c: (x, s, ()), lambda p, res, dy: ({}, dy), "raw")
     with pytest.raises(TypeError, match="raw: no meaning of a mask"):

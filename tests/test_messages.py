@@ -82,7 +82,7 @@ FUNCTIONS = [
         r"from_jax: init must be a function \(key, x\) -> params, got La",
     ),
     (lambda: fnbp.from_jax(lambda p, x: x, {}), r"from_jax: init must be a function .* got an empty dict"),
-    (lambda: fnbp.from_jax(3), r"from_jax: a Layer or a function apply\(params, x\) is due, got int 3"),
+    (lambda: fnbp.from_jax(3), r"from_jax: expected a Layer or a function apply\(params, x\), got int 3"),
     (
         lambda: fnbp.from_jax(jnp.sin),
         r"from_jax: sin must take \(params, x\); for a function of x alone: from_jax\(lambda params, x: sin\(x\)\)$",
@@ -91,7 +91,7 @@ FUNCTIONS = [
         lambda: fnbp.from_jax(mine, name="other"),
         r"from_jax: mine must take .* from_jax\(lambda params, x: mine\(x\)\)$",
     ),
-    (lambda: fnbp.from_jax(lambda a, b, c: a), r"from_jax: <lambda> must take \(params, x\)$"),
+    (lambda: fnbp.from_jax(lambda a, b, c: a), r"from_jax: the function must take \(params, x\)$"),
     (lambda: fnbp.transformer_block(4, 2, norm="layer_norm"), r"transformer_block: norm must be a constructor"),
     (lambda: fnbp.transformer_block(4, 2, mlp=fnbp.relu), r"transformer_block: mlp must be a Layer.*call it: relu\(\)"),
 ]

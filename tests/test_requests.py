@@ -71,7 +71,7 @@ def test_a_second_fit_of_the_same_objects_compiles_nothing():
 
 def test_what_cannot_be_hashed_is_compiled_anew():
     class Maker:
-        __hash__ = None
+        __hash__ = None  # type: ignore[assignment]
 
         def __call__(self, net, loss):
             return fnbp.value_and_grad(net, loss)

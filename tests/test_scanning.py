@@ -186,7 +186,7 @@ REFUSED = [
     (
         lambda: fnbp.repeat(fnbp.dense(3), 2).init(jax.random.key(0), SEQUENCE),
         ValueError,
-        r"repeat\(2\): dense\(3\) maps float32\[5, 3, 11\] to float32\[5, 3, 3\]; it must be the same",
+        r"repeat\(2\): dense\(3\) maps float32\[5, 3, 11\] to float32\[5, 3, 3\]; both must be the same",
     ),
     (
         lambda: fnbp.repeat(fnbp.dense(11), 2).forward(
@@ -252,7 +252,7 @@ REFUSED += [
     (
         lambda: run(fnbp.ragged(fnbp.last()), SEQUENCE),
         ValueError,
-        r"ragged: a pair \(x, lengths\) is due, got float32 of",
+        r"ragged: expected a pair \(x, lengths\), got float32 of",
     ),
     (lambda: fnbp.ragged(fnbp.last), TypeError, r"ragged"),
     (

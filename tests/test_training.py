@@ -3,6 +3,7 @@
 import functools
 import signal
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import fnbp
+import fnbp.training.drive
 import fnbp.training.fit
 import fnbp.training.loop
+import fnbp.training.progress
 from tests.cases import relative
 
 LOSS = fnbp.softmax_cross_entropy()
@@ -46,7 +49,7 @@ def compiled_before(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick_calls(monkeypatch):
     """Calls of 1, 2, 4, 8 ... steps, however slow the machine."""
-    monkeypatch.setattr(fnbp.training.fit, "CALL_SECONDS", 1e9)
+    monkeypatch.setattr(fnbp.training.drive, "CALL_SECONDS", 1e9)
 
 
 def noisy():
@@ -93,7 +96,8 @@ def broken_at(step):
     """A descent whose update of that step, counted from 0, is infinite; its counter starts where that is the 100th."""
     schedule = optax.scale_by_schedule(lambda count: jnp.where(count == 100, jnp.inf, 1.0))
     optimizer = optax.chain(optax.sgd(0.1), schedule)
-    descent, counter = optimizer.init(PARAMS)
+    state: Any = optimizer.init(PARAMS)
+    descent, counter = state
     return {"optimizer": optimizer, "opt_state": (descent, counter._replace(count=jnp.int32(100 - step)))}
 
 
@@ -396,8 +400,8 @@ def test_the_loop_is_compiled_once(monkeypatch):
 
 
 def test_a_call_runs_no_more_steps_than_there_is_room_for_losses(monkeypatch):
-    monkeypatch.setattr(fnbp.training.loop, "CAPACITY", 4)
     monkeypatch.setattr(fnbp.training.fit, "CAPACITY", 4)
+    monkeypatch.setattr(fnbp.training.drive, "CAPACITY", 4)
     _, calls = captured(monkeypatch)
     found = fit(steps=21)
     assert calls == [(0, 1), (1, 3), (3, 7), (7, 11), (11, 15), (15, 19), (19, 21)]
@@ -405,7 +409,7 @@ def test_a_call_runs_no_more_steps_than_there_is_room_for_losses(monkeypatch):
 
 
 def test_a_slow_call_is_not_made_longer(monkeypatch):
-    monkeypatch.setattr(fnbp.training.fit, "CALL_SECONDS", 0)
+    monkeypatch.setattr(fnbp.training.drive, "CALL_SECONDS", 0)
     _, calls = captured(monkeypatch)
     fit(steps=4)
     assert calls == [(0, 1), (1, 2), (2, 3), (3, 4)]
@@ -503,7 +507,7 @@ def test_layers_are_in_training_with_another_key_every_step():
         ({"start": -1}, ValueError, "fit: start must be at least 0, got -1"),
         ({"patience": 3}, ValueError, r"fit: patience needs validation=\(x, y\)"),
         ({"patience": 0, "validation": VALID}, ValueError, "fit: patience must be at least 1, got 0"),
-        ({"key": 0}, TypeError, r"fit: a random key is due, such as jax.random.key\(0\); got int 0"),
+        ({"key": 0}, TypeError, r"fit: expected a random key, e.g. jax.random.key\(0\); got int 0"),
         ({"x": X[:36]}, ValueError, r"fit: training data need equally many.*, at least 1; got \[\(36,\), \(37,\)\]"),
         ({"x": X[:0], "y": Y[:0]}, ValueError, r"training data need equally many examples, at least 1; got \[\(0,\)\]"),
         ({"y": 1}, ValueError, r"training data need equally many examples, at least 1; got \[\(\), \(37,\)\]"),
@@ -571,7 +575,7 @@ def test_the_bar_is_told_step_and_loss_and_is_hidden_on_demand(monkeypatch, prog
         def update(self, task, **fields):
             told.append((fields["completed"], fields["description"]))
 
-    monkeypatch.setattr(fnbp.training.fit, "Progress", Bar)
+    monkeypatch.setattr(fnbp.training.progress, "Progress", Bar)
     scripted(monkeypatch, [0.25, 0.125])
     losses = fit(steps=9, start=5, progress=progress, validation=VALID).history.loss
     assert told[:2] == [not progress, 9]

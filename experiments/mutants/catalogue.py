@@ -43,10 +43,10 @@ def catalogue() -> list[Mutant]:
         for site in sites(module):
             top = module.tree.body[site.statement]
             found.setdefault((site.file, site.statement, ast.unparse(top)), None)  # type: ignore[arg-type]
-            for kind, what, line, code in mistakes(site, top, module):
+            for kind, what, code in mistakes(site, top, module):
                 if (site.file, site.statement, code) in found:
                     continue
-                name = f"{site.file}:{site.name}:{line}:{kind}: {what}"
+                name = f"{site.file}:{site.name}:{kind}: {what}"
                 taken[name] = taken.get(name, 0) + 1
                 name += f" #{taken[name]}" if taken[name] > 1 else ""
                 mutant = Mutant(name, site.file, site.owner, site.name, kind, site.statement, code, site.shared)
@@ -54,13 +54,13 @@ def catalogue() -> list[Mutant]:
     return [mutant for mutant in found.values() if mutant is not None]
 
 
-def mistakes(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str, int, str]]:
-    """Class, words, line and code of every mistake at a site."""
+def mistakes(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str, str]]:
+    """Class, words and code of every mistake at a site."""
     of = {"saved": saved, "backward": backward, "total": backward}[site.kind]
     yield from of(site, top, module)
 
 
-def backward(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str, int, str]]:
+def backward(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str, str]]:
     """Each expression of a backward changed; then each of its results, and its cotangent."""
     for place in list(expressions(site.node)):
         parent, field, index, node, _ = place
@@ -68,14 +68,14 @@ def backward(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, s
         for kind, new in changes(node, parent, scope):
             words = words_of(place, new)
             with replaced(parent, field, index, new):
-                yield kind, words, node.lineno, ast.unparse(top)
+                yield kind, words, ast.unparse(top)
         if isinstance(parent, ast.If) and field == "test":
             with replaced(parent, field, index, ast.UnaryOp(ast.Not(), node)):
-                yield "branch", f"not {ast.unparse(node)}", node.lineno, ast.unparse(top)
+                yield "branch", f"not {ast.unparse(node)}", ast.unparse(top)
     for label, parent, field, index, node, tree in results(site.node) if returns_array(site) else ():
         for kind, words, text in spoilt(label, scope_at(site, top, module, node.lineno).arrays, tree):
             with replaced(parent, field, index, applied(text, node)):
-                yield kind, f"{label}: {words}", node.lineno, ast.unparse(top)
+                yield kind, f"{label}: {words}", ast.unparse(top)
     yield from cotangents(site, top)
 
 
@@ -98,7 +98,7 @@ def spoilt(label: str, arrays: tuple[str, ...], tree: bool) -> Iterator[tuple[st
             yield "name", f"{name} in its place", name
 
 
-def cotangents(site: Site, top: ast.stmt) -> Iterator[tuple[str, str, int, str]]:
+def cotangents(site: Site, top: ast.stmt) -> Iterator[tuple[str, str, str]]:
     """The cotangent spoilt before the formula sees it."""
     if not isinstance(site.node, ast.FunctionDef) or len(site.node.args.args) < 2 or site.name.count(".") != 1:
         return
@@ -112,10 +112,10 @@ def cotangents(site: Site, top: ast.stmt) -> Iterator[tuple[str, str, int, str]]
             code = ast.unparse(top)
         finally:
             del body[0]
-        yield "cotangent", f"{name} {words}", site.node.lineno, code
+        yield "cotangent", f"{name} {words}", code
 
 
-def saved(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str, int, str]]:
+def saved(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str, str]]:
     """What a forward saves: another array, its expression changed, the array spoilt."""
     whole = site.node.value
     res = whole.elts[-1]
@@ -124,7 +124,7 @@ def saved(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str,
         for _, new in changes(place.node, place.parent, scope):
             words = words_of(place, new)
             with replaced(place.parent, place.field, place.index, new):
-                yield "residual", words, place.node.lineno, ast.unparse(top)
+                yield "residual", words, ast.unparse(top)
     if not isinstance(res, ast.Tuple):
         return
     for i, node in enumerate(res.elts):
@@ -133,7 +133,7 @@ def saved(site: Site, top: ast.stmt, module: Module) -> Iterator[tuple[str, str,
         texts = [*SAVED, *((f"{ast.unparse(whole.elts[0])} saved in its place", ast.unparse(whole.elts[0])),)]
         for words, text in texts:
             with replaced(res, "elts", i, applied(text, node)):
-                yield "residual", f"{ast.unparse(node)}: {words}", node.lineno, ast.unparse(top)
+                yield "residual", f"{ast.unparse(node)}: {words}", ast.unparse(top)
 
 
 def applied(text: str, node: ast.expr) -> ast.expr:

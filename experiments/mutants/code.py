@@ -15,6 +15,7 @@ from experiments.mutants.sites import callers, live, read, within_backwards
 
 FRESH = "fnbp_mutant"  # what a mutant's module is called
 LIFT = "layer.py"  # what every layer is made with; its classes are the library's own in a fresh module too
+FACTORS = "factor.py"  # the base of every factor: what is no Factor is taken for an array
 
 
 def run(file: str, code: str = "", statement: int = -1, label: str = FRESH, alias: str = "") -> types.ModuleType:
@@ -47,29 +48,38 @@ def spoilt_name(name: str) -> str:
 def build(mutant: Mutant, file: str, name: str) -> Any:
     """The constructor of that name, of that file, with the mistake in it or in what it uses."""
     spoilt_module = run(mutant.file, mutant.code, mutant.statement, mutant.id)
-    part = getattr(spoilt_module, mutant.owner)
-    part = factor_of(part, mutant.file, mutant.owner) if isinstance(part, type) else part
     if mutant.shared:
+        part = getattr(spoilt_module, mutant.owner)
         user = run(file, label=mutant.id, alias=mutant.owner)
         user.__dict__[spoilt_name(mutant.owner)] = part
-        if LIFT in callers()[mutant.file, mutant.owner] and file != LIFT:
-            lift = run(LIFT, label=mutant.id, alias=mutant.owner)
-            lift.__dict__[spoilt_name(mutant.owner)] = part
-            wire(lift, LIFT, user)
-    elif file == mutant.file:
-        return part if name == mutant.owner else getattr(spoilt_module, name)
-    else:
-        user = run(file, label=mutant.id)
-        spoilt_module.__dict__[mutant.owner] = part
-        wire(spoilt_module, mutant.file, user, (mutant.owner,) if isinstance(part, type) else ())
+        for caller in callers()[mutant.file, mutant.owner] - {file}:
+            if wired(caller, user):
+                between = run(caller, label=mutant.id, alias=mutant.owner)
+                between.__dict__[spoilt_name(mutant.owner)] = part
+                wire(between, caller, user)
+        return getattr(user, name)
+    is_base = mutant.file == FACTORS and isinstance(getattr(spoilt_module, mutant.owner), type)
+    if is_base:
+        spoilt_module.__dict__[mutant.owner] = factor_of(
+            getattr(spoilt_module, mutant.owner), mutant.file, mutant.owner
+        )
+    if file == mutant.file:
+        return getattr(spoilt_module, name)
+    user = run(file, label=mutant.id)
+    wire(spoilt_module, mutant.file, user, (mutant.owner,) if is_base else ())
     return getattr(user, name)
 
 
+def wired(file: str, user: types.ModuleType) -> list[str]:
+    """The functions and classes of a file that a module imported from it."""
+    own = [(name, f) for name, f in vars(live(file)).items() if inspect.isfunction(f) or inspect.isclass(f)]
+    return [name for name, f in own if f.__module__ == live(file).__name__ and user.__dict__.get(name) is f]
+
+
 def wire(fresh: types.ModuleType, file: str, user: types.ModuleType, only: tuple[str, ...] = ()) -> None:
-    """user with the functions of a fresh module, or only these names, in place of those it imported from that file."""
-    real = vars(live(file))
-    for name in only or [name for name, f in real.items() if inspect.isfunction(f)]:
-        if user.__dict__.get(name) is real[name]:
+    """user with those of a fresh module, or only these names, in place of what it imported from that file."""
+    for name in only or wired(file, user):
+        if user.__dict__.get(name) is getattr(live(file), name):
             user.__dict__[name] = fresh.__dict__[name]
 
 

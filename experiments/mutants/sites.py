@@ -11,6 +11,7 @@ import inspect
 import types
 from collections.abc import Iterator
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from experiments.mutants.operators import NO_ARRAYS, Scope
 
 PACKAGE = Path(inspect.getfile(fnbp)).parent
 BACKWARDS = ("backward", "dloss")
+TOTALS = ("total", "totals")  # of a factor, and of each turn of a factor in a loop
 
 
 class Site(NamedTuple):
@@ -43,28 +45,20 @@ class Module(NamedTuple):
     functions: tuple[str, ...]
 
 
-OTHERS = (
-    "layer.py",
-    "losses.py",
-    "chain.py",
-    "combinators.py",
-    "scanning.py",
-    "wrappers.py",
-    "factor.py",
-    "compound.py",
-    "reduction.py",
-    "sums.py",
-    "masks.py",
-    "placement.py",
-    "windows.py",
-)
+ROOMS = ("layer.py", "factor.py", "layers", "losses", "combinators", "arrays")  # files and packages
+REFUSALS = "check"  # a function of this name raises or hands on what it was given
 
 
 @cache
 def files() -> tuple[str, ...]:
-    """The files of the library that hold backwards, or what these call: the layers by glob, and OTHERS."""
-    layers = sorted(path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "layers").rglob("*.py"))
-    return (*(file for file in layers if not file.endswith("__init__.py")), *OTHERS)
+    """The files of the library that hold backwards, or what backwards call: every file of ROOMS, wherever it moves."""
+    found = (path for room in ROOMS for path in ([PACKAGE / room] if room.endswith(".py") else packaged(room)))
+    return tuple(path.relative_to(PACKAGE).as_posix() for path in found)
+
+
+def packaged(room: str) -> list[Path]:
+    """The files of a package of the library."""
+    return sorted(path for path in (PACKAGE / room).rglob("*.py") if path.name != "__init__.py")
 
 
 def live(file: str) -> types.ModuleType:
@@ -92,20 +86,28 @@ def sites(module: Module) -> list[Site]:
     for i, top in enumerate(module.tree.body):
         if isinstance(top, ast.ClassDef):
             for node in top.body:
-                if isinstance(node, ast.FunctionDef) and node.name == "total" and not abstract(node):
-                    found.append(Site(module.file, top.name, f"{top.name}.total", "total", i, node, node))
+                if isinstance(node, ast.FunctionDef) and node.name in TOTALS and not abstract(node):
+                    found.append(Site(module.file, top.name, f"{top.name}.{node.name}", "total", i, node, node))
         if isinstance(top, ast.FunctionDef):
             if top.name in helpers:
                 found.append(Site(module.file, top.name, top.name, "backward", i, top, top))
             elif top.name in called:
                 found.append(Site(module.file, top.name, top.name, "backward", i, top, top, shared=True))
-            for name, kind, node, function in inside(module, top):
-                found.append(Site(module.file, top.name, f"{top.name}.{name}", kind, i, node, function))
+        owner = owner_of(top)
+        for name, kind, node, function in inside(module, top) if owner else ():
+            found.append(Site(module.file, owner, f"{owner}.{name}", kind, i, node, function))
     return found
 
 
-def inside(module: Module, top: ast.FunctionDef) -> Iterator[tuple[str, str, Any, Any]]:
-    """Name, kind, node, function of the backwards and saved tuples in one constructor."""
+def owner_of(top: ast.stmt) -> str:
+    """The name of a constructor, or of a table of functions; "" of any other statement of a module."""
+    if isinstance(top, ast.Assign) and isinstance(top.targets[0], ast.Name):
+        return top.targets[0].id
+    return top.name if isinstance(top, ast.FunctionDef) else ""
+
+
+def inside(module: Module, top: ast.stmt) -> Iterator[tuple[str, str, Any, Any]]:
+    """Name, kind, node, function of the backwards and saved tuples in one constructor, or in a table of functions."""
     for node in ast.walk(top):
         if isinstance(node, ast.FunctionDef) and node is not top:
             if node.name.startswith(BACKWARDS):
@@ -131,7 +133,14 @@ def bound(module: Module, call: ast.Call) -> list[tuple[str, ast.expr]]:
     except (TypeError, ValueError):
         return []
     named = [(word.arg or "", word.value) for word in call.keywords]
-    return [*zip(names, call.args, strict=False), *named]
+    placed = takewhile(lambda argument: not isinstance(argument, ast.Starred), call.args)
+    return [*zip(names, placed, strict=False), *named]
+
+
+def backwards_in(module: Module, call: ast.AST) -> list[ast.Name]:
+    """The functions that a call is given by name as backwards."""
+    arguments = bound(module, call) if isinstance(call, ast.Call) else ()
+    return [node for name, node in arguments if name.startswith(BACKWARDS) and isinstance(node, ast.Name)]
 
 
 def abstract(node: ast.FunctionDef) -> bool:
@@ -142,7 +151,8 @@ def abstract(node: ast.FunctionDef) -> bool:
 def helpers_of_backwards(module: Module) -> set[str]:
     """Functions of the module that its backwards call, and nothing else does."""
     functions = {node.name: node for node in module.tree.body if isinstance(node, ast.FunctionDef)}
-    backwards = {id(part) for node in backwards_of(module) for part in ast.walk(node)}
+    handed_on = [argument for call in ast.walk(module.tree) for argument in backwards_in(module, call)]
+    backwards = {id(part) for node in (*backwards_of(module), *handed_on) for part in ast.walk(node)}
     found: set[str] = set()
     for _ in functions:  # a helper may call helpers
         within = backwards | {id(part) for name in found for part in ast.walk(functions[name])}
@@ -153,8 +163,8 @@ def helpers_of_backwards(module: Module) -> set[str]:
 
 
 def backwards_of(module: Module) -> list[Any]:
-    """The backwards in a module's constructors."""
-    tops = [top for top in module.tree.body if isinstance(top, ast.FunctionDef)]
+    """The backwards in a module's constructors and tables."""
+    tops = [top for top in module.tree.body if owner_of(top)]
     return [node for top in tops for _, kind, node, _ in inside(module, top) if kind == "backward"]
 
 
@@ -173,7 +183,8 @@ def callers() -> dict[tuple[str, str], set[str]]:
     for module in map(read, files()):
         for name in within_backwards(module):
             f = getattr(module.live, name.id, None)
-            if inspect.isfunction(f) and f.__name__ == name.id and file_of(f) in held:
+            refusal = name.id.startswith(REFUSALS)
+            if inspect.isfunction(f) and f.__name__ == name.id and file_of(f) in held and not refusal:
                 found.setdefault((file_of(f), name.id), set()).add(module.file)
     return found
 

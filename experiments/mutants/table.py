@@ -112,6 +112,22 @@ def gain(per_example: type) -> fnbp.Layer:
     return fnbp.stateless(init, forward, backward, "gain")
 
 
+def used_twice(added: type) -> fnbp.Layer:
+    """y = W x + W x^2: one matrix in two places."""
+
+    def init(key, x):
+        return {"W": jnp.ones((5, x.shape[-1]), x.dtype)}
+
+    def forward(params, x):
+        return (x + x**2) @ params["W"].T, (x,)
+
+    def backward(params, res, dy):
+        (x,) = res
+        return {"W": added(fnbp.Outer(dy, x), fnbp.Outer(dy, x**2))}, (1 + 2 * x) * (dy @ params["W"])
+
+    return fnbp.stateless(init, forward, backward, "used twice")
+
+
 WITH_MEMORY = fnbp.parallel(fnbp.identity(), fnbp.conv(7, 2, padding="VALID"), join="tuple")
 WITH_SAME = fnbp.parallel(fnbp.identity(), fnbp.dense(7), join="tuple")
 WEIGHTS = np.linspace(0.5, 1.5, 11)
@@ -261,17 +277,27 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     ),
     "checked": (Trial(lambda f: f("dense(5)", fnbp.dense(5))),),
     "PerExample": (Trial(gain),),
+    "Added": (Trial(used_twice),),
     "half_squared_error": (
         Trial(y="normal"),
         Trial(shape=(5, 3, 7), y="normal", mask=2),
     ),
 }
 
-INNER = {"checked": "layer.py", "PerExample": "factor.py"}  # beside the public constructors: their files
+INNER = {  # beside the public constructors: their files
+    "checked": "layer.py",
+    "PerExample": "factor.py",
+    "Added": "factor.py",
+}
 FOR = {  # of a helper of many constructors, those that it is tried with
     "parameterless": ("identity", "tanh"),
     "counting": ("dense", "skip", "group_norm", "global_avg_pool", "embedding"),
     "without": ("dense",),
+    "one_part": ("skip", "repeat", "tie"),
+    "cut": ("parallel",),
+    "where": ("scan",),
+    "by_example": ("conv", "softmax_cross_entropy"),
+    "Mixed": ("batch_norm", "repeat", "scan"),
     "of_pairs": ("binary_cross_entropy", "mean_squared_error", "half_squared_error"),
     "share": ("softmax_cross_entropy", "binary_cross_entropy", "mean_squared_error", "half_squared_error"),
     "along": ("last",),

@@ -17,7 +17,7 @@ import numpy as np
 import fnbp
 from experiments.mutants.catalogue import Mutant
 from experiments.mutants.code import LIFT, build
-from experiments.mutants.sites import PACKAGE, file_of, files, live
+from experiments.mutants.sites import PACKAGE, file_of, files, live, owner_of
 from experiments.mutants.table import FOR, INNER, TABLE, Trial
 from experiments.shared.report import InputError
 from fnbp.contraction import contracted
@@ -51,14 +51,14 @@ def unspoilt(name: str) -> Any:
 
 @cache
 def uses() -> dict[str, set[str]]:
-    """The top-level functions and classes that mention another one, by the name of the other."""
+    """The top-level functions, classes and tables that mention another one, by the name of the other."""
     found: dict[str, set[str]] = {}
     for file in files():
         for top in ast.parse((PACKAGE / file).read_text()).body:
-            if isinstance(top, (ast.FunctionDef, ast.ClassDef)):
-                for node in ast.walk(top):
-                    if isinstance(node, ast.Name) and node.id != top.name:
-                        found.setdefault(node.id, set()).add(top.name)
+            user = top.name if isinstance(top, ast.ClassDef) else owner_of(top)
+            for node in ast.walk(top) if user else ():
+                if isinstance(node, ast.Name) and node.id != user:
+                    found.setdefault(node.id, set()).add(user)
     return found
 
 
@@ -89,7 +89,7 @@ def trials(owner: str) -> list[tuple[str, Trial]]:
     """Constructors and trials for a mutant of that owner. InputError where there are none."""
     found = [(name, trial) for name in users(owner) for trial in trials_of(name)]
     if not found:
-        raise InputError(f"TABLE in experiments/mutations_table.py has no call of {owner}, or of what uses it")
+        raise InputError(f"TABLE in experiments/mutants/table.py has no call of {owner}, or of what uses it")
     return found
 
 

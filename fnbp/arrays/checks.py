@@ -1,4 +1,4 @@
-"""What bad input meets: one place for the questions, so that every layer asks them in the same words."""
+"""Checks of arguments: one place for the questions, so that every layer asks them in the same words."""
 
 import difflib
 import inspect
@@ -30,7 +30,7 @@ def located(path: str) -> Iterator[None]:
 
 
 def concrete(x: Any) -> bool:
-    """True where x holds values to look at: outside jit and vmap, and not a mere shape."""
+    """True if x holds values to look at: outside jit and vmap, and not only a shape."""
     return not isinstance(x, (Tracer, jax.ShapeDtypeStruct))
 
 
@@ -40,11 +40,11 @@ def check_key(name: str, key: Any) -> None:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0
     legacy = dtype == np.uint32 and key.ndim == 1
     if not (typed or legacy):
-        raise TypeError(f"{name}: a random key is due, such as jax.random.key(0); got {describe(key)}")
+        raise TypeError(f"{name}: expected a random key, e.g. jax.random.key(0); got {describe(key)}")
 
 
 def check_size(name: str, what: str, value: Any) -> None:
-    """ValueError or TypeError unless value is a whole number of at least 1 that the axis of an array can have."""
+    """ValueError or TypeError unless value is a whole number from 1 to the longest axis that an array can have."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: {what} must be a whole number, got {shown(value)}")
     if value < 1:
@@ -77,7 +77,7 @@ def check_rate(name: str, rate: Any) -> None:
 
 
 def check_name(name: str, given: Any) -> None:
-    """TypeError unless what a layer is to be called is a str."""
+    """TypeError unless the name given to a layer is a str."""
     if not isinstance(given, str):
         raise TypeError(f"{name}: name must be a str, got {describe(given)}")
 
@@ -90,13 +90,13 @@ def check_positive(name: str, what: str, value: Any) -> None:
 
 
 def check_is(name: str, what: str, value: Any, kind: type) -> None:
-    """TypeError unless value is of that kind; the message says how to make one of what came."""
+    """TypeError unless value is of that kind; the message says how to make one of the value that came."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: {what} must be a {kind.__name__}, got {describe(value)}{how_to_make(kind, value)}")
 
 
 def check_each(name: str, maker: str, values: tuple, kind: type) -> None:
-    """TypeError unless all values are of that kind; one list of them is told how the maker takes them."""
+    """TypeError unless all values are of that kind; if a list of them came, the message says how to pass it on."""
     for i, value in enumerate(values):
         if isinstance(value, (tuple, list, Iterator)) and value and not isinstance(value, kind):
             plural = f"{kind.__name__.lower()}s"
@@ -114,7 +114,7 @@ FROM_JAX = {
 
 
 def how_to_make(kind: type, value: Any) -> str:
-    """For a function that came where a Layer or a Loss is expected: how to make one of it."""
+    """How to make a Layer or a Loss of a function that came in the place of one; "" if there is no way."""
     name = getattr(value, "__name__", None)
     if not callable(value) or not isinstance(name, str):
         return ""
@@ -130,7 +130,7 @@ def how_to_make(kind: type, value: Any) -> str:
 
 
 def makes(f: Any, kind: type) -> bool:
-    """True where f is that kind itself, or a function that says that it returns one."""
+    """True if f is that kind itself, or a function whose annotation says that it returns one."""
     if isinstance(f, type):
         return issubclass(f, kind)
     returned = getattr(f, "__annotations__", {}).get("return")
@@ -138,7 +138,7 @@ def makes(f: Any, kind: type) -> bool:
 
 
 def takes(f: Callable, n: int) -> bool:
-    """True where f can be called with n positional arguments, and where nobody can tell."""
+    """True if f can be called with n positional arguments, or if that cannot be told."""
     try:
         signature = inspect.signature(f)
     except (TypeError, ValueError):
@@ -157,13 +157,13 @@ def check_floating(name: str, what: str, x: Any) -> None:
 
 
 def check_array(name: str, what: str, x: Any) -> None:
-    """TypeError unless x is an array of numbers, or truth values, that JAX knows."""
+    """TypeError unless x is an array of numbers or truth values, of a dtype that JAX knows."""
     if not (of_kind(x, np.number) or of_kind(x, np.bool_)):
         raise TypeError(f"{name}: {what} must be an array, got {describe(x)}")
 
 
 def of_kind(x: Any, kind: Any) -> bool:
-    """True where x is an array, or the shape of one, and its numbers are of that kind."""
+    """True if x is an array, or the shape of one, and its dtype is of that kind."""
     if not (hasattr(x, "dtype") and hasattr(x, "shape")):
         return False
     try:
@@ -189,7 +189,7 @@ def check_last_axis(name: str, x: Any) -> None:
 
 
 def check_finite(name: str, what: str, x: Any) -> None:
-    """ValueError, with the first place, where a concrete array holds NaN or infinity. Says nothing under jit."""
+    """ValueError, with the first place, if a concrete array holds NaN or infinity. Under jit nothing is checked."""
     for leaf in jax.tree.leaves(x):
         if not concrete(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
@@ -206,8 +206,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_params(name: str, params: Any, x: Any, due: Shapes | Callable[[Any], Shapes]) -> None:
-    """ValueError unless params is a dict of exactly these names and shapes, which are due for this x. TypeError unless
-    x is an array of floating point numbers. due may be a function of x, for an x that has a last axis."""
+    """ValueError unless params is a dict of exactly the names and shapes in due. TypeError unless x is an array of
+    floating point numbers. due may be a function of x; x must then have a last axis."""
     check_floating(name, "x", x)
     if callable(due):
         check_last_axis(name, x)
@@ -235,11 +235,14 @@ def check_parts(name: str, what: str, tree: Any, count: int) -> None:
     """ValueError unless tree is a tuple or list with one entry for each part of a combinator."""
     if not isinstance(tree, (tuple, list)) or len(tree) != count:
         came = len(tree) if isinstance(tree, (tuple, list)) else f"a {type(tree).__name__}"
-        raise ValueError(f"{name}: {what} must have {count} entries, one for each layer, got {came}; do they belong to a different net?")
+        raise ValueError(
+            f"{name}: {what} must have {count} entries, one for each layer, got {came}; "
+            "do they belong to a different net?"
+        )
 
 
 def choose(kind: str, name: Any, table: Mapping[str, T], where: str = "") -> T:
-    """table[name]; ValueError with the nearest names where there is none, and with who asks: "parallel: "."""
+    """table[name]; ValueError, with the nearest name and with who asks ("parallel: "), if it is not there."""
     if isinstance(name, str) and name in table:
         return table[name]
     near = difflib.get_close_matches(name.lower(), table, n=1) if isinstance(name, str) else []
@@ -248,15 +251,15 @@ def choose(kind: str, name: Any, table: Mapping[str, T], where: str = "") -> T:
 
 
 def check_returned(name: str, what: str, returned: Any, due: str) -> Any:
-    """What a function returned. TypeError unless it is a tuple of as many entries as due names: "y, state, res"."""
+    """What a function returned. TypeError unless it is a tuple with an entry for each name in due: "y, state, res"."""
     if not isinstance(returned, (tuple, list)) or len(returned) != len(due.split(", ")):
-        came = f"{len(returned)} things" if isinstance(returned, (tuple, list)) else describe(returned)
+        came = f"{len(returned)} values" if isinstance(returned, (tuple, list)) else describe(returned)
         raise TypeError(f"{name}: {what} must return ({due}), got {came}")
     return returned
 
 
 def describe(x: Any) -> str:
-    """A value in few words: dtype and shape of an array, the parts of a tuple, else type and name or value."""
+    """A value in a few words: dtype and shape of an array, the parts of a tuple, otherwise type and name or value."""
     return cut(described(x), 2 * LONGEST)
 
 
@@ -277,18 +280,18 @@ def described(x: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, where that is short."""
+    """A value as Python writes it, cut if that is long."""
     return cut(repr(value))
 
 
 def cut(text: str, most: int = LONGEST) -> str:
-    """On one line, and no longer than a message bears."""
+    """text on one line, of at most so many characters."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def as_arrays(name: str, what: str, tree: Any) -> Any:
-    """A tree as JAX arrays. ValueError for an integer that the dtype does not hold: labels and tokens would change."""
+    """A tree as JAX arrays. ValueError if the dtype does not hold an integer: a label or token would become another."""
     return jax.tree.map(lambda a: as_array(name, what, a), tree)
 
 

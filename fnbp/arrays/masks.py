@@ -1,10 +1,10 @@
 """Which positions count: what Context.mask says of an array, and what becomes of it behind a layer.
 
-A mask is True where a position counts: (m, T) for sequences, (m, *s) for x (m, *s, n); attention alone also takes
+A mask is True where a position counts: (m, T) for sequences, (m, *s) for x (m, *s, n). Only attention also takes
 (m, T, S), what each query sees. Where it is False, nothing is there: a layer reads 0, puts out 0, and passes back 0.
 
-Each layer says in its Traits what it makes of a mask, by a rule (name, x, mask) -> the mask of y. x is None if only the
-mask is asked for. The rules:
+Each layer states in its Traits a rule (name, x, mask) -> the mask of y. x is None if only the mask is asked for. The
+rules:
 
     elementwise   each number by itself                                      the mask stays
     by_position   each position by itself, the features of one are mixed     the mask stays

@@ -142,7 +142,7 @@ def positions_stay(name: str, x: Any, mask: Any) -> Any:
 
 
 def check_values(layer: Layer, params: Any, state: Any, x: Any, ctx: Context) -> None:
-    """What the first turn says to its state, outside jit: there the state has values, within a loop it has none."""
+    """Let the first turn check its state, outside jit: there the state has values, and within the loop it has none."""
     if jax.tree.leaves(state) and all(map(concrete, jax.tree.leaves(state))):
         p, s = jax.tree.map(lambda a: a[0], (params, state))
         jax.eval_shape(lambda x: layer.forward(p, s, x, ctx)[0], x)
@@ -205,9 +205,9 @@ def where(counts: jax.Array | None, yes: Any, no: Any) -> Any:
 
 
 def check_same(name: str, layer: Layer, x: Any, y: Any) -> None:
-    """ValueError where a layer does not return what it takes."""
+    """ValueError if a layer returns another shape or dtype than it takes."""
     forms = [[f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(tree)] for tree in (x, y)]
     if forms[0] != forms[1] or jax.tree.structure(x) != jax.tree.structure(y):
         raise ValueError(
-            f"{name}: {layer.name} maps {', '.join(forms[0])} to {', '.join(forms[1])}; it must be the same"
+            f"{name}: {layer.name} maps {', '.join(forms[0])} to {', '.join(forms[1])}; both must be the same"
         )

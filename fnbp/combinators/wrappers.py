@@ -211,9 +211,9 @@ def spoilt(wrong: Any, tree: Any) -> Any:
 
 
 def check_lengths(x: Any) -> tuple[Any, Any]:
-    """x and lengths; ValueError or TypeError where they are no such pair."""
+    """x and lengths; ValueError or TypeError unless they are such a pair."""
     if not isinstance(x, tuple) or len(x) != 2:
-        raise ValueError(f"ragged: a pair (x, lengths) is due, got {describe(x)}")
+        raise ValueError(f"ragged: expected a pair (x, lengths), got {describe(x)}")
     x, lengths = x
     for what, a in (("x", x), ("lengths", lengths)):
         check_array("ragged", what, a)

@@ -1,32 +1,31 @@
-"""Training: the loop of the document's section 3.2, steps 1 to 5, on the device, with any optax transformation."""
+"""fit: training with any optax transformation, from checked data to the first stopping condition."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.progress import Progress
 
 from fnbp.arrays.checks import check_finite
 from fnbp.backpropagation import value_and_grad
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
+from fnbp.training.drive import Rule, Watch, drive
 from fnbp.training.loop import (
     CAPACITY,
     Carry,
+    Data,
     compiled_loop,
     copy,
     evaluation,
     is_finite_by_leaf,
-    last_finite,
     once,
     permutation,
 )
-from fnbp.training.progress import Stop, bar, stoppable
+from fnbp.training.progress import stoppable
+from fnbp.training.reached import Fit, History, Reached, Resumed, ended, nothing_lost
 from fnbp.training.requests import (
     arrays_of,
     check_data,
@@ -39,55 +38,6 @@ from fnbp.training.requests import (
 )
 
 __all__ = ["Fit", "History", "fit"]
-
-CALL_SECONDS = 0.2  # how long one call of the compiled loop is meant to take, and Ctrl-C to wait
-
-
-class History(NamedTuple):
-    """What happened, step by step.
-
-    loss             J of each step's batch, (steps,); where one was not finite, it is the last
-    validation_step  after how many steps validation_loss was measured, (validations,)
-    seconds          wall time of the whole, compilation included
-    """
-
-    loss: np.ndarray
-    validation_step: np.ndarray
-    validation_loss: np.ndarray
-    seconds: float
-
-
-class Best(NamedTuple):
-    """The parameters of the least validation loss."""
-
-    params: Any
-    state: Any
-    step: int
-    loss: float
-
-
-class Fit(NamedTuple):
-    """Where training ended.
-
-    params, state, opt_state   as reached, all finite; opt_state may hold infinities that it began with
-    step      how many updates were made of them
-    stopped   "steps", "threshold", "patience", "non-finite", "interrupt" (Ctrl-C), "terminated" (SIGTERM), or "error"
-    message   the same in a sentence
-    best      of the validations, or None without validation
-    waited    how many epochs in a row, up to the last, brought no new least validation loss
-    least     the least validation loss at the end of an epoch, with which patience compares
-    """
-
-    params: Any
-    state: Any
-    opt_state: Any
-    step: int
-    history: History
-    stopped: str
-    message: str
-    best: Best | None
-    waited: int = 0
-    least: float = np.inf
 
 
 def fit(
@@ -118,23 +68,23 @@ def fit(
 
         params := params + optimizer(gradient of J on the next batch)
 
-    An epoch is a fresh permutation of the examples, drawn on the device from key; examples that do not fill the last
-    batch sit that epoch out. Many steps run in one compiled call; nothing is recompiled after the first, nor in a later
-    fit of the same net, loss, optimizer and gradient.
+    An epoch is a fresh permutation of the examples, drawn on the device from key; it leaves out the examples that do
+    not fill the last batch. Many steps run in one compiled call. Nothing is compiled again after the first call, nor in
+    a later fit of the same net, loss, optimizer and gradient.
 
-    Stops:   steps (or epochs) are done; a batch's loss is at most threshold; patience epochs in a row bring no new
-             least validation loss; something is not finite (the last finite parameters are handed back); Ctrl-C or
-             SIGTERM. An exception, of a callback for one, bears what was reached in its attribute fit.
-    Options: validation: (x, y) measured after each epoch and at the end. steps, epochs: counted from start, in addition
-             to what was done before. resume: an earlier Fit, from which opt_state, start, best, waited and least are
-             taken; params and state are usually its own. opt_state, start: the same by hand, for these two alone.
-             gradient: another maker of gradients, such as fnbp.automatic_value_and_grad. callback: called between
-             compiled calls with the step and its loss. on_epoch: called after each epoch with the step, the params and
-             the state, which the next step overwrites: measure them, or copy them.
+    Stops:   the steps (or epochs) are done; the loss of a batch is at most threshold; patience epochs in a row bring no
+             new least validation loss; something is not finite (the last finite parameters are returned); Ctrl-C or
+             SIGTERM. An exception, of a callback for example, carries what was reached in its attribute fit.
+    Options: steps, epochs: how many to do, in addition to those done before; give one of the two. validation: a pair
+             (x, y), measured after each epoch and at the end. resume: an earlier Fit, from which opt_state, start,
+             best, waited and least are taken; params and state are usually its own. opt_state, start: only these two,
+             given by hand. gradient: another maker of gradients, such as fnbp.automatic_value_and_grad.
+             callback: called between compiled calls with the step and its loss. on_epoch: called after each epoch with
+             the step, the params and the state. The next step overwrites these: measure them, or copy them.
     Memory:  the data, and twice params, state and opt_state: one set is kept to go back to.
-    Source:  the document, section 3.2.
-    Raises:  ValueError or TypeError before the first step, for sizes, targets, keys or data that do not fit, the values
-             of tokens, lengths and labels among them.
+    Source:  fnbp/README.md, B1 to B6, one pass a step.
+    Raises:  ValueError or TypeError before the first step if sizes, targets, keys or data do not fit; the values of
+             tokens, lengths and labels are checked too.
     """
     with stoppable() as stop, nothing_lost(Reached(params, state, opt_state, start), stop) as reached:
         check_traced(params, state, x, y, key, opt_state, validation)
@@ -142,7 +92,7 @@ def fit(
         check_functions(optimizer, gradient=gradient, callback=callback, on_epoch=on_epoch)
         begun = resumed(resume, opt_state, start)
         data, held_out = data_of(net, loss, params, state, (x, y), validation, key, batch_size)
-        rule = rule_of(begun.step, steps, epochs, threshold, patience, examples_of(data) // batch_size)
+        rule = rule_of(begun.step, steps, epochs, threshold, patience, examples_of(data[0]) // batch_size)
         run = once(compiled_loop, net, loss, gradient, optimizer, int(batch_size), rule.batches, CAPACITY)
         at, data = set_out(params, state, optimizer, begun, data, key, rule)
         reached.begin(at[0], begun)
@@ -166,14 +116,17 @@ def data_of(
     return (x, y), validation
 
 
-def examples_of(data: Any) -> int:
+def examples_of(x: Any) -> int:
     """How many examples there are."""
-    return jax.tree.leaves(data)[0].shape[0]
+    return jax.tree.leaves(x)[0].shape[0]
+
+
+permuted = jax.jit(permutation, static_argnums=2)
 
 
 def set_out(
-    params: Any, state: Any, optimizer: Any, resume: "Resumed", data: Any, key: jax.Array, rule: "Rule"
-) -> tuple[tuple[Carry, jax.Array], Any]:
+    params: Any, state: Any, optimizer: Any, resume: Resumed, data: Any, key: jax.Array, rule: Rule
+) -> tuple[tuple[Carry, jax.Array], Data]:
     """Where the compiled loop begins, in buffers of its own, and the data as it takes them."""
     params, state = jax.tree.map(jnp.asarray, (params, state))
     fresh = optimizer.init(params)
@@ -181,51 +134,15 @@ def set_out(
     must = is_finite_by_leaf(fresh)
     opt_state = fresh if resume.opt_state is None else check_opt_state(optimizer, params, resume.opt_state, must)
     key_order, key_layers = jax.random.split(key)
-    order = permuted(key_order, rule.start // rule.batches, examples_of(data))
+    order = permuted(key_order, rule.start // rule.batches, examples_of(data[0]))
     carry = copy(Carry(params, state, opt_state, jnp.asarray(rule.start, jnp.int32)))
-    return (carry, order), (*data, key_order, key_layers, jnp.asarray(must, bool))
+    return (carry, order), Data(data[0], data[1], key_order, key_layers, jnp.asarray(must, bool))
 
 
-def rule_of(start: Any, steps: Any, epochs: Any, threshold: Any, patience: int | None, batches: int) -> "Rule":
+def rule_of(start: Any, steps: Any, epochs: Any, threshold: Any, patience: int | None, batches: int) -> Rule:
     """When to stop, of what was asked for."""
     last = check_steps(start, steps, epochs, batches)
     return Rule(int(start), last, batches, check_threshold(threshold), patience)
-
-
-@contextmanager
-def nothing_lost(reached: "Reached", stop: Stop) -> Iterator["Reached"]:
-    """An exception of the training, or Ctrl-C before it, bears what was reached in its attribute fit."""
-    try:
-        yield reached
-        stop.closing = True  # a second Ctrl-C would lose the Fit now
-    except BaseException as error:
-        stop.closing = True
-        if reached.training or isinstance(error, KeyboardInterrupt):
-            error.fit = reached.fit("error", f"{type(error).__name__} after step {reached.step}")  # type: ignore[attr-defined]
-            error.add_note(f"fit: what was reached, until step {reached.step}, is in this exception's attribute fit")
-        raise
-
-
-def ended(found: Fit, reason: str) -> Fit:
-    """The Fit, with the signal that came meanwhile, if one did, as the reason of its end."""
-    if not reason:
-        return found
-    besides = f"; besides, {found.message}" if found.message else ""
-    word = {"interrupt": "interrupted", "terminated": "terminated"}[reason]
-    return found._replace(stopped=reason, message=f"{word} after step {found.step}{besides}")
-
-
-permuted = jax.jit(permutation, static_argnums=2)
-
-
-class Resumed(NamedTuple):
-    """Where a fit goes on from."""
-
-    opt_state: Any
-    step: int
-    best: Best | None
-    waited: int
-    least: float
 
 
 def is_owed(earlier: Fit | None, batches: int) -> bool:
@@ -244,147 +161,3 @@ def resumed(resume: Any, opt_state: Any, start: Any) -> Resumed:
     if opt_state is not None or not isinstance(start, int) or start:
         raise ValueError("fit: resume brings opt_state and start along; give either resume or these")
     return Resumed(resume.opt_state, resume.step, resume.best, resume.waited, resume.least)
-
-
-class Rule(NamedTuple):
-    """When to stop, in numbers."""
-
-    start: int
-    last: int
-    batches: int
-    threshold: float
-    patience: int | None
-
-
-class Watch(NamedTuple):
-    """Who looks on: between compiled calls, and after each epoch."""
-
-    evaluate: Callable | None
-    on_epoch: Callable | None
-    callback: Callable | None
-    progress: bool
-    owed: bool  # a validation before the first step
-
-    @property
-    def epochs(self) -> bool:
-        return self.evaluate is not None or self.on_epoch is not None
-
-
-class Reached:
-    """What training has reached at any moment: alive whatever is donated, consistent whenever it is asked."""
-
-    def __init__(self, params: Any, state: Any, opt_state: Any, start: Any):
-        self.began, self.training = time.perf_counter(), False
-        self.now: tuple[Any, int, int] = (
-            (params, state, opt_state),
-            start,
-            0,
-        )  # values; their step; how many calls brought them
-        self.losses: list[np.ndarray] = []
-        self.validations: list[tuple[int, float]] = []
-        self.best: Best | None = None
-        self.waited, self.least = 0, np.inf
-
-    def begin(self, carry: Carry, resume: Resumed) -> None:
-        """From here on there is something to lose."""
-        self.now = ((carry.params, carry.state, carry.opt_state), int(resume.step), 0)
-        self.best, self.waited, self.least, self.training = resume.best, resume.waited, resume.least, True
-
-    @property
-    def step(self) -> int:
-        return self.now[1]
-
-    def advance(self, carry: Carry, step: int, losses: np.ndarray) -> None:
-        """A call is over. now changes in one piece, so that an exception finds the one or the other."""
-        self.losses.append(losses)
-        self.now = ((carry.params, carry.state, carry.opt_state), step, len(self.losses))
-
-    def hold(self, carry: Carry) -> None:
-        """The same values in other buffers: those that were handed out are about to be donated."""
-        self.now = ((carry.params, carry.state, carry.opt_state), *self.now[1:])
-
-    def measure(self, measured: float, whole: bool) -> None:
-        """A validation is over. It is waited for at the end of a whole epoch alone, where an uninterrupted run has
-        one too: patience then runs out at the same step, however often a run was resumed."""
-        (params, state, _), step, _ = self.now
-        finite = bool(np.isfinite(measured))
-        if finite and (self.best is None or measured < self.best.loss):
-            self.best = Best(copy(params), copy(state), step, measured)
-        if whole:
-            new = finite and measured < self.least
-            self.waited, self.least = (0, measured) if new else (self.waited + 1, self.least)
-        self.validations.append((step, measured))
-
-    def fit(self, stopped: str, message: str) -> Fit:
-        """All of it, as it is handed back."""
-        (params, state, opt_state), step, calls = self.now
-        steps, measured = zip(*self.validations, strict=True) if self.validations else ((), ())
-        losses = np.concatenate(self.losses[:calls]) if calls else np.zeros(0, np.float32)
-        seconds = time.perf_counter() - self.began
-        history = History(losses, np.asarray(steps, int), np.asarray(measured, float), seconds)
-        return Fit(params, state, opt_state, step, history, stopped, message, self.best, self.waited, self.least)
-
-
-def drive(
-    run: Callable, at: tuple[Carry, jax.Array], data: Any, rule: Rule, watch: Watch, reached: Reached, stop: Stop
-) -> Fit:
-    """Call the compiled loop until a stopping condition holds, and keep what it brings."""
-    step, pace, final = rule.start, 1, np.nan
-    stopped = validate(watch, rule, reached) if watch.owed else ""
-    with bar(rule.start, rule.last, watch.progress, Progress) as show:
-        while not stopped and not stop.reason:
-            limit = min(step + pace, rule.last)
-            if watch.epochs:
-                limit = min(limit, (step // rule.batches + 1) * rule.batches)
-            kept, called = copy(at), time.perf_counter()
-            reached.hold(kept[0])
-            carry, order, got, is_finite = run(*at, data, np.int32(limit), jnp.asarray(rule.threshold, float))
-            at, done = (carry, order), int(carry.step)
-            losses = np.asarray(got)[: done - step]
-            final, step, asked = float(losses[-1]), done, limit - step
-            if not (is_finite and np.isfinite(final)):
-                at, stopped = last_finite(run, kept, data, done), "non-finite"
-            reached.advance(at[0], int(at[0].step), losses)
-            if not stopped:
-                stopped = "threshold" if final <= rule.threshold else ""
-                if step % rule.batches == 0 or step == rule.last:
-                    out_of_patience = end_of_epoch(watch, rule, reached)  # the epoch that stops is measured too
-                    stopped = stopped or out_of_patience
-            show(step, final, reached.validations)
-            if watch.callback is not None:
-                watch.callback(step, final)
-            stopped = stopped or ("steps" if step == rule.last else "")
-            if asked == pace and time.perf_counter() - called < CALL_SECONDS:
-                pace = min(2 * pace, CAPACITY)
-    return reached.fit(stopped, explain(stopped, step, reached.step, final, rule))
-
-
-def end_of_epoch(watch: Watch, rule: Rule, reached: Reached) -> str:
-    """Show and measure what an epoch has brought; "patience" if that has run out, else ""."""
-    (params, state, _), step, _ = reached.now
-    stopped = validate(watch, rule, reached)  # before on_epoch, whose exception would lose it
-    if watch.on_epoch is not None:
-        watch.on_epoch(step, params, state)
-    return stopped
-
-
-def validate(watch: Watch, rule: Rule, reached: Reached) -> str:
-    """Measure what was reached; "patience" if that has run out, else ""."""
-    if watch.evaluate is None:
-        return ""
-    (params, state, _), step, _ = reached.now
-    whole = step % rule.batches == 0
-    reached.measure(watch.evaluate(params, state), whole)
-    return "patience" if whole and rule.patience is not None and reached.waited >= rule.patience else ""
-
-
-def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> str:
-    """Why training stopped, in a sentence."""
-    broken, cause = (ended + 1, "its update is not") if np.isfinite(final) else (step, f"its loss is {final:.6g}")
-    return {
-        "": "",
-        "steps": f"all {step - rule.start} steps done, the last loss is {final:.6g}",
-        "threshold": f"the loss of step {step} is {final:.6g}, at most the threshold {rule.threshold:.6g}",
-        "patience": f"no new least validation loss in {rule.patience} validations, at step {step}",
-        "non-finite": f"step {broken} is not finite, {cause}; these parameters are of step {ended}",
-    }[stopped]

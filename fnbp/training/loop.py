@@ -26,6 +26,20 @@ class Carry(NamedTuple):
     step: jax.Array
 
 
+class Data(NamedTuple):
+    """What every step reads.
+
+    x, y        all examples                       key_order   of the order of the examples in an epoch
+    key_layers  of the layers that draw            must        for each leaf of opt_state, whether it must be finite
+    """
+
+    x: Any
+    y: Any
+    key_order: jax.Array
+    key_layers: jax.Array
+    must: jax.Array
+
+
 def permutation(key: jax.Array, epoch: jax.Array | int, examples: int) -> jax.Array:
     """The order of the examples in an epoch."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
@@ -67,10 +81,9 @@ def one_step(
     gradient, optimizer = gradient_of(net, loss), optax.with_extra_args_support(transformation)
 
     def step(carry, order, data):
-        x, y, _, key_layers, _ = data
         rows = jax.lax.dynamic_slice_in_dim(order, carry.step % batches * batch_size, batch_size)
-        x, y = jax.tree.map(lambda a: rows_of(a, rows), (x, y))
-        ctx = Context(jax.random.fold_in(key_layers, carry.step), train=True)
+        x, y = jax.tree.map(lambda a: rows_of(a, rows), (data.x, data.y))
+        ctx = Context(jax.random.fold_in(data.key_layers, carry.step), train=True)
         (J, state), grads = gradient(carry.params, carry.state, x, y, ctx)
         updates, opt_state = optimizer.update(
             grads,
@@ -92,8 +105,8 @@ def compiled_loop(
     """(carry, order, data, limit, threshold) -> carry, order, losses (capacity,), is everything finite.
 
     Runs steps up to limit, at most capacity of them, and stops behind a loss that is not finite or at most threshold.
-    carry and order, the epoch's permutation, are donated. data: x, y, the key of the order, the key of the layers, and
-    for each leaf of opt_state whether it must be finite, as params and state must.
+    carry and order, the epoch's permutation, are donated. params and state must be finite, and those leaves of
+    opt_state that data.must names.
     """
     step = one_step(net, loss, gradient_of, transformation, batch_size, batches)
 
@@ -109,7 +122,7 @@ def compiled_loop(
             (carry, losses, J), order = loop
             number = carry.step // batches
             order = jax.lax.cond(
-                carry.step % batches == 0, lambda: permutation(data[2], number, examples), lambda: order
+                carry.step % batches == 0, lambda: permutation(data.key_order, number, examples), lambda: order
             )
 
             def one(loop):
@@ -126,7 +139,7 @@ def compiled_loop(
         losses = jnp.full(capacity, jnp.nan, jnp.result_type(float))
         loop, order = jax.lax.while_loop(lambda loop: goes_on(loop[0]), epoch, ((carry, losses, losses[0]), order))
         carry, losses, _ = loop
-        moments = zip(data[4], jax.tree.leaves(carry.opt_state), strict=True)
+        moments = zip(data.must, jax.tree.leaves(carry.opt_state), strict=True)
         fine = [~must | finite(leaf) for must, leaf in moments]
         return carry, order, losses, jnp.all(jnp.asarray([finite((carry.params, carry.state)), *fine]))
 
@@ -165,7 +178,7 @@ def evaluator(net: Layer, loss: Loss, batch: int) -> Callable:
     return jax.jit(functools.partial(summed, evaluate))
 
 
-def last_finite(run: Callable, kept: tuple[Carry, jax.Array], data: Any, reached: int) -> tuple[Carry, jax.Array]:
+def last_finite(run: Callable, kept: tuple[Carry, jax.Array], data: Data, reached: int) -> tuple[Carry, jax.Array]:
     """The loop after the most steps, below reached, that leave everything finite, by bisection from kept."""
 
     def replay(limit):

@@ -1,4 +1,4 @@
-"""Who looks on while fit runs: a bar, and the signals that end it without losing what was reached."""
+"""The progress bar of fit, and the signals that end it without losing what was reached."""
 
 import signal
 import threading
@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 STOPS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
 DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -48,10 +47,10 @@ def stoppable() -> Iterator[Stop]:
 
 
 @contextmanager
-def bar(start: int, last: int, shown: bool, kind: type = Bar) -> Iterator[Callable]:
+def bar(start: int, last: int, shown: bool) -> Iterator[Callable]:
     """A progress bar with the loss and steps/s: show(step, loss, validations)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with kind(*columns, TimeRemainingColumn(), disable=not shown) as progress:
+    with Progress(*columns, TimeRemainingColumn(), disable=not shown) as progress:
         task = progress.add_task("training", total=last - start, rate="")
         began = time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""What fit is asked for: every question that is answered before the first step."""
+"""Checks of what fit is asked for, before the first step."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,9 +17,9 @@ STEPS = 2**31 - 1  # steps are counted in int32
 
 
 def check_traced(*trees: Any) -> None:
-    """TypeError if fit itself is traced: it is a loop of Python's, which looks at values between compiled calls.
+    """TypeError if fit itself is traced: it is a Python loop, which looks at values between compiled calls.
 
-    And for an iterable of batches, which JAX would take for one leaf.
+    TypeError also for an iterable of batches, which JAX would take for one leaf.
     """
     for tree in trees:
         if hasattr(tree, "__iter__") and not hasattr(tree, "dtype") and not isinstance(tree, (tuple, list, dict, str)):
@@ -36,7 +36,7 @@ def check_traced(*trees: Any) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """TypeError unless optimizer is an optax transformation, with the way to one."""
+    """TypeError unless optimizer is an optax transformation; the message says how to make one."""
     if isinstance(optimizer, optax.GradientTransformation):
         return
     hint = ""
@@ -49,7 +49,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_request(net: Layer, loss: Loss, params: Any, key: Any, batch_size: Any, patience: Any, pair: Any) -> None:
-    """ValueError or TypeError for what fit cannot start with, whatever the data."""
+    """ValueError or TypeError if fit cannot start, whatever the data."""
     check_is("fit", "net", net, Layer)
     check_is("fit", "loss", loss, Loss)
     check_key("fit", key)
@@ -67,7 +67,7 @@ def check_request(net: Layer, loss: Loss, params: Any, key: Any, batch_size: Any
 
 
 def check_steps(start: Any, steps: Any, epochs: Any, batches: int) -> int:
-    """The step to end at; ValueError or TypeError for a start or a number of steps that cannot be."""
+    """The step to end at; ValueError or TypeError if start, or the number of steps, is impossible."""
     if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
         raise TypeError(f"fit: start must be a whole number, got {start!r}")
     if start < 0:
@@ -79,7 +79,7 @@ def check_steps(start: Any, steps: Any, epochs: Any, batches: int) -> int:
 
 
 def total_steps(steps: Any, epochs: Any, batches: int) -> int:
-    """How many steps were asked for; ValueError unless by exactly one of the two."""
+    """How many steps are asked for; ValueError unless exactly one of the two is given."""
     if (steps is None) == (epochs is None):
         raise ValueError("fit: give steps or epochs, one of the two")
     if steps is not None:
@@ -105,13 +105,17 @@ def check_threshold(threshold: Any) -> float:
 def check_opt_state(
     optimizer: optax.GradientTransformation, params: Any, opt_state: Any, must: tuple[bool, ...]
 ) -> Any:
-    """opt_state; ValueError where it is of another optimizer, of other params, or not finite where it must be."""
+    """opt_state; ValueError if it belongs to another optimizer or other params, or is not finite where it must be."""
     due = jax.eval_shape(optimizer.init, params)
     if jax.tree.structure(opt_state) != jax.tree.structure(due):
-        raise ValueError(f"fit: opt_state is of another optimizer or net: got {kinds(opt_state)}, due {kinds(due)}")
+        raise ValueError(
+            f"fit: opt_state belongs to another optimizer or net: expected {kinds(due)}, got {kinds(opt_state)}"
+        )
     for a, b in zip(jax.tree.leaves(opt_state), jax.tree.leaves(due), strict=True):
         if jnp.shape(a) != b.shape:
-            raise ValueError(f"fit: opt_state is of other params: an entry has shape {jnp.shape(a)}, due {b.shape}")
+            raise ValueError(
+                f"fit: opt_state belongs to other params: an entry must have shape {b.shape}, got {jnp.shape(a)}"
+            )
     opt_state = jax.tree.map(jnp.asarray, opt_state)
     check_finite("fit", "opt_state", [a for a, due in zip(jax.tree.leaves(opt_state), must, strict=True) if due])
     return opt_state
@@ -125,7 +129,7 @@ def kinds(state: Any) -> str:
 
 
 def arrays_of(what: str, x: Any, y: Any) -> tuple[Any, Any]:
-    """Data as JAX arrays; TypeError for what is no array, with the way to one."""
+    """Data as JAX arrays; TypeError if something is not an array; the message says how to make one."""
     for name, tree in (("x", x), ("y", y)):
         if isinstance(tree, (bool, int, float)):  # no example at all: check_data says so
             continue
@@ -140,10 +144,10 @@ def arrays_of(what: str, x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context) -> int:
-    """How many examples there are; ValueError or TypeError where the data do not fit each other, net or loss.
+    """How many examples there are; ValueError or TypeError if the data do not fit each other, the net or the loss.
 
-    The layers look at the values too, as at tokens and lengths: x is theirs, params are mere shapes. So is state at
-    inference: batch_norm has no statistics yet.
+    The layers check values too, of tokens and lengths: they are given x itself, but only the shapes of params, and at
+    inference of state: batch_norm has no statistics yet.
     """
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((x, y))}
     if len(sizes) != 1 or sizes & {(), (0,)}:

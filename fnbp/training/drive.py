@@ -1,0 +1,104 @@
+"""The outer loop of training: it calls the compiled loop until a stopping condition holds."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnbp.training.loop import CAPACITY, Carry, Data, copy, last_finite
+from fnbp.training.progress import Stop, bar
+from fnbp.training.reached import Fit, Reached
+
+CALL_SECONDS = 0.2  # how long one call of the compiled loop is meant to take, and Ctrl-C to wait
+
+
+class Rule(NamedTuple):
+    """When to stop, in numbers."""
+
+    start: int
+    last: int
+    batches: int
+    threshold: float
+    patience: int | None
+
+
+class Watch(NamedTuple):
+    """Who looks on: between compiled calls, and after each epoch."""
+
+    evaluate: Callable | None
+    on_epoch: Callable | None
+    callback: Callable | None
+    progress: bool
+    owed: bool  # a validation before the first step
+
+    @property
+    def epochs(self) -> bool:
+        return self.evaluate is not None or self.on_epoch is not None
+
+
+def drive(
+    run: Callable, at: tuple[Carry, jax.Array], data: Data, rule: Rule, watch: Watch, reached: Reached, stop: Stop
+) -> Fit:
+    """Call the compiled loop until a stopping condition holds, and keep what it brings."""
+    step, pace, final = rule.start, 1, np.nan
+    stopped = validate(watch, rule, reached) if watch.owed else ""
+    with bar(rule.start, rule.last, watch.progress) as show:
+        while not stopped and not stop.reason:
+            limit = min(step + pace, rule.last)
+            if watch.epochs:
+                limit = min(limit, (step // rule.batches + 1) * rule.batches)
+            kept, called = copy(at), time.perf_counter()
+            reached.hold(kept[0])
+            carry, order, got, is_finite = run(*at, data, np.int32(limit), jnp.asarray(rule.threshold, float))
+            at, done = (carry, order), int(carry.step)
+            losses = np.asarray(got)[: done - step]
+            final, step, asked = float(losses[-1]), done, limit - step
+            if not (is_finite and np.isfinite(final)):
+                at, stopped = last_finite(run, kept, data, done), "non-finite"
+            reached.advance(at[0], int(at[0].step), losses)
+            if not stopped:
+                stopped = "threshold" if final <= rule.threshold else ""
+                if step % rule.batches == 0 or step == rule.last:
+                    out_of_patience = end_of_epoch(watch, rule, reached)  # the epoch that stops is measured too
+                    stopped = stopped or out_of_patience
+            show(step, final, reached.validations)
+            if watch.callback is not None:
+                watch.callback(step, final)
+            stopped = stopped or ("steps" if step == rule.last else "")
+            if asked == pace and time.perf_counter() - called < CALL_SECONDS:
+                pace = min(2 * pace, CAPACITY)
+    return reached.fit(stopped, explain(stopped, step, reached.step, final, rule))
+
+
+def end_of_epoch(watch: Watch, rule: Rule, reached: Reached) -> str:
+    """Show and measure what an epoch has brought; "patience" if that has run out, else ""."""
+    (params, state, _), step, _ = reached.now
+    stopped = validate(watch, rule, reached)  # before on_epoch, whose exception would lose it
+    if watch.on_epoch is not None:
+        watch.on_epoch(step, params, state)
+    return stopped
+
+
+def validate(watch: Watch, rule: Rule, reached: Reached) -> str:
+    """Measure what was reached; "patience" if that has run out, else ""."""
+    if watch.evaluate is None:
+        return ""
+    (params, state, _), step, _ = reached.now
+    whole = step % rule.batches == 0
+    reached.measure(watch.evaluate(params, state), whole)
+    return "patience" if whole and rule.patience is not None and reached.waited >= rule.patience else ""
+
+
+def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> str:
+    """Why training stopped, in a sentence."""
+    broken, cause = (ended + 1, "its update is not") if np.isfinite(final) else (step, f"its loss is {final:.6g}")
+    return {
+        "": "",
+        "steps": f"all {step - rule.start} steps done, the last loss is {final:.6g}",
+        "threshold": f"the loss of step {step} is {final:.6g}, at most the threshold {rule.threshold:.6g}",
+        "patience": f"no new least validation loss in {rule.patience} validations, at step {step}",
+        "non-finite": f"step {broken} is not finite, {cause}; these parameters are of step {ended}",
+    }[stopped]
