@@ -94,6 +94,19 @@ def test_every_file_that_is_named_exists(page):
         assert (ROOT / path).exists(), path
 
 
+def test_the_guide_has_a_line_for_every_room():
+    """In an order in which no room uses one below it in the table."""
+    table = text("fnbp/README.md").partition("## The rooms")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", table, re.M)
+    found = {path.stem for path in (ROOT / "fnbp").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(rows) == found - {"__init__"}, 'one line for each room, under "The rooms" of fnbp/README.md'
+    for i, room in enumerate(rows):
+        place = ROOT / "fnbp" / room
+        for path in place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
+            for used in re.findall(r"^from fnbp(?:\.(\w+)[\w.]*)? import (\w+)", path.read_text(), re.M):
+                assert (used[0] or used[1]) in rows[: i + 1], f"{path.name} uses {used}, which stands below {room}"
+
+
 def test_the_guide_defines_the_labels_that_docstrings_cite():
     guide = text("fnbp/README.md")
     for label in ("B1", "B2", "B3", "B4", "B5", "B6"):
