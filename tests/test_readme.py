@@ -65,12 +65,14 @@ def test_the_two_commands_stand_on_the_first_screen():
 def test_every_layer_and_loss_is_in_the_table_of_what_is_where():
     table = text("README.md").partition("## What is where")[2].partition("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", table))
+    due = set(fnbp.models.__all__)
     for name, value in vars(fnbp).items():
         if inspect.isfunction(value) and not name.startswith("_") and name not in LIFTS:
             made = inspect.signature(value).return_annotation
             if getattr(made, "__name__", made) in ("Layer", "Loss"):
-                assert name in named, f"add `{name}` to the table of what is where in README.md"
-    assert set(fnbp.models.__all__) <= named
+                due.add(name)
+    missing = sorted(due - named)
+    assert not missing, f'add {missing} to the table "What is where" of README.md, and a line to CHANGELOG.md'
 
 
 def test_every_name_in_the_table_of_what_is_where_exists():
