@@ -1,5 +1,6 @@
 """Every example of experiments/examples runs from a shell, and prints what it is meant to show."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,18 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "examples"
-PRINTED = {  # name -> what it prints, and the package that it needs
+PRINTED = {  # name -> what it prints, as regular expressions, and the package that it needs
     "check_custom_vjp": (
         [
             "backward: right",
             "forgetful: wrong",
-            "dx is wrong: the difference goes along x in each row: a term with the mean of dy x is missing or wrong",
+            "dx is wrong: .* a term with the mean of dy x is missing or wrong",
         ],
         "jax",
     ),
     "in_flax": (["same gradients: True", "the loss falls: True"], "flax"),
     "in_equinox": (["the loss falls: True"], "equinox"),
-    "new_layer": (["True", "(17,)"], "jax"),
+    "new_layer": (["True", r"\(17,\)"], "jax"),
     "train_and_save": (["the same after loading: True", "91% of 360 digits"], "sklearn"),
 }
 
@@ -41,4 +42,5 @@ def test_an_example_runs(name):
         [sys.executable, "-m", f"experiments.examples.{name}"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == expected
+    for line, pattern in zip(done.stdout.splitlines(), expected, strict=True):
+        assert re.fullmatch(pattern, line), line

@@ -156,27 +156,6 @@ def test_nothing_is_switched_globally():
         assert "config.update" not in path.read_text(), path
 
 
-def readme_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-
-
-def test_the_code_of_the_readme_runs():
-    blocks = readme_blocks("python")
-    assert blocks
-    script = "import warnings; warnings.simplefilter('error')\n" + "\n".join(blocks)
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    expected = re.findall(r"# ?> (.*)", "\n".join(blocks))
-    assert len(expected) >= 10
-    for line in expected:
-        assert line.strip() in done.stdout, line
-
-
-def test_the_readme_names_every_experiment_and_no_other():
-    named = set(re.findall(r"experiments\.(\w+)", (ROOT / "README.md").read_text()))
-    assert named == set(RUNNABLE)
-
-
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_every_experiment_has_help(name):
     done = subprocess.run(
