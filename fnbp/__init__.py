@@ -34,7 +34,7 @@ from fnbp.losses.loss import *
 from fnbp.losses.squared import *
 from fnbp.measurement import *
 from fnbp.models.blocks import *
-from fnbp.rendering import *
+from fnbp.rendering.tables import *
 from fnbp.training.fit import *
 
 __version__ = version("fnbp")

@@ -17,9 +17,9 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from fnbp import docs
 from fnbp.comparison import compare
 from fnbp.layer import Layer
+from fnbp.rendering import pages
 
 
 class InputError(Exception):
@@ -114,7 +114,7 @@ def layer_of(place: str, found: Any) -> Layer:
 def write_docs(settings: Docs, console: Console) -> int:
     """Write the API pages, and open them unless a folder is given; the exit code."""
     try:
-        page = docs.build(settings.out)
+        page = pages.build(settings.out)
     except ImportError as error:
         raise InputError(f"the pages need pdoc ({error}); install it: pip install 'fnbp[docs]'") from error
     except OSError as error:

@@ -16,7 +16,7 @@ from fnbp.backpropagation import value_and_grad
 from fnbp.interop import automatic_value_and_grad
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
-from fnbp.rendering import Tabular
+from fnbp.rendering.tables import Tabular
 
 __all__ = ["Cost", "cost"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import fnbp
-from fnbp import docs
 from fnbp.__main__ import main
+from fnbp.rendering import pages as rendering_pages
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = [name for name in dir(fnbp) if not name.startswith("_") and not inspect.ismodule(getattr(fnbp, name))]
@@ -56,7 +56,9 @@ def test_every_link_of_the_front_page_has_its_target(pages):
 
 def test_modules_without_all_are_not_shown(pages):
     assert "fnbp/layers/dense" in pages
-    assert not {"fnbp/arrays/checks", "fnbp/layers/windows", "fnbp/comparison/alone", "fnbp/docs"} & set(pages)
+    assert not {"fnbp/arrays/checks", "fnbp/layers/windows", "fnbp/comparison/alone", "fnbp/rendering/pages"} & set(
+        pages
+    )
 
 
 def test_formulas_stay_as_they_are_written(pages):
@@ -82,7 +84,7 @@ def test_sections_are_definitions_and_nothing_is_emphasised(pages):
 
 
 def test_a_docstring_as_markdown():
-    text = docs.to_markdown(
+    text = rendering_pages.to_markdown(
         """A first line: with a colon, a *star and a `b*c`.
 
             y = x^T      dx = dy
@@ -122,7 +124,7 @@ def test_without_pdoc_it_says_how_to_install_it(monkeypatch, capsys):
 
 def test_without_a_folder_the_pages_are_opened(monkeypatch, tmp_path, capsys):
     opened = []
-    monkeypatch.setattr(docs, "build", lambda out: tmp_path / "fnbp.html")
+    monkeypatch.setattr(rendering_pages, "build", lambda out: tmp_path / "fnbp.html")
     monkeypatch.setattr(webbrowser, "open", opened.append)
     assert main(["docs"]) == 0
     assert opened[0].startswith("file:///") and opened[0].endswith("/fnbp.html")

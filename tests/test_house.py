@@ -21,7 +21,7 @@ RUNNABLE = [command.name for command in commands()]
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
 DIFFERENTIATORS = {"comparison", "measurement", "interop"}  # modules, and a package
 FLOORS = (  # rooms: files and packages; imports run down these, one way
-    {"arrays", "docs"},
+    {"arrays"},
     {"layer", "factor", "losses"},
     {"contraction", "layers", "rendering"},
     {"combinators", "backpropagation"},

@@ -87,9 +87,10 @@ def test_a_mutant_is_the_library_but_for_one_statement():
 
 
 CAUGHT = (
-    ("layers/activation.py:gelu.backward_tanh:constant: 0.044715 -> 0.044715044715 in *", "formula"),
+    ("layers/activation.py:gelu_tanh.backward:constant: 0.044715 -> 0.044715044715 in *", "formula"),
     ("layers/activation.py:softplus.backward:precision: result: through float32", "formula"),
     ("layers/activation.py:sigmoid.backward:traced: result: needs its values", "jit"),
+    ("layers/activation.py:log_softmax.forward saves:residual: y: saved in bfloat16", "formula"),
     ("layers/dense.py:dense.backward:zeroed: Outer[0] of 'W': one element zeroed", "formula"),
     ("losses/squared.py:half_squared_error.dloss:stray term: result: a stray 1e-8", "formula"),
     ("losses/loss.py:of_pairs.backward:dropped: share(at, dloss(wide(p), t)) -> dloss(wide(p), t)*", "formula"),
@@ -102,16 +103,6 @@ CAUGHT = (
 def test_compare_catches(part, fault):
     found = mutations_trials.judged(named(part), with_peer=False)
     assert (found["fault"], found["in"]) == (fault, "float32")
-
-
-def test_a_saved_logarithm_that_is_rounded_is_caught():
-    """Too slow as a whole, so by its last trial alone: thousands of classes, nearly alike."""
-    mutant = named("layers/activation.py:log_softmax.forward saves:residual: y: y.astype(x.dtype) saved in its place")
-    made = mutations_code.build(mutant, "layers/activation.py", "log_softmax")
-    found = mutations_trials.compared(
-        mutations_trials.subject(made, mutations_trials.trials_of("log_softmax")[-1], "bfloat16")
-    )
-    assert not found.ok and found.first_fault.kind == "precision"
 
 
 def test_an_equivalent_mutant_survives_with_a_reason():

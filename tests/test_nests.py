@@ -47,7 +47,7 @@ def drawn(name, m, shape, rng):
     if name.startswith("gpt"):
         return jnp.asarray(rng.integers(0, 5, (m, *shape)))
     x = jnp.asarray(rng.standard_normal((m, *shape)))
-    starts = tuple(jnp.asarray(rng.standard_normal((m, 5))) for _ in range(SCANS.get(name, 0)))
+    starts: tuple = tuple(jnp.asarray(rng.standard_normal((m, 5))) for _ in range(SCANS.get(name, 0)))
     return x if not starts else (starts if len(starts) > 1 else starts[0], x)
 
 

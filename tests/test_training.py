@@ -357,11 +357,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(middle):
 def test_the_state_of_another_optimizer_or_net_is_refused():
     other = optax.adam(1e-3).init(PARAMS)
     with pytest.raises(
-        ValueError, match=r"of another optimizer or net: got \(ScaleByAdamState, EmptyState\), due \(Tr"
+        ValueError, match=r"another optimizer or net: expected \(TraceState, EmptyState\), got \(ScaleByAdam"
     ):
         fit(optimizer=optax.sgd(0.1, momentum=0.9), opt_state=other, steps=1)
     wider = optax.adam(1e-3).init(jax.tree.map(lambda a: jnp.concatenate([a, a], -1), PARAMS))
-    with pytest.raises(ValueError, match=r"of other params: an entry has shape \(.*\), due \("):
+    with pytest.raises(ValueError, match=r"belongs to other params: an entry must have shape \(.*\), got \("):
         fit(optimizer=optax.adam(1e-3), opt_state=wider, steps=1)
 
 

@@ -218,14 +218,24 @@ def returned(parent: Any, field: str, value: Any) -> Iterator[tuple[str, Any, st
         return
     *factors, _ = value.elts
     for i, entry in enumerate(factors):
-        if not isinstance(entry, ast.Dict):
+        named = factors_in(entry)
+        if named is None:
             yield "factors", value, "elts", i, entry, True
             continue
-        for key, factor in zip(entry.keys, entry.values, strict=True):
-            if isinstance(factor, ast.Call) and key is not None:
+        for key, factor in named:
+            if isinstance(factor, ast.Call):
                 for j, argument in enumerate(factor.args):
-                    yield f"{ast.unparse(factor.func)}[{j}] of {ast.unparse(key)}", factor, "args", j, argument, False
+                    yield f"{ast.unparse(factor.func)}[{j}] of {key!r}", factor, "args", j, argument, False
     yield from entries("dx", value, len(value.elts) - 1)
+
+
+def factors_in(entry: ast.expr) -> list[tuple[str, ast.expr]] | None:
+    """The factors by parameter, of {"W": Outer(...), ...} or due(params, W=Outer(...), ...); None of anything else."""
+    if isinstance(entry, ast.Dict):
+        return [(str(k.value), v) for k, v in zip(entry.keys, entry.values, strict=True) if isinstance(k, ast.Constant)]
+    if isinstance(entry, ast.Call) and ast.unparse(entry.func) == "due":
+        return [(keyword.arg, keyword.value) for keyword in entry.keywords if keyword.arg is not None]
+    return None
 
 
 def entries(label: str, parent: ast.Tuple, index: int) -> Iterator[tuple[str, Any, str, Any, Any, bool]]:

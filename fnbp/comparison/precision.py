@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from fnbp.comparison.leaf import Leaf, Sight, worst_spot
 from fnbp.comparison.numerics import roundoff
@@ -64,6 +63,8 @@ def rho_limit(draws: int) -> float:
 
     Each error is taken for a sum of three independent ones a draw, so the ratio of the squares follows F.
     """
+    from scipy import stats  # here, since to import it takes as long as to import jax
+
     return RHO_FACTOR * float(np.sqrt(stats.f.isf(RHO_TAIL, 3 * draws, 3 * draws)))
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fnbp.comparison.numerics import FLOAT64_BACKENDS
-from fnbp.rendering import Tabular
+from fnbp.rendering.tables import Tabular
 
 FAULTS = {  # the gravest first
     "raises": "the backward raises",

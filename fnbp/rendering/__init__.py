@@ -1,0 +1,1 @@
+"""What is shown: tables in a terminal, and the API pages."""
