@@ -47,8 +47,10 @@ def drawn(name, m, shape, rng):
     if name.startswith("gpt"):
         return jnp.asarray(rng.integers(0, 5, (m, *shape)))
     x = jnp.asarray(rng.standard_normal((m, *shape)))
-    starts: tuple = tuple(jnp.asarray(rng.standard_normal((m, 5))) for _ in range(SCANS.get(name, 0)))
-    return x if not starts else (starts if len(starts) > 1 else starts[0], x)
+    starts = [jnp.asarray(rng.standard_normal((m, 5))) for _ in range(SCANS.get(name, 0))]
+    if not starts:
+        return x
+    return (tuple(starts) if len(starts) > 1 else starts[0], x)
 
 
 @pytest.mark.parametrize(
