@@ -85,7 +85,7 @@ def planted(net: fnbp.Layer, path: str, leaf: str, mistake: Mistake) -> fnbp.Lay
             total = factors[leaf].total()
             return factors | {leaf: mistake.change(total, x, dy).astype(total.dtype)}, dx
 
-        return layer._replace(forward=forward, backward=backward)
+        return fnbp.replace_functions(layer, forward=forward, backward=backward)
 
     return fnbp.map_layers(at, net)
 
@@ -97,7 +97,8 @@ def one_trial(seed: int, figure: Path | None = None) -> dict[str, Any]:
     x = jnp.asarray(rng.standard_normal((M, size(rng, 11))), jnp.float32)
     params, state = jax.jit(net.init)(jax.random.key(seed), x)
     params = jax.tree.map(lambda p: p + 0.1 * jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
-    seen = list(fnbp.leaves(net, params, traced_shapes(net, params, state, x)))
+    shapes = shapes_by_path(net, params, state, x)
+    seen = [(path, layer, p, shapes[path]) for path, layer, p in fnbp.leaves(net, params)]
     while True:
         path, layer, p, (d, dy) = seen[rng.integers(len(seen))]
         leaf = ["x", *p][rng.integers(1 + len(p))]
@@ -138,20 +139,21 @@ def harmless(layer: fnbp.Layer, leaf: str, name: str, dy: Any) -> bool:
     return slope or constant
 
 
-def traced_shapes(net: fnbp.Layer, params: Any, state: Any, x: Any) -> Any:
-    """The shapes of the input and of dy of every layer, in a tree that leaves can walk."""
+def shapes_by_path(net: fnbp.Layer, params: Any, state: Any, x: Any) -> "dict[str, Shapes]":
+    """The shapes of the input and of the output of every layer, by path."""
+    found = {}
 
     def noted(path, layer):
         def forward(params, state, x, ctx):
-            y, state, _ = layer.forward(params, state, x, ctx)
-            return y, state, Shapes(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(y.shape, y.dtype))
+            y, state, res = layer.forward(params, state, x, ctx)
+            found[path] = Shapes(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(y.shape, y.dtype))
+            return y, state, res
 
-        return layer._replace(forward=forward)
+        return fnbp.replace_functions(layer, forward=forward)
 
     spied = fnbp.map_layers(noted, net)
-    kept = []
-    jax.eval_shape(lambda p, s, x: kept.append(spied.forward(p, s, x, fnbp.Context())[2]), params, state, x)
-    return kept[0]
+    jax.eval_shape(lambda p, s, x: spied.forward(p, s, x, fnbp.Context())[0], params, state, x)
+    return found
 
 
 class Shapes(NamedTuple):

@@ -17,7 +17,17 @@ import pytest
 import tyro
 
 import fnbp
-from experiments import architectures, digits, gradient_cost, images, nielsen, rows, worked_example
+from experiments import (
+    architectures,
+    digits,
+    false_alarms,
+    gradient_cost,
+    images,
+    localisation,
+    nielsen,
+    rows,
+    worked_example,
+)
 from experiments.charlm import __main__ as charlm
 from experiments.shared import commands, data, markdown, report, results, tables
 
@@ -203,6 +213,17 @@ def fake_mnist(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SOURCES", sources)
     monkeypatch.delenv("FNBP_DATA", raising=False)
     return tmp_path
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])  # both dtypes, as a net and as a function
+def test_false_alarms_of_one_net(which):
+    assert false_alarms.one_call(0, which, 2)["faults"] == []
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_localisation_blames_the_layer_and_the_leaf_that_are_wrong(seed):
+    found = localisation.one_trial(seed)
+    assert found["caught"] and found["layer"] and found["leaf"] and not found["others"], found
 
 
 def test_mnist_is_found_by_argument_variable_and_cache(fake_mnist, monkeypatch, tmp_path):
