@@ -347,3 +347,34 @@ def test_relative_tells_what_is_not_a_number():
 def test_init_takes_numpys_float64_without_a_word():
     params, _ = fnbp.serial(fnbp.dense(3)).init(jax.random.key(0), np.ones((5, 7)))
     assert params[0]["W"].dtype == jnp.float32
+
+
+NUMBERS = {  # constructors with an option that is a number
+    "leaky_relu": (lambda c: fnbp.leaky_relu(c(0.25)), (5, 3)),
+    "elu": (lambda c: fnbp.elu(c(0.5)), (5, 3)),
+    "layer_norm": (lambda c: fnbp.layer_norm(c(1e-3)), (5, 3)),
+    "rms_norm": (lambda c: fnbp.rms_norm(c(1e-3)), (5, 3)),
+    "group_norm": (lambda c: fnbp.group_norm(3, c(1e-3)), (5, 2, 3)),
+    "batch_norm": (lambda c: fnbp.batch_norm(c(0.25), c(1e-3)), (5, 3)),
+    "attention": (lambda c: fnbp.attention(2, rotary=c(1e4)), (5, 3, 4)),
+    "sinusoids": (lambda c: fnbp.sinusoids(c(1e4)), (5, 3, 4)),
+    "dropout": (lambda c: fnbp.dropout(c(0.25)), (5, 3)),
+    "drop_path": (lambda c: fnbp.drop_path(c(0.25)), (5, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_of_numpy_as_an_option_widens_nothing(name, dtype, kind, x64):
+    make, shape = NUMBERS[name]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+    ctx = fnbp.Context(jax.random.key(1), train=True)
+    dtypes = []
+    for c in (kind, float):
+        layer = make(c)
+        params, state = layer.init(jax.random.key(0), x)
+        y, state, res = layer.forward(params, state, x, ctx)
+        factors, dx = layer.backward(params, res, jnp.ones_like(y))
+        dtypes.append([a.dtype for a in jax.tree.leaves((y, state, res, factors, dx))])
+    assert dtypes[0] == dtypes[1] and layer.name == make(kind).name

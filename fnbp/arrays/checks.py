@@ -53,12 +53,17 @@ def check_size(name: str, what: str, value: Any) -> None:
         raise ValueError(f"{name}: {what} is too large, it must be at most {LARGEST}, got {value}")
 
 
-def check_number(name: str, what: str, value: Any) -> None:
-    """TypeError unless value is a number, ValueError unless it is finite."""
+def check_number(name: str, what: str, value: Any) -> float:
+    """value as a float; TypeError unless it is a number, ValueError unless it is finite.
+
+    A float of NumPy would give its own dtype to all arrays that it meets, so that the caller goes on with what is
+    returned.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: {what} must be a number, got {shown(value)}")
     if not is_finite(value):
         raise ValueError(f"{name}: {what} must be a finite number, got {shown(value)}")
+    return float(value)
 
 
 def is_finite(value: Any) -> bool:
@@ -69,11 +74,12 @@ def is_finite(value: Any) -> bool:
         return False
 
 
-def check_rate(name: str, rate: Any) -> None:
-    """ValueError or TypeError unless rate, the probability that a number is dropped, is in [0, 1)."""
+def check_rate(name: str, rate: Any) -> float:
+    """rate as a float; ValueError or TypeError unless it, the probability to drop a number, is in [0, 1)."""
     check_number(name, "rate", rate)
     if not 0 <= rate < 1:
         raise ValueError(f"{name}: rate must be in [0, 1), got {rate}")
+    return float(rate)
 
 
 def check_name(name: str, given: Any) -> None:
@@ -82,11 +88,12 @@ def check_name(name: str, given: Any) -> None:
         raise TypeError(f"{name}: name must be a str, got {describe(given)}")
 
 
-def check_positive(name: str, what: str, value: Any) -> None:
-    """ValueError or TypeError unless value is a number above 0."""
+def check_positive(name: str, what: str, value: Any) -> float:
+    """value as a float; ValueError or TypeError unless it is a number above 0."""
     check_number(name, what, value)
     if not value > 0:
         raise ValueError(f"{name}: {what} must be above 0, got {value}")
+    return float(value)
 
 
 def check_is(name: str, what: str, value: Any, kind: type) -> None:

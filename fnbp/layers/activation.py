@@ -117,7 +117,7 @@ def leaky_relu(slope: float = 0.01) -> Layer:
     Kink:    dx = dy at x = 0, as in jax.nn.leaky_relu.
     Options: slope: dy/dx below zero.
     """
-    check_number("leaky_relu", "slope", slope)
+    slope = check_number("leaky_relu", "slope", slope)
 
     def forward(x: X) -> tuple[X, tuple]:
         positive = x >= 0
@@ -140,7 +140,7 @@ def elu(alpha: float = 1.0) -> Layer:
     Forward: Clevert et al. 2015, arXiv:1511.07289.
     Options: alpha: y tends to -alpha far below zero.
     """
-    check_number("elu", "alpha", alpha)
+    alpha = check_number("elu", "alpha", alpha)
 
     def forward(x: X) -> tuple[X, tuple]:
         return jnp.where(x > 0, x, alpha * jnp.expm1(jnp.where(x > 0, 0, x))), (x,)

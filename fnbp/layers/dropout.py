@@ -50,7 +50,7 @@ def drop_path(rate: float) -> Layer:
 
 def dropping(name: str, rate: float, drawn: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Layer:
     """A Layer that keeps some numbers of x. drawn: the shape of x -> the shape of keep."""
-    check_rate(name, rate)
+    rate = check_rate(name, rate)
 
     def init(key, x):
         check_key(name, key)

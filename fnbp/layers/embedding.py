@@ -201,7 +201,7 @@ def sinusoids(base: float = 10_000.0) -> Layer:
     Raises:  ValueError if base is not positive, a sequence is empty, or x is not (m, t, d); TypeError if x is not
              floating point.
     """
-    check_positive("sinusoids", "base", base)
+    base = check_positive("sinusoids", "base", base)
 
     def waves(t: int, d: int) -> np.ndarray:
         angle = np.arange(t)[:, None] * base ** -(np.arange(0, d, 2) / d)

@@ -52,7 +52,7 @@ def layer_norm(eps: float = 1e-5) -> Layer:
     Options:  eps: is added to the variance.
     Raises:   ValueError if eps is not positive or params do not fit x; TypeError if x is not floating point.
     """
-    check_positive("layer_norm", "eps", eps)
+    eps = check_positive("layer_norm", "eps", eps)
     init, check = weights("layer_norm", gain_and_shift, gamma=ONES, beta=ZEROS)
 
     def forward(params: dict, x: Features) -> tuple[Features, tuple]:
@@ -84,7 +84,7 @@ def rms_norm(eps: float = 1e-6) -> Layer:
     Options:  eps: is added to the mean square.
     Raises:   ValueError if eps is not positive or params do not fit x; TypeError if x is not floating point.
     """
-    check_positive("rms_norm", "eps", eps)
+    eps = check_positive("rms_norm", "eps", eps)
 
     def shapes(x: Any) -> Shapes:
         return {"gamma": x.shape[-1:]}
@@ -123,7 +123,7 @@ def group_norm(groups: int, eps: float = 1e-5) -> Layer:
     """
     name = f"group_norm({groups})"
     check_size(name, "groups", groups)
-    check_positive(name, "eps", eps)
+    eps = check_positive(name, "eps", eps)
     axes = (1, 3)
 
     def shapes(x: Any) -> Shapes:
@@ -228,8 +228,8 @@ def batch_norm(momentum: float = 0.1, eps: float = 1e-5) -> Layer:
               outside jit, inference comes before any training step (under jit y is then NaN); TypeError if x is not
               floating point.
     """
-    check_positive("batch_norm", "eps", eps)
-    check_number("batch_norm", "momentum", momentum)
+    eps = check_positive("batch_norm", "eps", eps)
+    momentum = check_number("batch_norm", "momentum", momentum)
     if not 0 < momentum <= 1:
         raise ValueError(f"batch_norm: momentum must be in (0, 1], got {momentum}")
     init_params, check = weights("batch_norm", gain_and_shift, gamma=ONES, beta=ZEROS)

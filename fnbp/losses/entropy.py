@@ -52,7 +52,7 @@ def softmax_cross_entropy(
               the loss and the gradient NaN.
     """
     name = "softmax_cross_entropy"
-    check_options(name, ignore_index, label_smoothing, reduce)
+    label_smoothing = check_options(name, ignore_index, label_smoothing, reduce)
     w = check_weights(name, "weights", weights)
 
     def check(a, y, mask=None):
@@ -161,7 +161,7 @@ def binary_cross_entropy(
     """
     name = "binary_cross_entropy"
     check_is(name, "from_logits", from_logits, bool)
-    check_options(name, ignore_index, label_smoothing, reduce)
+    label_smoothing = check_options(name, ignore_index, label_smoothing, reduce)
     given = check_weights(name, "pos_weight", pos_weight)
 
     def check(p, t, counts):

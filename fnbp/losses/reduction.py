@@ -67,11 +67,12 @@ def check_reduce(name: str, reduce: Any) -> None:
     choose("reduce", reduce, {"examples": 0, "tokens": 0}, f"{name}: ")
 
 
-def check_smoothing(name: str, label_smoothing: Any) -> None:
-    """Raise a ValueError or TypeError unless label_smoothing is a number in [0, 1)."""
+def check_smoothing(name: str, label_smoothing: Any) -> float:
+    """label_smoothing as a float. Raise a ValueError or TypeError unless it is a number in [0, 1)."""
     check_number(name, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{name}: label_smoothing must be in [0, 1), got {label_smoothing}")
+    return float(label_smoothing)
 
 
 def check_weights(name: str, what: str, weights: Any) -> np.ndarray | None:
@@ -87,11 +88,11 @@ def check_weights(name: str, what: str, weights: Any) -> np.ndarray | None:
     return array
 
 
-def check_options(name: str, ignore_index: Any, label_smoothing: Any, reduce: Any) -> None:
-    """Raise a ValueError or TypeError if an option is out of range."""
+def check_options(name: str, ignore_index: Any, label_smoothing: Any, reduce: Any) -> float:
+    """label_smoothing as a float. Raise a ValueError or TypeError if an option is out of range."""
     check_ignored(name, ignore_index)
-    check_smoothing(name, label_smoothing)
     check_reduce(name, reduce)
+    return check_smoothing(name, label_smoothing)
 
 
 def check_ignored(name: str, ignore_index: Any) -> None:
