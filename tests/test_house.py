@@ -1,6 +1,7 @@
 """The laws of the house: what every file, layer and claim must keep."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 import fnbp
 from experiments.shared.commands import commands
+from fnbp.layers import activation
 from tests.cases import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -46,20 +48,55 @@ def returns(function):
     return getattr(annotation, "__name__", annotation)
 
 
-LIFTS = {
-    "stateless",
-    "map_layers",
-    "activation",
-    "replace_functions",
-}  # they return a Layer, and are none
+LIFTS = {"activation", "map_layers", "replace_functions", "stateless"}  # each returns a Layer of what it is given
 BLOCKS = {"residual", "gelu_mlp", "swiglu", "transformer_block", "bidirectional", "stacked"}
 COMBINATORS = {"serial", "skip", "parallel", "repeat", "ragged", "remat", "cast", "freeze", "tie", "from_jax"} | BLOCKS
 LAYERS = {name for name, f in constructors().items() if returns(f) == "Layer"} - LIFTS
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_what_a_file_hands_on_is_public(path):
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    file = path.relative_to(ROOT)
+    own = {name: f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    made = {name: f for name, f in own.items() if returns(f) in ("Layer", "Loss")}
+    for name in (name for name, f in made.items() if "Shapes:" in (f.__doc__ or "")):  # a helper has no shapes
+        assert name in getattr(module, "__all__", ()), f'put "{name}" into __all__ of {file}'
+    for name in getattr(module, "__all__", ()):
+        places = (fnbp, fnbp.factors, fnbp.models, fnbp.testing)
+        found = any(hasattr(place, name) for place in places)
+        assert found, f"{name} is not in fnbp; add to fnbp/__init__.py: from {module.__name__} import *"
+
+
 def test_every_public_layer_has_a_case():
     apart = {"cast", "ragged"}  # another rounding than the cases', another input: tests/test_wrappers.py
-    assert LAYERS - {case.id.split(":")[0] for case in CASES} == apart
+    without = LAYERS - {case.id.split(":")[0] for case in CASES} - apart
+    assert not without, f"add a Case for each of {sorted(without)} to tests/cases.py"
+
+
+def test_every_activation_has_a_name():
+    missing = set(activation.__all__) - set(activation.ACTIVATIONS) - {"activation"}
+    assert not missing, f"add {sorted(missing)} to ACTIVATIONS in fnbp/layers/activation.py"
+
+
+def parameters(tree):
+    """Every parameter of the functions of a module and of its classes, but for those within functions."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from parameters(node)
+        if isinstance(node, ast.FunctionDef):
+            a = node.args
+            for one in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg):
+                if one is not None and one.arg not in ("self", "cls"):
+                    yield node, one
+
+
+@pytest.mark.parametrize("path", SOURCES + EXPERIMENTS, ids=ids + [f"experiments/{p.name}" for p in EXPERIMENTS])
+def test_parameters_are_annotated(path):
+    if path.parent.name == "examples":  # written as a user writes
+        return
+    for function, parameter in parameters(ast.parse(path.read_text())):
+        assert parameter.annotation, f"{path.name}: annotate {parameter.arg} of {function.name}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
@@ -72,19 +109,20 @@ def test_cases_have_distinct_prime_sizes(case):
 @pytest.mark.parametrize("name", sorted(LAYERS - COMBINATORS))
 def test_docstrings_of_layers_have_their_parts(name):
     text = inspect.getdoc(constructors()[name]) or ""
-    first, second, *_ = text.splitlines()
-    assert first.endswith(".") and second == ""
-    assert re.search(r"^ {4}\S.* = ", text, re.M), "formulas"
-    assert re.search(r"\bd[A-Za-z]+(\[\S+\])? = ", text), "the backward's formula"
-    assert re.search(r"^Shapes: +.*\(", text, re.M), "shapes"
-    assert "saved" in text, "what is saved"
+    first, second, *_ = [*text.splitlines(), "", ""]
+    lacks = f"the docstring of {name} lacks"
+    assert first.endswith(".") and second == "", f"{lacks} a first line that ends with a full stop, alone"
+    assert re.search(r"^ {4}\S.* = ", text, re.M), f"{lacks} the formulas, indented by 4"
+    assert re.search(r"\bd[A-Za-z]+(\[\S+\])? = ", text), f"{lacks} the backward's formula, as dx = ..."
+    assert re.search(r"^Shapes: +.*\(", text, re.M), f'{lacks} the line "Shapes: x (m, n); ..."'
+    assert "saved" in text, f'{lacks} what is saved, in "Shapes:", or "nothing saved"'
 
 
 @pytest.mark.parametrize("name", [name for name, f in constructors().items() if returns(f) == "Loss"])
 def test_docstrings_of_losses_have_their_parts(name):
     text = inspect.getdoc(constructors()[name]) or ""
     for part in ("l =", "Shapes:", "Source:", "Raises:", "saved"):
-        assert part in text, part
+        assert part in text, f'the docstring of {name} lacks "{part}"'
 
 
 def test_every_public_name_is_documented():

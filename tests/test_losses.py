@@ -13,6 +13,7 @@ from scipy import special
 
 import fnbp
 from tests.cases import normal, relative
+from tests.test_house import constructors, returns
 
 CE, BCE, LOGITS = fnbp.softmax_cross_entropy(), fnbp.binary_cross_entropy(), fnbp.binary_cross_entropy(from_logits=True)
 MSE, HALF = fnbp.mean_squared_error(), fnbp.half_squared_error()
@@ -26,6 +27,12 @@ class Case(NamedTuple):
     draw: Callable[[Any], tuple[np.ndarray, np.ndarray]]
     oracle: Callable
     torch: Callable
+
+
+def test_every_public_loss_has_a_case():
+    made = {name for name, f in constructors().items() if returns(f) == "Loss"} - {"loss_from_jax"}
+    without = made - {case.loss.name for case in CASES}
+    assert not without, f"add a Case for each of {sorted(without)} to CASES of tests/test_losses.py"
 
 
 def own(losses):

@@ -116,6 +116,11 @@ def test_reasons_are_of_mutants_that_exist():
         assert reason and any(mutations_equivalent.pattern(text).fullmatch(m.id) for m in catalogue()), text
 
 
+@pytest.mark.parametrize("name", sorted(set(mutations_trials.constructors()) - {"activation"}))
+def test_every_constructor_has_trials(name):
+    assert mutations_trials.trials(name), f"add calls of {name} to TABLE in experiments/mutants/table.py"
+
+
 def test_a_constructor_that_cannot_be_called_is_named():
     with pytest.raises(report.InputError, match=r"TABLE .* has no call of nowhere"):
         mutations_trials.trials("nowhere")

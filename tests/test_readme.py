@@ -89,6 +89,12 @@ def test_every_command_that_is_named_exists(page):
         assert place.is_dir() or place.with_suffix(".py").is_file(), name
 
 
+@pytest.mark.parametrize("page", [*PAGES, "experiments/README.md", "fnbp/comparison/README.md"])
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text(page)):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_is_named_exists(page):
     """Files in backticks, by their path from the root of the repository."""

@@ -42,7 +42,7 @@ def check_function(f: Any, args: tuple, reference: Callable | None, vjp: Callabl
     if isinstance(f, type) or not callable(f):
         raise TypeError(f"compare: subject must be a Layer or a function, got {describe(f)}")
     name = name_of(f)
-    if getattr(f, "__module__", "").startswith("fnbp.layers"):
+    if (getattr(f, "__module__", None) or "").startswith("fnbp.layers"):
         raise TypeError(f"compare: {name} makes a layer; call it: {name}()")
     if (reference is None) == (vjp is None):
         raise TypeError(
