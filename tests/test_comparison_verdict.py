@@ -83,10 +83,10 @@ def test_a_right_leaf_needs_no_excuse_and_a_wrong_one_has_none():
 
 def test_excuses_change_nothing_that_they_are_given():
     at = sight(square, lambda args, dy: (2.001 * args[0] * dy,), probe="large")
-    before = at.leaf.row("ok"), at.scale, at.z
+    before = repr((at.leaf.row("ok"), at.scale, at.z))  # as text: a row holds nan, which equals nothing
     for excuse in EXCUSES:
         excuse(at)
-    assert (at.leaf.row("ok"), at.scale, at.z) == before and not at.leaf.pooled
+    assert repr((at.leaf.row("ok"), at.scale, at.z)) == before and not at.leaf.pooled
 
 
 @pytest.mark.parametrize(
