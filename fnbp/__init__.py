@@ -1,13 +1,10 @@
 """fnbp: backpropagation as a value. Every layer is (init, forward, backward); the backward is the published formula.
 
-The public names are those in the `__all__` of the modules below, in the order in which the README teaches them.
+The public names are those in the `__all__` of the modules below.
 """
 
 from importlib.metadata import version
 
-from fnbp import factors as factors
-from fnbp import models as models
-from fnbp import testing as testing
 from fnbp.backpropagation import *
 from fnbp.combinators.loops import *
 from fnbp.combinators.parallel import *
@@ -36,5 +33,7 @@ from fnbp.measurement import *
 from fnbp.models.blocks import *
 from fnbp.rendering.tables import *
 from fnbp.training.fit import *
+
+from . import factors, models, testing
 
 __version__ = version("fnbp")

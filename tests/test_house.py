@@ -158,7 +158,10 @@ def room(path):
 def imports(path):
     """The modules of fnbp that a source imports."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fnbp":
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert path.name == "__init__.py" and not node.module, "imports are absolute"
+            yield from (f"fnbp.{a.name}" for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fnbp":
             yield from (f"fnbp.{a.name}" for a in node.names) if node.module == "fnbp" else (node.module,)
 
 
