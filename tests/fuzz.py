@@ -116,6 +116,7 @@ def told(error: Exception, case: Case, stage: str) -> tuple[str, str, str]:
 def names_of(case: Case) -> set[str]:
     """What an error may call the layer: its constructors, and its name up to the bracket."""
     names = {name.rpartition(".")[2] for name in re.findall(r"(?:fnbp\.|^)([\w.]+)\(", case.layer)}
+    names |= set(re.findall(r"name='(\w+)'", case.layer))
     try:
         return names | {source(case.layer).name.partition("(")[0]}
     except Exception:
