@@ -3,8 +3,11 @@
 import ast
 import functools
 import json
+import subprocess
+import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -18,6 +21,8 @@ from experiments.mutants import sites as mutations_sites
 from experiments.mutants import trials as mutations_trials
 from experiments.shared import report
 from fnbp.layers import activation
+
+ROOT = Path(__file__).parents[1]
 
 
 @functools.cache
@@ -124,6 +129,15 @@ def test_every_constructor_has_trials(name):
 def test_a_constructor_that_cannot_be_called_is_named():
     with pytest.raises(report.InputError, match=r"TABLE .* has no call of nowhere"):
         mutations_trials.trials("nowhere")
+
+
+@pytest.mark.slow
+def test_the_command_judges_in_processes_of_its_own(tmp_path):
+    options = ["--only", "identity.backward", "--limit", "2", "--no-originals", "--no-peer", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments.mutants", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((tmp_path / "mutants.jsonl").read_text().splitlines()) == 2
 
 
 def test_an_interrupted_run_is_resumed(tmp_path):

@@ -128,11 +128,6 @@ def pool(jobs: int) -> Iterator[Any]:
         yield workers
 
 
-def judged(task: tuple[Mutant, bool]) -> dict[str, Any]:
-    """Judge one mutant, in a worker process."""
-    return mutations_trials.judged(*task)
-
-
 def progress() -> Progress:
     """A bar with a count and the time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -157,7 +152,7 @@ def check(workers: Any, chosen: list[Mutant], known: dict, settings: Settings) -
         task = bar.add_task("mutants", total=len(chosen), completed=len(found))
         for one in found.values():
             file.write(json.dumps(one) + "\n")
-        for one in workers.imap_unordered(judged, due):
+        for one in workers.imap_unordered(mutations_trials.judged_task, due):
             found[one["site"], one["code"]] = one
             file.write(json.dumps(one) + "\n")
             file.flush()

@@ -240,6 +240,11 @@ def of_prediction(loss: fnbp.Loss) -> Callable[[Any, Any], Any]:
 # --- one mutant ---
 
 
+def judged_task(task: tuple[Mutant, bool]) -> dict[str, Any]:
+    """Judge one mutant in a worker process, which cannot find what stands in the __main__.py of a package."""
+    return judged(*task)
+
+
 def judged(mutant: Mutant, with_peer: bool = True) -> dict[str, Any]:
     """Ask both checkers about a mutant, in float32, then in narrower dtypes if it survives. Returns: a line of JSON."""
     began = time.perf_counter()
