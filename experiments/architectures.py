@@ -39,6 +39,7 @@ class Settings:
     """Settings of the comparison."""
 
     steps: int = 200
+    """The steps of each training in float32."""
     learning_rate: float | None = None
     """For every model; None: each its own."""
     only: str = ""

@@ -45,6 +45,7 @@ class Settings:
     epochs: int = 60
     """Passes over the training data."""
     batch_size: int = 16
+    """The examples of one step."""
     learning_rate: float = 0.01
     """The learning rate of Adam."""
     seed: int = 0

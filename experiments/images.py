@@ -20,6 +20,7 @@ class Settings(Training):
     """Settings of the training."""
 
     model: Literal["lenet", "resnet"] = "lenet"
+    """LeNet-5, or a residual network."""
     depth: int = 8
     """The depth of the residual network, 6 n + 2; the paper starts at 20, which takes about 3 times as long as 8."""
     width: int = 16

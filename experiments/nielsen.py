@@ -42,7 +42,9 @@ class Settings:
     eta: float = 3.0
     """The learning rate of plain gradient descent."""
     batch_size: int = 10
+    """The examples of one step."""
     epochs: int = 30
+    """Passes over the training data."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """The seeds, one run for each."""
     peer: bool = False

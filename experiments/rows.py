@@ -22,7 +22,9 @@ class Settings(Training):
     """Settings of the training."""
 
     model: Literal["lstm", "gru"] = "lstm"
+    """The kind of cell."""
     units: int = 128
+    """The units of the cell."""
     layers: int = 1
     """The number of recurrent layers, stacked."""
     rate: float = 0.0

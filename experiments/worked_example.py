@@ -33,7 +33,9 @@ class Settings:
     """The numbers of the example."""
 
     x1: float = 0.5
+    """The first input."""
     x2: float = -1.0
+    """The second input."""
     y: float = 1.0
     """The label, 0 or 1."""
     alpha: float = 0.1

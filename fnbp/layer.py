@@ -41,7 +41,7 @@ MIXES: tuple[Mixes, ...] = ("never", "training", "always")
 class Traits:
     """What a layer states of itself before it runs, so that a net can be asked.
 
-    mask    what becomes of Context.mask: a rule (name, x, mask) -> the mask of y, see fnbp.masks
+    mask    what becomes of Context.mask: a rule (name, x, mask) -> the mask of y, see fnbp.arrays.masks
     mixes   when an example's y depends on other examples of the batch: "never", "training" or "always"; an example
             then has no gradient of its own, also below this layer
     draws   True if it draws from Context.key in training

@@ -1,9 +1,11 @@
 """The experiments: what they print and save, and what they say to mistakes."""
 
+import ast
 import gzip
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import shlex
@@ -443,3 +445,18 @@ def test_an_unknown_data_set_is_refused(tmp_path):
 def test_worked_example_refuses_a_label_between_0_and_1(tmp_path):
     with pytest.raises(report.InputError, match="--y must be 0 or 1"):
         worked_example.main(worked_example.Settings(y=0.5, out=tmp_path))
+
+
+@pytest.mark.parametrize("command", commands.commands(), ids=lambda command: command.name)
+def test_every_setting_says_what_it_is(command):
+    """In the help: a string under each field of Settings, its own or one that it inherits."""
+    module = importlib.import_module(
+        f"experiments.{command.name}" + (".__main__" if command.path.stem == "__main__" else "")
+    )
+    for kind in module.Settings.__mro__[:-1]:
+        tree = ast.parse(inspect.cleandoc(inspect.getsource(kind)))
+        fields = tree.body[0].body
+        for field, after in zip(fields, [*fields[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert said, f"{command.name}: {ast.unparse(field.target)} has no docstring under it"

@@ -39,16 +39,23 @@ class Settings:
     """The CPU recipe of nanoGPT, with a larger learning rate."""
 
     layers: int = 4
+    """The transformer blocks."""
     heads: int = 4
+    """The heads of attention in each block."""
     width: int = 128
+    """The features of each position."""
     block: int = 64
     """Letters of context."""
     batch_size: int = 12
+    """The blocks of text in one step."""
     steps: int = 2_000
+    """The steps of the training."""
     learning_rate: float = 8e-3
     """The largest learning rate of AdamW, reached after 100 steps; then it falls to a tenth. nanoGPT's is 1e-3."""
     dropout: float = 0.0
+    """The probability to drop, in training."""
     seed: int = 0
+    """The seed of the parameters and of the batches."""
     held_out: Literal["tenth", "ninth"] = "tenth"
     """The tenth of the text that the loss is measured on. ninth: train on the eight before it, and leave the last one
     unseen, to pick settings by."""

@@ -27,7 +27,9 @@ class Training:
     """Settings of a training."""
 
     epochs: int = 5
+    """Passes over the training data."""
     batch_size: int = 64
+    """The examples of one step."""
     learning_rate: float = 2e-3
     """The largest learning rate of Adam; it rises to this, then falls along half a cosine to 0."""
     warmup: float = 0.1

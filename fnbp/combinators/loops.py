@@ -25,7 +25,7 @@ def repeat(layer: Layer, n: int) -> Layer:
         y = f_n(... f_2(f_1(x)))      dx = b_1(b_2(... b_n(dy))), as serial
 
     Shapes: params, state: a tuple of one entry, whose arrays have a first axis of n; so have the factors: Stacked.
-    Source: fnbp/README.md, B2 to B5, with lax.scan for the loop over layers.
+    Source: fnbp/README.md, B1 and B5, with lax.scan for the loop over layers.
     Raises: ValueError if n is below 1, the layer changes the shape, or params or state do not belong to this layer;
             TypeError if the argument is not a Layer, or key is not a random key.
     """

@@ -21,7 +21,7 @@ def serial(*layers: Layer, name: str = "serial") -> Layer:
 
     params, state, factors: a tuple, one entry for each layer.
     Options: name: what reports and errors call it.
-    Source:  fnbp/README.md, B2 to B5.
+    Source:  fnbp/README.md, B1 and B5.
     Raises:  ValueError if params or state do not belong to these layers; TypeError if an argument is not a Layer, or
              key is not a random key.
     """

@@ -1,4 +1,8 @@
-"""The verdict on one leaf at one probe: right, excused, or a wrong formula. EXCUSES is the whole rule."""
+"""The verdict on one leaf at one probe: right, excused, or a wrong formula. EXCUSES is the whole rule for that.
+
+Faults of another kind are found elsewhere: in alone.py (what raises, differs in structure, or is random), in
+precision.py (what is inaccurate in the working dtype), and in transforms.py. FAULTS in report.py lists them all.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple

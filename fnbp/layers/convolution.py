@@ -165,8 +165,10 @@ def conv(
               split into this many groups, each convolved by itself; groups = n_in is depthwise. W: initializer of the
               kernel, a name (see fnbp.initializer) or a function (key, shape, dtype) -> array. b: initializer of the
               bias; b=None: no bias.
+    Mask:     a position that does not count is padding. Every position then needs a window: stride 1, padding "SAME".
     Raises:   ValueError if a size is below 1, the kernel is larger than the padded input, groups do not divide n_in and
-              n_out, or params do not fit x; TypeError if x is not floating point.
+              n_out, or params do not fit x; TypeError if x is not floating point, or there is a mask and a position has
+              no window.
     """
     name = f"conv({n_out}, {kernel})"
     slide = Sliding(name, kernel, stride, padding, dilation)
