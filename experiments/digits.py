@@ -58,7 +58,7 @@ class Settings:
     """The folder for figure.png and result.json."""
 
 
-def document_network(hidden: int, classes: int, activation: str = "sigmoid") -> fnbp.Layer:
+def network_of_the_guide(hidden: int, classes: int, activation: str = "sigmoid") -> fnbp.Layer:
     """The three-layer network of fnbp/README.md; its softmax is in the loss."""
     layers = (fnbp.dense(hidden), fnbp.activation(activation), fnbp.dense(classes), fnbp.activation(activation))
     return fnbp.serial(*layers)
@@ -69,7 +69,7 @@ def main(settings: Settings) -> int:
     began = time.perf_counter()
     loaded = data.load(settings.data, settings.data_folder, settings.download)
     classes = int(loaded.train_y.max()) + 1
-    net, loss = document_network(settings.hidden, classes, settings.activation), fnbp.softmax_cross_entropy()
+    net, loss = network_of_the_guide(settings.hidden, classes, settings.activation), fnbp.softmax_cross_entropy()
     key_init, key_fit = jax.random.split(jax.random.key(settings.seed))
     params, state = net.init(key_init, loaded.train_x[:1])
     notes = {path: FORMULAS[path.split(".")[0]] for path, _, _ in fnbp.leaves(net, params)}

@@ -1,4 +1,4 @@
-"""Backpropagation: the document's formulas, the automatic gradient, contractions, trace, and what is refused."""
+"""Backpropagation: the formulas of the guide, the automatic gradient, contractions, trace, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,7 @@ def test_the_documents_worked_example_has_its_gradients(x64, m):
         y_hat = expit(p2["W"] @ a1 + p2["b"])
         J += -(y_i * np.log(y_hat) + (1 - y_i) * np.log(1 - y_hat)).item() / m
         dz2 = y_hat - y_i
-        dz1 = (p2["W"].T @ dz2) * a1 * (1 - a1)  # the document calls it dJ/da1
+        dz1 = (p2["W"].T @ dz2) * a1 * (1 - a1)  # not da1: it holds the slope
         d_w2 = d_w2 + np.outer(dz2, a1) / m
         d_b2 = d_b2 + dz2 / m
         d_W1 = d_W1 + np.outer(dz1, x_i) / m

@@ -203,7 +203,7 @@ def test_a_leaf_of_small_gradients_is_judged_on_its_own_scale():
     bad = wrong("serial[0].dense(5)", change, small)
     report = fnbp.compare(bad, X, params=params, state=({}, {}, {}), **QUICK)
     assert [(row.path, row.leaf) for row in report.faults] == [("serial[0].dense(5)", "b")]
-    assert report.first_fault.hint == "it is 1 + 1.0e-07 times what is due"
+    assert report.first_fault.hint == "it is 1 + 1.0e-07 times the right value"
 
 
 def centred():
@@ -350,7 +350,7 @@ def test_a_wrong_combinator_is_blamed_and_its_parts_are_not():
 def test_a_combinator_that_spoils_only_its_factors_is_blamed():
     report = fnbp.compare(fnbp.serial(spoiling(fnbp.dense(7))), X, **QUICK)
     assert {(row.path, row.leaf) for row in report.faults} == {("serial[0].skip", "0.W"), ("serial[0].skip", "0.b")}
-    assert "it is 2 times what is due" in report.first_fault.hint
+    assert "it is 2 times the right value" in report.first_fault.hint
 
 
 def mislaid(layer):

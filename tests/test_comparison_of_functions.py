@@ -75,7 +75,7 @@ def test_the_culprit_of_a_function_is_an_argument():
 
     report = fnbp.compare(affine, PARAMS, X, vjp=swapped)
     assert [(row.leaf, row.hint) for row in report.faults] == [
-        ("params.W", "it is 0.142857 times what is due: divided by 7, the batch size: a mean instead of a sum")
+        ("params.W", "it is 0.142857 times the right value: divided by 7, the batch size: a mean instead of a sum")
     ]
 
 
@@ -281,7 +281,7 @@ def test_without_float64_it_says_so_and_judges_in_float32():
         in report.notes[0]
     )
     bad = fnbp.compare(only_float32, X, vjp=lambda args, dy: (1.001 * dy * jnp.exp(args[0]),))
-    assert bad.first_fault.hint == "it is 1.001 times what is due"
+    assert bad.first_fault.hint == "it is 1.001 times the right value"
 
 
 def test_a_forward_that_casts_to_float32_is_judged_as_float32():

@@ -78,7 +78,7 @@ def test_a_right_leaf_needs_no_excuse_and_a_wrong_one_has_none():
     wrong = sight(square, lambda args, dy: (2.001 * args[0] * dy,))
     assert wrong.z > Z_LIMIT and [excuse(wrong) for excuse in EXCUSES] == [None] * 5
     said = verdict(wrong)
-    assert said.kind == "formula" and said.hint.startswith("it is 1.0005 times what is due")
+    assert said.kind == "formula" and said.hint.startswith("it is 1.0005 times the right value")
 
 
 def test_excuses_change_nothing_that_they_are_given():

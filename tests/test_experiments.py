@@ -123,14 +123,14 @@ def test_digits_saves_its_figures_and_exits_with_0(tmp_path, capsys):
 
 
 def test_digits_exits_with_1_where_a_backward_is_wrong(tmp_path, monkeypatch, capsys):
-    right = digits.document_network
+    right = digits.network_of_the_guide
 
     def wrong(path, layer):
         if layer.name != "dense(100)":
             return layer
         return layer._replace(backward=lambda p, res, dz: (layer.backward(p, res, -dz)[0], dz @ p["W"]))
 
-    monkeypatch.setattr(digits, "document_network", lambda *args: fnbp.map_layers(wrong, right(*args)))
+    monkeypatch.setattr(digits, "network_of_the_guide", lambda *args: fnbp.map_layers(wrong, right(*args)))
     assert digits.main(digits.Settings(epochs=1, out=tmp_path)) == 1
     assert "first fault: serial[0].dense(100) -> dW: formula" in capsys.readouterr().out
     assert json.loads((tmp_path / "result.json").read_text())["measured"]["gradients_agree"] is False

@@ -35,25 +35,25 @@ def narrow(a, bits):
 FITS = {
     "zero": (hint(0 * A), "it is all zero: the gradient is dropped"),
     "sign": (hint(-A), "the sign is flipped"),
-    "two": (hint(2 * A), "it is 2 times what is due: a factor 2 too many"),
-    "half": (hint(A / 2), "it is 0.5 times what is due: a factor 2 is missing"),
+    "two": (hint(2 * A), "it is 2 times the right value: a factor 2 too many"),
+    "half": (hint(A / 2), "it is 0.5 times the right value: a factor 2 is missing"),
     "over_batch": (
         hint(A / M),
-        "it is 0.142857 times what is due: divided by 7, the batch size: a mean instead of a sum",
+        "it is 0.142857 times the right value: divided by 7, the batch size: a mean instead of a sum",
     ),
-    "times_batch": (hint(A * M), "it is 7 times what is due: times 7, the batch size: a sum instead of a mean"),
+    "times_batch": (hint(A * M), "it is 7 times the right value: times 7, the batch size: a sum instead of a mean"),
     "over_width": (
         hint(A / N),
-        "it is 0.0769231 times what is due: divided by 13, axis 1 of x: a mean instead of a sum",
+        "it is 0.0769231 times the right value: divided by 13, axis 1 of x: a mean instead of a sum",
     ),
-    "root": (hint(A / np.sqrt(K)), "it is 0.447214 times what is due: divided by the root of 5, axis 0 of W"),
-    "bessel": (hint(A * (N - 1) / N), "it is 0.923077 times what is due: 12 instead of 13, axis 1 of x"),
-    "keep": (hint(A * 0.7, name="dropout(0.3)"), "it is 0.7 times what is due: 1 - 0.3, of dropout(0.3)"),
+    "root": (hint(A / np.sqrt(K)), "it is 0.447214 times the right value: divided by the root of 5, axis 0 of W"),
+    "bessel": (hint(A * (N - 1) / N), "it is 0.923077 times the right value: 12 instead of 13, axis 1 of x"),
+    "keep": (hint(A * 0.7, name="dropout(0.3)"), "it is 0.7 times the right value: 1 - 0.3, of dropout(0.3)"),
     "inverse_keep": (
         hint(A / 0.7, name="dropout(0.3)"),
-        "it is 1.42857 times what is due: 1 / (1 - 0.3), of dropout(0.3)",
+        "it is 1.42857 times the right value: 1 / (1 - 0.3), of dropout(0.3)",
     ),
-    "any_factor": (hint(1.01 * A), "it is 1.01 times what is due"),
+    "any_factor": (hint(1.01 * A), "it is 1.01 times the right value"),
     "no_dy": (hint(X, thrice=X), "it does not depend on the cotangent: dy is left out"),
     "dy_twice": (hint(X, thrice=9 * X), "it is quadratic in the cotangent: dy is taken twice"),
     "over_dy": (hint(X, thrice=X / 3), "it is divided by the cotangent"),
@@ -112,7 +112,7 @@ def test_one_number_is_no_multiple_unless_the_multiple_means_something():
 
 
 def test_a_tiny_error_is_not_taken_for_the_right_gradient():
-    assert hint(A * (1 + 1e-9)) == "it is 1 + 1.0e-09 times what is due"
-    assert hint(A * (1 - 1e-6)) == "it is 1 - 1.0e-06 times what is due"
+    assert hint(A * (1 + 1e-9)) == "it is 1 + 1.0e-09 times the right value"
+    assert hint(A * (1 - 1e-6)) == "it is 1 - 1.0e-06 times the right value"
     noisy = A * (1 + 1e-9 * rng.standard_normal(A.shape))
-    assert "times what is due" not in hint(noisy) and "sign" not in hint(noisy)
+    assert "times the right value" not in hint(noisy) and "sign" not in hint(noisy)

@@ -108,7 +108,7 @@ def constant(e: Evidence) -> Iterator[str]:
         if e.automatic.size == 1 and not meaning:  # one number is always some multiple of another
             return
         shown = f"{c:.6g}" if abs(c - 1) > 1e-4 else f"1 {'-+'[int(c > 1)]} {abs(c - 1):.1e}"
-        yield f"it is {shown} times what is due{': ' + meaning if meaning else ''}"
+        yield f"it is {shown} times the right value{': ' + meaning if meaning else ''}"
 
 
 def meaning_of(c: float, e: Evidence) -> str:
