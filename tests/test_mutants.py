@@ -94,6 +94,9 @@ def test_a_mutant_is_the_library_but_for_one_statement():
 CAUGHT = (
     ("layers/activation.py:gelu_tanh.backward:constant: 0.044715 -> 0.044715044715 in *", "formula"),
     ("layers/activation.py:softplus.backward:precision: result: through float32", "formula"),
+    ("layer.py:parameterless.backward_lifted:zeroed: dx: one element zeroed", "formula"),
+    ("layers/norm.py:batch_norm.backward:name: counts -> dy in left(x, mu, counts)", "formula"),
+    ("arrays/sums.py:wide:moved: result: summed over axis 0", "formula"),
     ("layers/activation.py:sigmoid.backward:traced: result: needs its values", "jit"),
     ("layers/activation.py:log_softmax.forward saves:residual: y: saved in bfloat16", "formula"),
     ("layers/dense.py:dense.backward:zeroed: Outer[0] of 'W': one element zeroed", "formula"),

@@ -300,3 +300,25 @@ def test_what_is_no_array_for_it_is_refused_by_name(case, monkeypatch):
             else:
                 y = made[0] if i else jnp.zeros(())
                 assert jnp.issubdtype(y.dtype, jnp.floating) and jnp.isfinite(y).all(), (what, y.dtype)
+
+
+AROUND = {
+    "serial": lambda f: fnbp.serial(f),
+    "skip": lambda f: fnbp.skip(f),
+    "cast": lambda f: fnbp.cast(f, "bfloat16"),
+    "remat": lambda f: fnbp.remat(f),
+    "repeat": lambda f: fnbp.repeat(f, 2),
+    "parallel": lambda f: fnbp.parallel(f, fnbp.identity(), join="sum"),
+    "freeze": lambda f: fnbp.freeze(f),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_around_a_layer_that_takes_anything_what_is_no_array_is_refused(name):
+    net = AROUND[name](fnbp.cast(fnbp.elu(), "float32"))
+    params, state = net.init(KEY, jnp.zeros((2, 3)))
+    for call, args in ((net.init, (KEY, "abc")), (net.forward, (params, state, "abc", fnbp.Context()))):
+        try:
+            call(*args)
+        except TypeError as error:
+            assert "must be an array, got str 'abc'" in str(error) or "must be a floating point array" in str(error)

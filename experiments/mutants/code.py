@@ -35,8 +35,8 @@ def run(file: str, code: str = "", statement: int = -1, label: str = FRESH, alia
         exec(compile(ast.fix_missing_locations(source.tree), label, "exec"), module.__dict__)
     finally:
         del sys.modules[FRESH]
-    for name, real in vars(source.live).items() if file == LIFT else ():
-        module.__dict__[name] = real if isinstance(real, type) else module.__dict__[name]
+    if file == LIFT:
+        module.__dict__.update({name: real for name, real in vars(source.live).items() if isinstance(real, type)})
     return module
 
 

@@ -4,7 +4,7 @@ import re
 from functools import cache
 
 KINK = "another slope at a kink, between those of its two sides: a convention"
-MASK = "what is saved is a mask: true and false pass through any dtype and any sign"
+MASK = "it is a mask: true and false pass through any dtype, any sign and any clip"
 UNTAKEN = "it changes values in the branch that where does not take, and no one differentiates a backward"
 EVEN = "(1 + y) (1 - y) is even in y"
 ONE_ENTRY = "the tuple has one entry: its first is its last"
@@ -22,6 +22,7 @@ DROPPED = "JAX drops what is added out of range, asked to or not"
 VECTOR = "a vector is its own transpose"
 BOUNDED = "x^ is at most the root of the number of features"
 GROUPS = "it is the number of groups, a whole number of at least 1"
+UNCOUNTED = "where a position does not count, dy is 0 and dx is made 0"
 RECORDED = "it changes only what trace and the whole pass of compare record; the gradients stay as they are"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
@@ -97,11 +98,18 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/norm.py:layer_norm.backward:moved: dx: centred along the last axis", CENTRED),
     ("layers/norm.py:rms_norm.backward:stray term: Product[1] of 'gamma': clipped at 1000", BOUNDED),
     ("layers/norm.py:group_norm.backward:name: x -> dy in reshaped(x_hat, *x.shape)", "dy has the shape of x"),
-    ("combinators/loops.py:scan.forward saves:*: like(h_T): saved *", SHAPED),
+    ("combinators/loops.py:scan.forward saves:*: like(h_T): saved in another order", SHAPED),
     (
         "combinators/loops.py:scan.backward:name: counts -> mask in dh_in if counts is None else *",
         "both are None, or neither",
     ),
+    ("layers/pooling.py:along:stray term: result: clipped at 1*", MASK),
+    ("layers/pooling.py:along:stray term: result: a stray square", MASK),
+    ("layers/pooling.py:along:stray term: result: small ones flushed", MASK),
+    ("arrays/sums.py:left:branch: * -> less", UNCOUNTED),
+    ("arrays/sums.py:left:name: counts -> mu in jnp.where(counts, less, 0)", UNCOUNTED),
+    ("arrays/sums.py:left:name: counts -> less in jnp.where(counts, less, 0)", "where it is 0, so is what is left"),
+    ("arrays/sums.py:left:constant: 0 -> * in jnp.where(counts, less, 0)", UNCOUNTED),
     ("layers/pooling.py:last.forward saves:*: here: saved with the sign changed", MASK),
     ("layers/pooling.py:last.forward saves:*: here: saved in *float*", MASK),
 )

@@ -248,9 +248,9 @@ TABLES: dict[str, Shown] = {
                 ),
             ),
             Row(
-                "the same planting, after masks run through every backward",
-                "mutants/with masks",
-                (PLANTED + CAUGHT, ""),
+                "the same planting, in the sources as they are now",
+                "mutants/sample",
+                (PLANTED + CAUGHT, "{peer_caught:,} caught, {peer_rate:.1%}"),
             ),
             Row(
                 "the same planting, in gelu's tanh form and log_softmax",
