@@ -325,10 +325,9 @@ def checked(path: str, layer: Layer) -> Layer:
 
 
 def shape_of(layer: Layer, params: Any, state: Any, x: Any, ctx: Context = Context()) -> Any:
-    """Shape and dtype of what a layer makes of x, without computing it. TypeError for a leaf that is no array."""
-    for what, tree in (("params", params), ("state", state), ("x", x)):
-        for leaf in jax.tree.leaves(tree):
-            check_array(layer.name, what, leaf)
+    """Shape and dtype of what a layer makes of x, without computing it. TypeError if x holds what is no array."""
+    for leaf in jax.tree.leaves(x):
+        check_array(layer.name, "x", leaf)
     return jax.eval_shape(checked(layer.name, layer).forward, params, state, x, ctx)[0]
 
 
