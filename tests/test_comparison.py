@@ -126,7 +126,7 @@ def test_a_right_net_is_ok_in_every_row_and_every_check():
     report = compare(probes=tuple(PROBES), transforms=("jit", "vmap", "sharded"))
     assert report.ok and report.worst <= 1e-12
     assert report.first_fault is None and report.faults == report.conventions == report.notes == ()
-    assert report.checks == {"jit": "ok", "vmap": "ok", "sharded": "ok", "differences": "ok"}
+    assert report.checks == {"jit": "ok", "vmap": "ok", "sharded": "ok", "differences": "ok", "examples": "ok"}
     leaves = ("W", "b", "x")
     due = {(path, leaf) for path in PATHS for leaf in (leaves if "dense" in path.split(".")[-1] else ("x",))}
     assert set(by_place(report)) == due | {(path, "x") for path in JOINTS}
@@ -314,7 +314,7 @@ def test_a_backward_that_cannot_be_traced_is_judged_and_blamed_for_it():
     report = fnbp.compare(wrong("serial[1].softplus", branches, SMALL), X, **QUICK | {"transforms": ("jit", "vmap")})
     fault = report.first_fault
     assert fault.kind == "jit" and "under jit the backward raises" in fault.hint and fault.error <= 1e-12
-    assert report.checks == {"jit": "WRONG", "vmap": "WRONG", "differences": "ok"}
+    assert report.checks == {"jit": "WRONG", "vmap": "WRONG", "differences": "ok", "examples": "ok"}
 
 
 def forgetful(layer):
@@ -467,7 +467,7 @@ def test_float32_is_the_mode_afterwards_and_the_arguments_are_untouched():
 
 def test_it_works_where_float64_is_switched_on(x64):
     report = fnbp.compare(fnbp.dense(3), jnp.asarray(X, float), **QUICK)
-    assert report.ok and {row.dtype for row in report.rows} == {"float32"}
+    assert report.ok and {row.dtype for row in report.rows} == {"float64"}
 
 
 def test_integers_go_in_and_no_cotangent_comes_out():
@@ -535,7 +535,7 @@ BAD = {
     "no_y": ({"loss": fnbp.mean_squared_error()}, ValueError, "compare: give both loss and y, or neither"),
     "no_loss": ({"y": X}, ValueError, "compare: give both loss and y, or neither"),
     "no_such_loss": ({"loss": "mse", "y": X}, TypeError, "compare: loss must be a Loss, got str 'mse'"),
-    "a_reference": ({"reference": jnp.tanh}, TypeError, "reference= and vjp= go with a function"),
+    "a_reference": ({"reference": jnp.tanh}, TypeError, "reference=, vjp=, sizes= and name= go with a function"),
     "a_probe": (
         {"probes": ("given", "zeroes")},
         ValueError,

@@ -175,7 +175,7 @@ def test_ties_of_a_maximum_may_be_shared_out_in_any_way_but_not_lost():
     assert report.ok and report.conventions
     for vjp in (all_of_them, lost):  # its parts must sum to dy
         fault = fnbp.compare(largest, X, vjp=vjp).first_fault
-        assert (fault.kind, fault.probe) == ("formula", "ties")
+        assert fault.kind == "formula" and fault.probe in ("ties", "all_zero")
 
 
 def stopped(x):
@@ -225,8 +225,8 @@ def test_a_wrong_rule_in_the_forward_itself_is_seen():
         return jnp.sin(x)
 
     sine.defjvps(lambda dx, y, x: 2 * jnp.cos(x) * dx)
-    report = fnbp.compare(sine, X, vjp=lambda args, dy: (2 * jnp.cos(args[0]) * dy,))
-    assert "another slope than autodiff" in report.conventions[0].hint
+    fault = fnbp.compare(sine, X, vjp=lambda args, dy: (2 * jnp.cos(args[0]) * dy,)).first_fault
+    assert fault.kind == "disputed" and "another slope than autodiff" in fault.hint
 
 
 # --- precision ---

@@ -6,7 +6,7 @@ import pytest
 from fnbp.comparison.evaluation import Evaluator, Sides
 from fnbp.comparison.leaf import Leaf, Scale, Sight, Values
 from fnbp.comparison.numerics import U32, U64, relative
-from fnbp.comparison.probes import Probe
+from fnbp.comparison.probe import Probe
 from fnbp.comparison.rounding import Z_LIMIT, noise, roundings, z_of
 from fnbp.comparison.subject import subject_of_function
 from fnbp.comparison.verdict import (
@@ -28,7 +28,7 @@ WIDE = Scale(np.dtype(np.float32))
 
 def sight(f, vjp, probe="given", x=X, n=U32):
     """What compare would see of the one argument of f at a probe, with that noise."""
-    evaluator = Evaluator(subject_of_function(f, (x,), None, vjp))
+    evaluator = Evaluator(subject_of_function("f", f, (x,), None, vjp))
     point = Probe(probe, (x,), (), DY)
     exact, working = evaluator.at(point, np.float64), evaluator.at(point)
     values = Values(*(side["x"] for s in (exact, working) for side in (s.manual, s.automatic)))
@@ -54,7 +54,7 @@ def test_noise_is_the_error_of_float32_and_at_least_one_rounding():
 
 def test_z_is_the_error_over_what_rounding_explains():
     a, n = np.array([3.0, 4.0]), 1e-3
-    exact = Sides([], [], {}, {"x": a}, ())
+    exact = Sides([], [], [], {}, {"x": a}, ())
     point = Probe("given", (a,), (), np.ones(2))
     m = a * (1 + 1e-9)
     assert z_of(m, a, n, WIDE, exact, point) == pytest.approx(1e-9 / (2.0**-53 * n / 2.0**-24), rel=1e-6)

@@ -9,9 +9,7 @@ from fnbp.comparison.alone import compare_alone, prepare
 from fnbp.comparison.functions import plan_of_function
 from fnbp.comparison.nets import plan_of_net
 from fnbp.comparison.plan import check_for_function, check_for_layer, options_of
-from fnbp.comparison.probes import DEFAULT_PROBES
 from fnbp.comparison.report import Report, report_of
-from fnbp.comparison.transforms import TRANSFORMS
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
 
@@ -29,36 +27,48 @@ def compare(
     key: jax.Array | None = None,
     reference: Callable | None = None,
     vjp: Callable | None = None,
-    probes: Sequence[str] = DEFAULT_PROBES,
-    transforms: Sequence[str] = tuple(TRANSFORMS),
+    sizes: Callable[[int], tuple] | None = None,
+    name: str | None = None,
+    level: str = "full",
+    probes: Sequence[str] | None = None,
+    transforms: Sequence[str] | None = None,
+    limit: float | None = 60.0,
 ) -> Report:
     """Compare a manual backward with jax.vjp: is it right, and if not, where, and what may the mistake be?
 
         compare(net, x)                                   a Layer, each of its layers by itself, and the whole pass
         compare(net, x, params=params, loss=loss, y=y)    the same at given params, under a loss
-        compare(custom, *args, reference=plain)           a jax.custom_vjp, against a plain function
+        compare(custom, *args)                            a jax.custom_vjp, against its own primal function
+        compare(custom, *args, reference=plain)           the same, against another function
         compare(f, *args, vjp=backward)                   backward(args, cotangent) -> cotangents of args, a tuple
 
     There is no tolerance to tune. A leaf is wrong if its error in float64 is more than 64 times what rounding explains,
     z = (|m64 - a64| / |a64|) / (2^-53 n / 2^-24) with n = |a32 - a64| / |a64|, m manual and a automatic. In the dtype
     of the arguments it must be about as accurate as autodiff. Each layer is tried at the given point, at draws around
-    it, and at zeros, ties, large values, a batch and a length of 1, full masks, and other sizes (probes); and under
-    jit, vmap and on all devices (transforms). Differences of the forward check autodiff itself.
+    it, at other values of x, params and state, at other cotangents, contexts and sizes (probes); under jit, vmap and on
+    all devices (transforms); and what its factors make of each example is compared too. Differences of the forward
+    check autodiff itself.
 
     What is not given is drawn from key: params (moved off their initial zeros and ones) and cotangents.
+
+    Options: level: "quick", formulas at a few probes; "full"; or "deep", with more draws. probes and transforms name
+             those to try in the place of the level's.
+             sizes: for a function, n -> its arguments at size n, so that other sizes are tried.
+             limit: the seconds that one call may take; what does not end is left behind in a thread, and noted.
+             name: of a function, in the report.
 
     Raises: ValueError for a subject that is random, not finite, or has only integer arguments, for a loss without y,
             and for an unknown probe; TypeError if subject is neither a Layer nor a function, and for a function
             without vjp and reference.
     """
     key = jax.random.key(0) if key is None else key
-    options = options_of(probes, transforms, key)
+    options = options_of(level, probes, transforms, key, limit)
     if isinstance(subject, Layer):
-        check_for_layer(args, {"reference": reference, "vjp": vjp})
-        plan = plan_of_net(subject, args[0], params, state, ctx, loss, y, key, options.rng)
+        check_for_layer(args, {"reference": reference, "vjp": vjp, "sizes": sizes, "name": name})
+        plan = plan_of_net(subject, args[0], params, state, ctx, loss, y, key, options.rng, options.quick)
     else:
         check_for_function({"params": params, "state": state, "loss": loss, "y": y})
-        plan = plan_of_function(subject, args, reference, vjp)
+        plan = plan_of_function(subject, args, reference, vjp, sizes, name)
     prepared = prepare(plan.subjects, options)  # subjects: a net's nodes, or the function; each with its probes
     found = [compare_alone(one, options) for one in prepared]  # four gradients, noise, verdict -> a row for each leaf
-    return report_of(plan.rows_of([row for one in found for row in one.rows]), found, options.transforms)
+    return report_of(plan.rows_of([row for one in found for row in one.rows]), found, options.transforms, plan.notes)

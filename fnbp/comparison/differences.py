@@ -3,18 +3,19 @@
 Autodiff has rules of its own (stop_gradient, custom_jvp, the slope at a kink); differences have none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fnbp.comparison.evaluation import Evaluator
-from fnbp.comparison.numerics import is_float0, is_floating, rms
-from fnbp.comparison.probes import Probe
+from fnbp.comparison.numerics import is_complex, is_float0, is_inexact, real_pairs, rms
+from fnbp.comparison.probe import Probe
 from fnbp.comparison.subject import Subject, leaf_names
 
 STEPS = tuple(2.0**-k for k in range(4, 28, 2))  # relative to the size of what is moved
+FIRST_STEPS = (2.0**-14, 2.0**-18)
 DIFFERS = 1e-4  # of the directional derivative; if autodiff is right, differences agree to about 1e-9
 KINK = 1e-3  # relative; one-sided slopes that differ by more meet in a kink
 ELEMENTS = 6  # how many are tried for a kink: the worst, and as many at random
@@ -23,7 +24,8 @@ ELEMENTS = 6  # how many are tried for a kink: the worst, and as many at random
 class Slope(NamedTuple):
     """What differences say of a directional derivative.
 
-    order       of the Taylor remainder |phi(h) - phi(0) - h phi'|: 2 if phi' is right, 1 if it is wrong
+    order       of the Taylor remainder |phi(h) - phi(0) - h phi'|: 2 if phi' is right, 1 if it is wrong; NaN if one
+                step was enough to tell that it is right
     derivative  by differences, the best of all steps
     claimed     by autodiff
     verdict     "agrees", "differs" or "unclear": kinks nearby, noise, or nothing to see
@@ -36,29 +38,49 @@ class Slope(NamedTuple):
 
 
 def terms_of(evaluator: Evaluator, probe: Probe, dtype: Any = np.float64) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """The terms of dy f(args), one for each number that f returns, as a function of the floating leaves of args."""
+    """The terms of dy f(args), one for each number that f returns, as a function of the numbers of args.
+
+    Of complex numbers: the real part of dy f, as JAX pairs a cotangent with a value.
+    """
     flat, tree = jax.tree.flatten(probe.args)
     dy = [None if is_float0(d) else np.asarray(d) for d in jax.tree.leaves(probe.of(np.float64)[2])]
 
     def terms(leaves):
         moving = iter(leaves)
-        args = jax.tree.unflatten(tree, [next(moving) if is_floating(a) else a for a in flat])
+        args = jax.tree.unflatten(tree, [like_leaf(next(moving), a) if is_inexact(a) else a for a in flat])
         y = evaluator.evaluate(probe.with_args(args), dtype).expected_y
-        found = [np.ravel(np.asarray(a, np.float64) * d) for a, d in zip(y, dy, strict=True) if d is not None]
+        found = [np.ravel(np.real(widest(a) * d)) for a, d in zip(y, dy, strict=True) if d is not None]
         return np.concatenate(found)
 
     return terms
 
 
+def widest(a: Any) -> np.ndarray:
+    """An array in 64 bits, or in 128 if it is complex."""
+    return np.asarray(a, np.complex128 if is_complex(a) else np.float64)
+
+
+def like_leaf(numbers: np.ndarray, leaf: Any) -> np.ndarray:
+    """The numbers of a leaf as the leaf has them: pairs become complex numbers."""
+    return numbers[..., 0] + 1j * numbers[..., 1] if is_complex(leaf) else numbers
+
+
 def floating(probe: Probe) -> list[np.ndarray]:
-    """The floating leaves of args, in float64."""
-    return [np.asarray(a) for a in jax.tree.leaves(probe.of(np.float64)[0]) if is_floating(a)]
+    """The numbers of the leaves of args that are differentiated, in float64; complex ones as pairs."""
+    return [real_pairs(a) for a in jax.tree.leaves(probe.of(np.float64)[0]) if is_inexact(a)]
 
 
 def floating_names(subject: Subject) -> list[str]:
-    """The names of the floating leaves of args."""
+    """The names of the leaves of args that are differentiated."""
     flat = jax.tree.leaves(subject.args)
-    return [name for (_, name), a in zip(leaf_names(subject), flat, strict=True) if is_floating(a)]
+    return [name for (_, name), a in zip(leaf_names(subject), flat, strict=True) if is_inexact(a)]
+
+
+def slopes_of(subject: Subject, cotangents: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Cotangents as slopes along the numbers of args. JAX's of a complex number z holds dRe and -dIm."""
+    flat = jax.tree.leaves(subject.args)
+    of_complex = {name for (_, name), a in zip(leaf_names(subject), flat, strict=True) if is_complex(a)}
+    return {name: d * np.array([1, -1]) if name in of_complex else d for name, d in cotangents.items()}
 
 
 def taylor(
@@ -70,6 +92,7 @@ def taylor(
 ) -> Slope:
     """Compare a gradient with differences of the forward, along a random direction in all leaves, or only in one."""
     names, at = floating_names(evaluator.subject), floating(probe)
+    automatic = slopes_of(evaluator.subject, automatic)
     direction = [
         rng.standard_normal(a.shape) * (rms(a) or 1.0) if only in (None, name) else np.zeros(a.shape)
         for name, a in zip(names, at, strict=True)
@@ -81,12 +104,16 @@ def taylor(
     def along(h):
         return float(np.sum(terms([a + h * v for a, v in zip(at, direction, strict=True)])))
 
+    scale = size + abs(claimed)
+    for h in FIRST_STEPS:  # most often one is enough
+        slope = (along(h) - along(-h)) / (2 * h)
+        if scale and abs(slope - claimed) <= DIFFERS * 1e-2 * scale:
+            return Slope(np.nan, slope, claimed, "agrees")
     middle = along(0.0)
     up, down = (np.array([along(sign * h) for h in STEPS]) for sign in (1, -1))
     h = np.array(STEPS)
     right, left = (up - middle) / h, (middle - down) / h
     central = (right + left) / 2
-    scale = size + abs(claimed)
     still = (up == middle) & (down == middle)
     # a forward that casts down moves by steps: its large differences are right, and its small ones say nothing
     casts = still.any() and abs(central[0] - claimed) <= 0.1 * scale
@@ -95,11 +122,10 @@ def taylor(
     best = int(np.argmin(abs(central - claimed)))
     if abs(central[best] - claimed) <= DIFFERS * 1e-2 * scale:
         return Slope(order_of(abs(up - middle - h * claimed), h), central[best], claimed, "agrees")
-    steady = int(np.argmin(abs(np.diff(central)))) + 1  # here one more step changes least
-    smooth = abs(right[steady] - left[steady]) <= KINK * scale and abs(central[steady] - central[steady - 1]) <= (
-        DIFFERS * scale / 10
-    )
-    verdict = "differs" if smooth and abs(central[steady] - claimed) > DIFFERS * scale else "unclear"
+    change = abs(np.diff(central, prepend=np.inf))
+    smooth = (abs(right - left) <= KINK * scale) & (change <= DIFFERS * scale / 10)
+    steady = int(np.argmin(np.where(smooth, change, np.inf)))  # here one more step changes least
+    verdict = "differs" if smooth[steady] and abs(central[steady] - claimed) > DIFFERS * scale else "unclear"
     return Slope(order_of(abs(up - middle - h * claimed), h), central[steady], claimed, verdict)
 
 
@@ -171,6 +197,7 @@ def only_kinks(
 
     Not every element is tried: ELEMENTS of those that differ most, and as many at random.
     """
+    manual, automatic = (slopes_of(evaluator.subject, {leaf: d})[leaf] for d in (manual, automatic))
     apart = abs(manual - automatic)
     wrong = np.argwhere(apart > 1e-9 * (apart.max() + abs(automatic)))
     if not len(wrong):  # nothing but roundings
@@ -204,3 +231,29 @@ def right_together(near: OneLeaf, wrong: np.ndarray, manual: np.ndarray) -> bool
         if high - low <= room and abs(np.sum(manual * direction) - high) > 10 * room:
             return False
     return True
+
+
+def against_differences(
+    evaluator: Evaluator, probe: Probe, leaf: str, manual: np.ndarray, where: np.ndarray, rng: np.random.Generator
+) -> tuple[int, ...] | None:
+    """The index of an element of manual that differences of the forward contradict, or None.
+
+    For elements where autodiff has no answer. Where differences have none either, as beside the end of a domain, no
+    element is contradicted.
+    """
+    manual = slopes_of(evaluator.subject, {leaf: manual})[leaf]
+    found = np.argwhere(where)
+    near = one_leaf(evaluator, probe, leaf, np.float64)
+    if not np.isfinite(near.middle).all():
+        return None
+    for i in rng.permutation(len(found))[: 2 * ELEMENTS]:
+        index = tuple(found[i])
+        (low, high), further = near.slopes(index), near.slopes(index, steps=8)
+        if not np.isfinite([low, high, *further]).all():
+            continue
+        gap, size = high - low, max(abs(low), abs(high), abs(manual[index]))
+        steady = np.allclose((low, high), further, rtol=0, atol=0.1 * gap + KINK * size + near.rounding)
+        room = 0.1 * gap + 10 * KINK * size + 10 * near.rounding
+        if steady and not low - room <= manual[index] <= high + room:
+            return index
+    return None

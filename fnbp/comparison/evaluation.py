@@ -1,5 +1,6 @@
 """Both backwards of a subject at a probe, in the arithmetic that is asked for, and compiled if possible."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from fnbp.comparison.numerics import arithmetic, as_jax, compiled, first_line, is_float0
-from fnbp.comparison.probes import Probe
+from fnbp.comparison.probe import Probe
 from fnbp.comparison.subject import Mismatch, Subject, flatten
 
 
@@ -18,15 +19,21 @@ class FailedError(Exception):
     """The manual backward raised."""
 
 
+class EndlessError(Exception):
+    """A subject did not end in time. What computes it may still run, in a thread that is left behind."""
+
+
 class Sides(NamedTuple):
     """Both sides of a subject at a probe, as NumPy arrays.
 
-    y, expected_y      the outputs of its forward and of its reference
+    y, y_before        the outputs of its forward: by itself, and as it runs before the manual backward
+    expected_y         the outputs of its reference
     manual, automatic  cotangents by leaf
     wrong              manual cotangents whose tree, shape or dtype is wrong
     """
 
     y: list[np.ndarray]
+    y_before: list[np.ndarray]
     expected_y: list[np.ndarray]
     manual: dict[str, np.ndarray]
     automatic: dict[str, np.ndarray]
@@ -67,19 +74,29 @@ class Aside:
 class Evaluator:
     """Evaluates a subject.
 
-    eager   the subject cannot be compiled, so it runs step by step
+    limit      the seconds that one call may take, or None
+    compiled   by the key of its inputs: shared by subjects of the same code
+    eager      the subject cannot be compiled, so it runs step by step
+    calls      how often each side was called, by "manual" and "automatic"
     """
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: Subject, limit: float | None = None, compiled: dict[Any, Callable] | None = None):
         self.subject = subject
+        self.limit = limit
         self.eager = False
-        self.compiled: dict[Any, Callable] = {}
+        self.compiled: dict[Any, Callable] = {} if compiled is None else compiled
         self.known: dict[Any, Sides] = {}
+        self.calls = {"manual": 0, "automatic": 0}
+
+    def count(self, manual: int = 0, automatic: int = 0) -> None:
+        """Count calls of either side."""
+        self.calls["manual"] += manual
+        self.calls["automatic"] += automatic
 
     def at(self, probe: Probe, dtype: Any = None) -> Sides:
         """Both sides at a probe, in dtype or, for None, as given; kept for the next call.
 
-        Raises: FailedError if the manual backward raises.
+        Raises: FailedError if the manual backward raises; EndlessError if one of them does not end in time.
         """
         known = id(probe), dtype
         if known not in self.known:
@@ -88,42 +105,60 @@ class Evaluator:
 
     def evaluate(self, probe: Probe, dtype: Any) -> Sides:
         """Compute both sides at a probe, as `at` does, but keep nothing."""
+        self.count(manual=1, automatic=1)
         with arithmetic(dtype):
             inputs = Inputs(probe, dtype)
             if not self.eager:
                 try:
                     if inputs.key not in self.compiled:
                         self.compiled[inputs.key] = self.lower(inputs)()
-                    return self.sides_of(*self.compiled[inputs.key](inputs.arrays))
+                    return self.in_time(lambda: self.sides_of(*self.compiled[inputs.key](inputs.arrays)))
+                except EndlessError:
+                    raise
                 except Exception:  # it cannot be traced, or it fails anyway; running it step by step tells which
                     pass
-            found = self.sides_of(*self.run(*as_jax(inputs.unflatten(inputs.arrays))))
+            found = self.in_time(lambda: self.sides_of(*self.run(*as_jax(inputs.unflatten(inputs.arrays)))))
             self.eager = True
             return found
 
+    def in_time(self, call: Callable[[], Any]) -> Any:
+        """What call() returns. Raises: EndlessError if it takes more than the limit; what call raises."""
+        return call() if self.limit is None else within(self.limit, call)
+
     def step_by_step(self, probe: Probe) -> StepByStep:
         """Run the forward and the manual backward step by step. Raises: FailedError if the manual backward raises."""
-        args, fixed, dy = as_jax((probe.args, probe.fixed, probe.dy))
-        y = self.subject.forward(args, fixed)
+        return self.interleaved([probe])[0]
+
+    def interleaved(self, probes: list[Probe]) -> list[StepByStep]:
+        """Step by step, the forwards of all probes first, then their manual backwards: none may remember another's.
+
+        Raises: FailedError if a manual backward raises.
+        """
+        points = [as_jax((probe.args, probe.fixed, probe.dy)) for probe in probes]
+        self.count(manual=len(points))
         try:
-            manual, _ = flatten(self.subject, args, self.subject.manual(args, fixed, dy))
+            before = [self.subject.differentiate(args, fixed) for args, fixed, _ in points]
+            found = []
+            for (y, pull), (args, _, dy) in zip(before, points, strict=True):
+                manual, _ = flatten(self.subject, args, pull(dy))
+                numbers = {name: np.asarray(a) for name, a in manual.items()}
+                found.append(StepByStep([np.asarray(a) for a in jax.tree.leaves(y)], numbers))
+            return found
         except Exception as error:
             raise FailedError(f"{type(error).__name__}: {first_line(error)}") from error
-        return StepByStep(
-            [np.asarray(a) for a in jax.tree.leaves(y)], {name: np.asarray(a) for name, a in manual.items()}
-        )
 
     def lower(self, inputs: "Inputs") -> Callable:
         """Trace `run` for inputs of that shape. Returns: a function that compiles it."""
         return compiled(lambda arrays: self.run(*inputs.unflatten(arrays))).lower(inputs.arrays).compile
 
-    def prepare(self, probes: list[Probe], dtypes: tuple) -> dict[Any, Callable]:
+    def prepare(self, probes: list[Probe], dtypes_of: Callable[[Probe], tuple]) -> dict[Any, Callable]:
         """What is still to be compiled for these probes, by key."""
         missing: dict[Any, Callable] = {}
-        for dtype in dtypes:
-            with arithmetic(dtype):
-                for inputs in (Inputs(probe, dtype) for probe in probes):
-                    if inputs.key not in missing:
+        for probe in probes:
+            for dtype in dtypes_of(probe):
+                with arithmetic(dtype):
+                    inputs = Inputs(probe, dtype)
+                    if inputs.key not in missing and inputs.key not in self.compiled:
                         with suppress(Exception):  # evaluate meets the error again, and reports it
                             missing[inputs.key] = self.lower(inputs)
         return missing
@@ -134,31 +169,58 @@ class Evaluator:
         expected_y, pull = jax.vjp(lambda *args: subject.reference(args, fixed), *args)
         automatic, _ = flatten(subject, args, pull(dy))
         y = subject.forward(args, fixed) if subject.forward is not subject.reference else expected_y
-        manual: dict[str, Any] = {}
+        manual, y_before = {}, y
         try:
-            manual, wrong = flatten(subject, args, subject.manual(args, fixed, dy))
+            y_before, manual_pull = subject.differentiate(args, fixed)
+            manual, wrong = flatten(subject, args, manual_pull(dy))
             aside = Aside(wrong=tuple(wrong))
         except Exception as error:
             aside = Aside(failed=f"{type(error).__name__}: {first_line(error)}")
-        return jax.tree.leaves(y), jax.tree.leaves(expected_y), manual, automatic, aside
+        return *map(jax.tree.leaves, (y, y_before, expected_y)), manual, automatic, aside
 
-    def sides_of(self, y: list, expected_y: list, manual: dict, automatic: dict, aside: Aside) -> Sides:
+    def sides_of(self, y: list, y_before: list, expected_y: list, manual: dict, automatic: dict, aside: Aside) -> Sides:
         """Sides of what `run` returned. Raises: FailedError if the manual backward raised."""
         if aside.failed:
             raise FailedError(aside.failed)
-        numbers = [{name: np.asarray(a) for name, a in side.items()} for side in (manual, automatic)]
-        return Sides(
-            [np.asarray(a) for a in y], [np.asarray(a) for a in expected_y], numbers[0], numbers[1], aside.wrong
-        )
+        y, y_before, expected_y = ([np.asarray(a) for a in side] for side in (y, y_before, expected_y))
+        manual, automatic = ({name: np.asarray(a) for name, a in side.items()} for side in (manual, automatic))
+        return Sides(y, y_before, expected_y, manual, automatic, aside.wrong)
 
 
-def compile_together(evaluators: list[Evaluator], probes: list[list[Probe]], dtypes: tuple) -> None:
+def within(limit: float, call: Callable[[], Any]) -> Any:
+    """What call() returns, computed in a thread with this thread's settings of JAX.
+
+    Raises: EndlessError if it takes more than limit seconds; the thread is then left behind. What call raises.
+    """
+    settings = ("jax_enable_x64", "jax_default_device", "jax_default_matmul_precision")
+    wide, device, precision = (getattr(jax.config, name) for name in settings)
+    done: list[tuple[bool, Any]] = []
+
+    def work() -> None:
+        with jax.enable_x64(wide), jax.default_device(device), jax.default_matmul_precision(precision):
+            try:
+                done.append((True, call()))
+            except BaseException as error:  # it is raised again, where it was asked for
+                done.append((False, error))
+
+    thread = threading.Thread(target=work, daemon=True, name="fnbp.compare")
+    thread.start()
+    thread.join(limit)
+    if not done:
+        raise EndlessError(f"it did not end within {limit:g} s")
+    right, value = done[0]
+    if right:
+        return value
+    raise value
+
+
+def compile_together(evaluators: list[Evaluator], probes: list[list[Probe]], dtypes_of: Callable) -> None:
     """Trace what all evaluators need one after the other, and compile it in parallel: XLA releases Python's lock."""
-    jobs = [
-        (r, key, job)
-        for r, points in zip(evaluators, probes, strict=True)
-        for key, job in r.prepare(points, dtypes).items()
-    ]
+    jobs: dict[Any, tuple] = {}
+    for evaluator, points in zip(evaluators, probes, strict=True):
+        if not any(id(evaluator.compiled) == shared for shared, _ in jobs):  # of equal code, the first is enough
+            for key, job in evaluator.prepare(points, dtypes_of).items():
+                jobs[id(evaluator.compiled), key] = evaluator, key, job
 
     def work(one):
         evaluator, key, job = one
@@ -166,4 +228,4 @@ def compile_together(evaluators: list[Evaluator], probes: list[list[Probe]], dty
             evaluator.compiled[key] = job()
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(work, jobs))
+        list(pool.map(work, jobs.values()))

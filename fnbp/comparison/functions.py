@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.checks import check_finite, describe
-from fnbp.comparison.numerics import as_numpy_32, first_line, index_of_largest, is_floating
+from fnbp.comparison.numerics import as_numpy_32, first_line, index_of_largest, is_inexact, real_pairs
 from fnbp.comparison.plan import Plan, check_no_lists
 from fnbp.comparison.report import Row
 from fnbp.comparison.subject import Subject, subject_of_function
@@ -17,19 +17,34 @@ FLOAT0 = jax.dtypes.float0
 FORWARDS_DIFFER = 1e3  # roundings of the dtype, relative to the largest value
 
 
-def plan_of_function(f: Any, args: tuple, reference: Callable | None, vjp: Callable | None) -> Plan:
+def plan_of_function(
+    f: Any,
+    args: tuple,
+    reference: Callable | None,
+    vjp: Callable | None,
+    sizes: Callable[[int], tuple] | None = None,
+    name: str | None = None,
+) -> Plan:
     """Plan the comparison of a function: it is the one subject, unless it and its reference return different values.
+
+    Without reference and vjp, a jax.custom_vjp is compared with its own primal function.
 
     Raises: TypeError for what is no function, for other than one of reference and vjp, and for what jax.vjp cannot
             differentiate; ValueError for arguments that hold no floating point numbers, or some that are not finite.
     """
+    if reference is None and vjp is None and isinstance(f, (jax.custom_vjp, jax.custom_jvp)) and not f.nondiff_argnums:
+        reference = f.fun
     check_function(f, args, reference, vjp)
+    name = name_of(f) if name is None else name
     args = as_numpy_32(args)
-    check_arguments(name_of(f), args)
-    subject = subject_of_function(f, args, reference, vjp)
+    check_arguments(name, args)
+    subject = subject_of_function(name, f, args, reference, vjp, sizes)
     different = compare_forwards(subject, args) if reference is not None else []
     check_differentiable(subject, args)
-    return Plan([] if different else [subject], lambda rows: different or rows)
+    notes = (
+        () if sizes else (f"{name}: only the sizes that were given were tried; give sizes=lambda n: args of size n",)
+    )
+    return Plan([] if different else [subject], lambda rows: different or rows, notes)
 
 
 def name_of(f: Any) -> str:
@@ -58,7 +73,7 @@ def check_arguments(name: str, args: tuple) -> None:
     for i, leaf in enumerate(leaves):
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"compare: leaf {i} of the arguments of {name} is {describe(leaf)}: close over it instead")
-    if not any(is_floating(a) for a in leaves):
+    if not any(is_inexact(a) for a in leaves):
         found = ", ".join(map(describe, leaves)) or "none"
         raise ValueError(f"compare: {name} has no floating point argument to differentiate, got {found}")
     check_finite("compare", f"the arguments of {name}", args)
@@ -70,11 +85,11 @@ def check_differentiable(subject: Subject, args: tuple) -> None:
     def pulled(*args):
         y, pull = jax.vjp(lambda *a: subject.reference(a, subject.fixed), *args)
         flat, tree = jax.tree.flatten(y)
-        zeros = [jnp.zeros(a.shape, a.dtype) if is_floating(a) else np.zeros(a.shape, FLOAT0) for a in flat]
-        return [d for d in jax.tree.leaves(pull(jax.tree.unflatten(tree, zeros))) if is_floating(d)]
+        zeros = [jnp.zeros(a.shape, a.dtype) if is_inexact(a) else np.zeros(a.shape, FLOAT0) for a in flat]
+        return [d for d in jax.tree.leaves(pull(jax.tree.unflatten(tree, zeros))) if is_inexact(d)]
 
     y = jax.eval_shape(lambda *args: subject.reference(args, subject.fixed), *args)
-    if not any(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(y)):
+    if not any(is_inexact(a) for a in jax.tree.leaves(y)):
         found = ", ".join(describe(a) for a in jax.tree.leaves(y)) or "nothing"
         raise TypeError(f"compare: {subject.path} must return a floating point array to be differentiated, got {found}")
     try:
@@ -99,8 +114,8 @@ def compare_forwards(subject: Subject, args: tuple) -> list[Row]:
     rows = []
     y, expected = (jax.tree.leaves(f(args, subject.fixed)) for f in (subject.forward, subject.reference))
     for i, (a, b) in enumerate(zip(y, expected, strict=True)):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        eps = float(jnp.finfo(y[i].dtype).eps) if is_floating(y[i]) else 0.0
+        a, b = real_pairs(a), real_pairs(b)
+        eps = float(jnp.finfo(y[i].dtype).eps) if is_inexact(y[i]) else 0.0
         error = float(np.max(abs(a - b), initial=0)) / (float(np.max(abs(b), initial=0)) or 1.0)
         if error > FORWARDS_DIFFER * eps:
             index = index_of_largest(abs(a - b))

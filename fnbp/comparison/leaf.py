@@ -1,5 +1,6 @@
 """What is known of one leaf: over all probes (Leaf), and at one of them (Sight)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from fnbp.comparison.evaluation import Evaluator, Sides
 from fnbp.comparison.numerics import U32, U64, index_of_largest
-from fnbp.comparison.probes import Probe
+from fnbp.comparison.probe import Probe
 from fnbp.comparison.report import Row
 
 
@@ -18,7 +19,7 @@ class Leaf:
     error    at the given point, in float64
     limit    the error that rounding may make there
     z        the largest of all probes
-    pooled   squared errors of manual and automatic in the working dtype, at draws
+    pooled   squared errors of manual and automatic in the working dtype, each with the Sight of its draw
     leeway   how far a transform may move the manual gradient: it may sum in another order
     """
 
@@ -29,7 +30,7 @@ class Leaf:
     error: float = 0.0
     limit: float = 0.0
     z: float = 0.0
-    pooled: list[tuple[float, float]] = field(default_factory=list)
+    pooled: list[tuple[float, float, Any]] = field(default_factory=list)
     leeway: float = 0.0
 
     def row(self, kind: str, **more: Any) -> Row:
@@ -86,6 +87,7 @@ class Sight(NamedTuple):
     error          |m - a| / |a|
     z              the error over what rounding explains
     exact          both sides of every leaf, in the finest arithmetic
+    where          the elements that are judged, of one order of magnitude; None for all
     """
 
     evaluator: Evaluator
@@ -100,6 +102,12 @@ class Sight(NamedTuple):
     exact: Sides
     scale: Scale
     rng: np.random.Generator
+    where: np.ndarray | None = None
+
+    def seen(self, gradients: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of the gradients of all leaves, those of this leaf, with 0 outside of where."""
+        found = np.asarray(gradients[self.leaf.leaf], np.float64)
+        return found if self.where is None else np.where(self.where, found, 0)
 
 
 def worst_spot(m: np.ndarray, a: np.ndarray) -> dict[str, Any]:

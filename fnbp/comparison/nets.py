@@ -9,7 +9,7 @@ import numpy as np
 from fnbp.arrays.checks import check_finite, check_floating, check_is
 from fnbp.comparison.numerics import as_jax, as_numpy_32, compiled_or_plain
 from fnbp.comparison.plan import Plan, check_no_lists
-from fnbp.comparison.probes import moved_a_tenth
+from fnbp.comparison.probe import moved_a_tenth
 from fnbp.comparison.report import Row
 from fnbp.comparison.subject import subject_of_layer, subject_of_loss
 from fnbp.comparison.whole_pass import NetArguments, WholePass, first_deltas, whole_pass
@@ -27,6 +27,7 @@ def plan_of_net(
     y: Any,
     key: jax.Array,
     rng: np.random.Generator,
+    quick: bool = False,
 ) -> Plan:
     """Plan the comparison of a net: take the whole pass, and make a subject of every node at what it met there.
 
@@ -50,6 +51,7 @@ def plan_of_net(
     of_nodes = [
         subject_of_layer(path, layer, (met.params, met.x), (met.state, met.ctx), met.dy)
         for path, layer, met in whole.nodes
+        if not (quick and layer.parts and whole.right)
     ]
     return Plan(of_nodes + subjects, partial(rows_of_net, whole))
 

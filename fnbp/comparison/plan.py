@@ -8,29 +8,50 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.checks import check_key
-from fnbp.comparison.probes import PROBES
+from fnbp.comparison.probes import LEVELS, PROBES
 from fnbp.comparison.report import Row
 from fnbp.comparison.subject import Subject
 from fnbp.comparison.transforms import TRANSFORMS
 
 
 class Options(NamedTuple):
-    """The probes and transforms to try, by name, and the generator of all that is drawn."""
+    """What to try.
+
+    probes, transforms  by name
+    rng                 the generator of all draws
+    limit               the seconds that one call may take, or None
+    quick               only formulas at probes are compared: not repetition, single examples, differences, transforms,
+                        nor combinators, if the whole pass is right
+    """
 
     probes: tuple[str, ...]
     transforms: tuple[str, ...]
     rng: np.random.Generator
+    limit: float | None
+    quick: bool = False
 
 
-def options_of(probes: Sequence[str], transforms: Sequence[str], key: jax.Array) -> Options:
-    """Check what was asked for. Raises: ValueError for an unknown name; TypeError if key is not a random key."""
+def options_of(
+    level: str, probes: Sequence[str] | None, transforms: Sequence[str] | None, key: jax.Array, limit: float | None
+) -> Options:
+    """Check what was asked for; probes and transforms that were not named are those of the level.
+
+    Raises: ValueError for an unknown name, and for a limit that is not above 0; TypeError if key is not a random key.
+    """
+    check_names("level", [level], LEVELS)
+    probes = LEVELS[level] if probes is None else probes
+    transforms = (() if level == "quick" else tuple(TRANSFORMS)) if transforms is None else transforms
     check_names("probe", probes, PROBES)
     if list(probes[:1]) != ["given"]:
         raise ValueError("compare: the first probe must be 'given', the point that all others start from")
     check_names("transform", transforms, TRANSFORMS)
     check_key("compare", key)
+    if limit is not None and not limit > 0:
+        raise ValueError(f"compare: limit must be above 0 seconds, or None for no limit, got {limit}")
     seed = np.asarray(jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
-    return Options(tuple(probes), tuple(transforms), np.random.default_rng(seed.ravel().tolist()))
+    return Options(
+        tuple(probes), tuple(transforms), np.random.default_rng(seed.ravel().tolist()), limit, level == "quick"
+    )
 
 
 def check_names(what: str, names: Sequence[str], table: Mapping[str, Any]) -> None:
@@ -43,7 +64,9 @@ def check_names(what: str, names: Sequence[str], table: Mapping[str, Any]) -> No
 def check_for_layer(args: tuple, of_functions: dict[str, Any]) -> None:
     """TypeError unless a Layer is given one x, and nothing that goes with a function."""
     if any(value is not None for value in of_functions.values()):
-        raise TypeError("compare: reference= and vjp= go with a function; a Layer has its backward in it")
+        raise TypeError(
+            "compare: reference=, vjp=, sizes= and name= go with a function; a Layer has its backward in it"
+        )
     if len(args) != 1:
         raise TypeError(f"compare: a Layer is compared at one x, got {len(args)} positional arguments")
 
@@ -69,7 +92,9 @@ class Plan(NamedTuple):
 
     subjects   each is compared by itself
     rows_of    the rows of all subjects -> the rows of the report
+    notes      what cannot be tried, one line each
     """
 
     subjects: list[Subject]
     rows_of: Callable[[list[Row]], list[Row]]
+    notes: tuple[str, ...] = ()

@@ -19,6 +19,8 @@ FAULTS = {  # the gravest first
     "random": "it returns another value each time",
     "nonfinite": "it has NaN or infinity, and autodiff has none",
     "formula": "it is wrong in float64: the formula is wrong",
+    "example": "its total is right, but not what its factors make of each example",
+    "disputed": "autodiff agrees with it, and differences of the forward contradict both: the forward has a wrong rule",
     "precision": "it is right in float64, but less accurate than autodiff in the dtype of the arguments",
     "jit": "it differs, or fails, under jit",
     "vmap": "it differs, or fails, under vmap",
@@ -78,28 +80,33 @@ class Findings:
     """What was found of one subject.
 
     rows          one for each leaf, after those that stand for no single leaf
-    checks        how each transform went, and whether differences agree, by name
+    checks        how each transform went, whether differences agree, and whether each example does, by name
+    calls         how often each side was called
     """
 
     rows: list[Row]
     notes: list[str]
     conventions: list[Row] = field(default_factory=list)
     checks: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report(Tabular):
     """What compare found: rows from input to output, faults from the last layer to the first.
 
-    checks       by name: how each transform went, and whether differences of the forward agree with autodiff
+    checks       by name: how each transform went, whether differences of the forward agree with autodiff, and whether
+                 what factors make of one example is its gradient
     notes        what was not tried and why, one line each
     conventions  where manual and automatic differ and both are right
+    calls        how often each side was called: "manual", "automatic"
     """
 
     rows: tuple[Row, ...]
     checks: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     conventions: tuple[Row, ...] = ()
+    calls: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def faults(self) -> tuple[Row, ...]:
@@ -137,6 +144,7 @@ class Report(Tabular):
             "conventions": [as_values(row) for row in self.conventions],
             "checks": dict(self.checks),
             "notes": list(self.notes),
+            "calls": dict(self.calls),
         }
 
     def raise_if_bad(self) -> None:
@@ -190,21 +198,26 @@ class Report(Tabular):
             )
         if self.checks:
             found.append(Text(" · ".join(f"{name} {word}" for name, word in self.checks.items())))
+        if self.calls:
+            found.append(Text("called: " + ", ".join(f"{side} {n:,} times" for side, n in self.calls.items()), "dim"))
         return found + [Text(f"note: {note}", "dim") for note in self.notes]
 
 
-def report_of(rows: Iterable[Row], found: Sequence[Findings], transforms: Iterable[str]) -> Report:
+def report_of(
+    rows: Iterable[Row], found: Sequence[Findings], transforms: Iterable[str], more: Iterable[str] = ()
+) -> Report:
     """The Report of these rows, with the checks, notes and conventions of every subject."""
     checks: dict[str, str] = {}
-    for name in (*transforms, "differences"):
+    for name in (*transforms, "differences", "examples"):
         words = [one.checks[name] for one in found if name in one.checks]
         if words:
             checks[name] = next((w for w in words if w == "WRONG"), next((w for w in words if w != "ok"), "ok"))
-    notes = [note for one in found for note in one.notes]
+    notes = [*(note for one in found for note in one.notes), *more]
     if jax.default_backend() not in FLOAT64_BACKENDS:
         notes.append(f"{jax.default_backend()} has no float64: the float64 side ran on the CPU")
     conventions = tuple(row for one in found for row in one.conventions)
-    return Report(tuple(rows), checks, tuple(dict.fromkeys(notes)), conventions)
+    calls = {side: sum(one.calls.get(side, 0) for one in found) for side in ("manual", "automatic")}
+    return Report(tuple(rows), checks, tuple(dict.fromkeys(notes)), conventions, calls)
 
 
 def short(z: float) -> str:

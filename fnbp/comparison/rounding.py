@@ -5,8 +5,8 @@ import numpy as np
 
 from fnbp.comparison.evaluation import Evaluator, Sides
 from fnbp.comparison.leaf import Scale, Sight
-from fnbp.comparison.numerics import U32, U64, is_float0, is_floating, relative, rms
-from fnbp.comparison.probes import SAME_DIGITS, Probe
+from fnbp.comparison.numerics import U32, U64, is_float0, is_inexact, real_pairs, relative, rms, with_numbers
+from fnbp.comparison.probe import SAME_DIGITS, Probe
 
 Z_LIMIT = 64.0  # of thousands of right leaves the worst reached 44, most stay near 1
 SHAKES = 4
@@ -39,7 +39,7 @@ def z_of(m: np.ndarray, a: np.ndarray, conditioning: float, scale: Scale, exact:
 
 def size_beside_zero(exact: Sides, probe: Probe) -> float:
     """The size of the sums over dy whose rounding may appear beside an exact 0."""
-    dys = [np.asarray(d, np.float64) for d in jax.tree.leaves(probe.dy) if not is_float0(d)]
+    dys = [real_pairs(d) for d in jax.tree.leaves(probe.dy) if not is_float0(d)]
     size = max([rms(a) for a in exact.automatic.values()] + [rms(d) for d in dys])
     return max(size * np.sqrt(max([d.size for d in dys], default=1)), np.finfo(np.float64).tiny)
 
@@ -49,9 +49,7 @@ def one_rounding_away(evaluator: Evaluator, probe: Probe) -> Sides:
     rng = np.random.default_rng(0)
 
     def one(a):
-        if not is_floating(a):
-            return a
-        return np.asarray(np.asarray(a, np.float64) * (1 + 2 * U32 * rng.uniform(-1, 1, a.shape)), a.dtype)
+        return with_numbers(lambda n: n * (1 + 2 * U32 * rng.uniform(-1, 1, n.shape)), a) if is_inexact(a) else a
 
     return evaluator.evaluate(probe.with_args(jax.tree.map(one, probe.args)), np.float32)
 
@@ -61,18 +59,20 @@ def shaken(probe: Probe, by: float, seed: int = 0) -> Probe:
     rng = np.random.default_rng(seed)
 
     def one(x):
-        return np.asarray(x, np.float64) * (1 + by * rng.uniform(-1, 1, x.shape)) if is_floating(x) else x
+        return with_numbers(lambda a: a * (1 + by * rng.uniform(-1, 1, a.shape)), x) if is_inexact(x) else x
 
     args, _, dy = probe.of(np.float64)
     return probe.with_args(jax.tree.map(one, args), jax.tree.map(one, dy))
 
 
 def reference_is_narrow(at: Sight) -> bool:
-    """True if the reference computes in float32: arguments moved by 1e-13 move it by large steps, or not at all."""
+    """True if the reference computes in float32: its code says so, or cannot be read, and arguments moved by 1e-13 move
+    it by large steps, or not at all."""
     if at.probe.name not in SAME_DIGITS or not np.any(at.a) or at.error > 2.0**-16:
         return False
-    moved = at.evaluator.evaluate(shaken(at.probe, STEP), np.float64).automatic[at.leaf.leaf]
-    change = relative(moved, at.a)
+    if not at.evaluator.subject.is_narrow:
+        return False
+    change = relative(at.seen(at.evaluator.evaluate(shaken(at.probe, STEP), np.float64).automatic), at.a)
     return change == 0 or change > 1e4 * STEP * at.conditioning / U32
 
 
@@ -83,12 +83,12 @@ def sensitivity(at: Sight) -> float:
     dy, which it would be without rounding. At an extreme probe float32 may happen to be exact where float64 is not;
     then the noise n says too little.
     """
-    evaluate, leaf = at.evaluator.evaluate, at.leaf.leaf
-    found = [relative(evaluate(shaken(at.probe, SHAKE), np.float64).automatic[leaf], at.a) / SHAKE]
+    evaluate = at.evaluator.evaluate
+    found = [relative(at.seen(evaluate(shaken(at.probe, SHAKE), np.float64).automatic), at.a) / SHAKE]
     args, _, dy = at.probe.of(np.float64)
     for c in (3.0, 0.7, 11.0):
         scaled = at.probe.with_args(args, jax.tree.map(lambda d, c=c: d if is_float0(d) else c * d, dy))
-        found.append(relative(evaluate(scaled, np.float64).automatic[leaf] / c, at.a) / U64)
+        found.append(relative(at.seen(evaluate(scaled, np.float64).automatic) / c, at.a) / U64)
     return max(found) if np.isfinite(found).all() else 0.0
 
 
@@ -97,7 +97,7 @@ def grows_with_eps(at: Sight) -> bool:
 
     Such an error is rounding, though it may be the same at all points nearby.
     """
-    single = relative(at.evaluator.at(at.probe, np.float32).manual[at.leaf.leaf], at.a)
+    single = relative(at.seen(at.evaluator.at(at.probe, np.float32).manual), at.a)
     return single > 16 * at.conditioning and 1 / SLACK < single / at.error / (U32 / U64) < SLACK
 
 
@@ -110,7 +110,7 @@ def changes_when_shaken(at: Sight) -> bool:
     size = np.linalg.norm(difference)
     for seed in range(SHAKES):
         point = at.evaluator.evaluate(shaken(at.probe, SHAKE, seed), np.float64)
-        other = np.asarray(point.manual[at.leaf.leaf], np.float64) - point.automatic[at.leaf.leaf]
+        other = at.seen(point.manual) - at.seen(point.automatic)
         if np.linalg.norm(other - difference) > 0.1 * size and np.linalg.norm(other) > 0.1 * size:
             return True
     return False

@@ -3,12 +3,15 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fnbp.comparison.numerics import is_floating
+from fnbp.comparison.code import computes_narrow, has_rule, jaxpr_of, numbers_in
+from fnbp.comparison.numerics import arithmetic, in_dtype, is_complex, is_inexact
 from fnbp.contraction import contracted, total
 from fnbp.layer import Context, Layer, map_layers, rebuilt
 from fnbp.losses.loss import Loss, losses_of
@@ -19,26 +22,29 @@ class Subject:
     """A function of args, its manual backward, and the function that jax.vjp is to differentiate beside it.
 
     forward, reference  (args, fixed) -> y; the same function, except for a custom_vjp and its plain twin
-    manual              (args, fixed, dy) -> a tree as args
+    differentiate       (args, fixed) -> y, pull: the forward as it runs before a backward; pull(dy) -> a tree as args
     args, fixed, dy     the given point; fixed is not differentiated; a dy of None is drawn
     names               of args; "" for params, whose leaves bear only their own names
     take                (args, fixed, f) -> args, fixed with f applied to every array that has a batch axis; or None
     layer               the Layer, which can be given other sizes, or None
+    conforms            args whose cotangents may be wider than they are
+    sizes               n -> args of that size, for a function whose batch nobody else knows; or None
     """
 
     path: str
     forward: Callable[[tuple, Any], Any]
     reference: Callable[[tuple, Any], Any]
-    manual: Callable[[tuple, Any, Any], Any]
+    differentiate: Callable[[tuple, Any], tuple[Any, Callable[[Any], Any]]]
     args: tuple
     fixed: Any
     dy: Any
     names: tuple[str, ...]
     take: Callable[[tuple, Any, Callable], tuple] | None = None
     layer: Layer | None = None
-    conforms: tuple[str, ...] = field(default=())  # args whose cotangents may be wider than they are
+    conforms: tuple[str, ...] = field(default=())
+    sizes: Callable[[int], tuple] | None = None
 
-    @property
+    @cached_property
     def kind(self) -> Any:
         """A key that is equal for two layers of the same code with the same options; a function equals only itself."""
         if self.layer is None:
@@ -46,20 +52,79 @@ class Subject:
         ranks = tuple(jnp.ndim(leaf) for leaf in jax.tree.leaves(self.args))
         return self.layer.name, fingerprint(self.layer.forward), fingerprint(self.layer.backward), ranks
 
+    def manual(self, args: tuple, fixed: Any, dy: Any) -> Any:
+        """The cotangents of args by the backward that is under test."""
+        return self.differentiate(args, fixed)[1](dy)
+
     def automatic(self, args: tuple, fixed: Any, dy: Any) -> tuple:
         """The cotangents of args by jax.vjp."""
         _, pull = jax.vjp(lambda *args: self.reference(args, fixed), *args)
         return pull(dy)
 
+    def shape_at(self, args: tuple, fixed: Any) -> Any:
+        """Shape and dtype of what the reference returns there."""
+        key = str(jax.tree.map(lambda a: (np.shape(a), str(getattr(a, "dtype", a))), (args, fixed)))
+        if key not in self.shapes:
+            self.shapes[key] = jax.eval_shape(self.reference, args, fixed)
+        return self.shapes[key]
+
+    @cached_property
+    def shapes(self) -> dict[str, Any]:
+        """What shape_at has found."""
+        return {}
+
+    @cached_property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers that stand in the code of the manual backward and of the reference."""
+        y = self.shape_at(self.args, self.fixed)
+        dy = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype if is_inexact(a) else jax.dtypes.float0), y)
+        manual = jaxpr_of(partial(self.manual, dy=dy), self.args, self.fixed)
+        return numbers_in(manual, jaxpr_of(self.reference, self.args, self.fixed))
+
+    @cached_property
+    def is_narrow(self) -> bool:
+        """True if the code of the reference, given float64, computes numbers of fewer bits; or if nobody can tell."""
+        with arithmetic(np.float64):
+            return computes_narrow(jaxpr_of(self.reference, *in_dtype((self.args, self.fixed), np.float64)))
+
+    @cached_property
+    def has_rule(self) -> bool:
+        """True if the reference is differentiated by a rule of its own, without a stop_gradient that says so."""
+        return has_rule(jaxpr_of(self.reference, self.args, self.fixed))
+
+
+PLAIN = (int, float, complex, str, bytes, bool, type(None), np.dtype, type)
+
 
 def fingerprint(f: Any, depth: int = 8) -> Any:
-    """The code of a function with all that it closes over: two functions of equal fingerprint do the same."""
-    if not inspect.isfunction(f):
-        return f if isinstance(f, (int, float, str, bool, type(None))) else id(f)
+    """All that a function does is told by: its code, what it closes over, its defaults, and the globals that it names.
+
+    Two functions of equal fingerprint do the same. What has no known content is equal only to itself.
+    """
+    if isinstance(f, PLAIN):
+        return type(f).__name__, f
     if not depth:
         return id(f)
-    cells = [cell.cell_contents for cell in f.__closure__ or ()]
-    return f.__code__, tuple(fingerprint(cell, depth - 1) for cell in cells), f.__defaults__ and id(f.__defaults__)
+    inside = partial(fingerprint, depth=depth - 1)
+    if isinstance(f, (tuple, list)):
+        return type(f).__name__, tuple(map(inside, f))
+    if isinstance(f, dict):
+        return "dict", tuple((key, inside(value)) for key, value in f.items())
+    if isinstance(f, partial):
+        return "partial", inside(f.func), inside(f.args), inside(f.keywords)
+    if not inspect.isfunction(f):
+        return id(f)
+    cells = tuple(inside(cell.cell_contents) for cell in f.__closure__ or ())
+    defaults = inside(f.__defaults__), inside(f.__kwdefaults__)
+    known = {name: f.__globals__[name] for name in names_in(f.__code__) if name in f.__globals__}
+    named = {name: value for name, value in known.items() if not inspect.ismodule(value)}
+    return f.__code__, cells, defaults, tuple((n, v if isinstance(v, PLAIN) else id(v)) for n, v in named.items())
+
+
+def names_in(code: Any) -> list[str]:
+    """The names that a code looks up, those of the functions inside it too."""
+    inner = [name for const in code.co_consts if inspect.iscode(const) for name in names_in(const)]
+    return [*code.co_names, *inner]
 
 
 def differentiated(layer: Layer) -> Layer:
@@ -86,9 +151,9 @@ def subject_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any
     def forward(args, fixed):
         return layer.forward(args[0], fixed[0], args[1], fixed[1])[0]
 
-    def manual(args, fixed, dy):
-        _, _, res = finished.forward(args[0], fixed[0], args[1], fixed[1])
-        return finished.backward(args[0], res, dy)
+    def differentiate(args, fixed):
+        y, _, res = finished.forward(args[0], fixed[0], args[1], fixed[1])
+        return y, lambda dy: finished.backward(args[0], res, dy)
 
     def take(args, fixed, f):
         params, x = args
@@ -96,7 +161,7 @@ def subject_of_layer(path: str, layer: Layer, args: tuple, fixed: tuple, dy: Any
         mask = None if ctx.mask is None else jax.tree.map(f, ctx.mask)
         return (params, jax.tree.map(f, x)), (state, Context(ctx.key, mask, ctx.train))
 
-    return Subject(path, forward, forward, manual, args, fixed, dy, ("", "x"), take, layer, conforms=("",))
+    return Subject(path, forward, forward, differentiate, args, fixed, dy, ("", "x"), take, layer, conforms=("",))
 
 
 def subject_of_loss(loss: Loss, prediction: Any, y: Any, mask: Any) -> Subject:
@@ -105,32 +170,45 @@ def subject_of_loss(loss: Loss, prediction: Any, y: Any, mask: Any) -> Subject:
     def forward(args, fixed):
         return jnp.sum(losses_of(loss, args[0], *fixed)[0])
 
-    def manual(args, fixed, dy):
-        _, res = losses_of(loss, args[0], *fixed)
-        return (jax.tree.map(lambda d: (dy * d).astype(d.dtype), loss.backward(res)),)
+    def differentiate(args, fixed):
+        losses, res = losses_of(loss, args[0], *fixed)
+
+        def pull(dy):
+            return (jax.tree.map(lambda d: (dy * d).astype(d.dtype), loss.backward(res)),)
+
+        return jnp.sum(losses), pull
 
     def take(args, fixed, f):
         return jax.tree.map(f, args), jax.tree.map(f, fixed)
 
-    return Subject(loss.name, forward, forward, manual, (prediction,), (y, mask), None, ("prediction",), take)
+    return Subject(loss.name, forward, forward, differentiate, (prediction,), (y, mask), None, ("prediction",), take)
 
 
-def subject_of_function(f: Callable, args: tuple, reference: Callable | None, vjp: Callable | None) -> Subject:
+def subject_of_function(
+    name: str,
+    f: Callable,
+    args: tuple,
+    reference: Callable | None,
+    vjp: Callable | None,
+    sizes: Callable[[int], tuple] | None = None,
+) -> Subject:
     """Make a subject of a function with its vjp written by hand, or of a custom_vjp beside a plain reference."""
 
     def forward(args, fixed):
         return f(*args)
 
-    def manual(args, fixed, dy):
-        if vjp is not None:
-            return vjp(args, dy)
-        return jax.vjp(f, *args)[1](dy)
+    def by_hand(args, fixed):
+        assert vjp is not None
+        return f(*args), partial(vjp, args)
+
+    def by_rule(args, fixed):
+        return jax.vjp(f, *args)
 
     def plain(args, fixed):
         return (reference or f)(*args)
 
-    name = getattr(f, "__name__", type(f).__name__)
-    return Subject(name, forward, plain, manual, args, (), None, names_of(f, len(args)))
+    differentiate = by_rule if vjp is None else by_hand
+    return Subject(name, forward, plain, differentiate, args, (), None, names_of(f, len(args)), sizes=sizes)
 
 
 def names_of(f: Callable, n: int) -> tuple[str, ...]:
@@ -166,13 +244,18 @@ def leaf_names(subject: Subject) -> list[tuple[str, str]]:
 
 
 def flatten(subject: Subject, args: tuple, cotangents: Any) -> tuple[dict[str, Any], list[Mismatch]]:
-    """The cotangents of the floating leaves of args, by name, and those that do not match their argument."""
+    """The cotangents of the leaves that are differentiated, by name, and those that do not match their argument.
+
+    Of complex numbers: pairs of real ones, along a new last axis.
+    """
     arrays: dict[str, Any] = {}
     wrong: list[Mismatch] = []
     if not isinstance(cotangents, (tuple, list)) or len(cotangents) != len(args):
         got = type(cotangents).__name__ if not hasattr(cotangents, "shape") else "an array"
         got = f"a tuple of {len(cotangents)}" if isinstance(cotangents, (tuple, list)) else got
         return {}, [Mismatch(", ".join(n or "params" for n in subject.names), (), got, f"a tuple of {len(args)}")]
+    names = (leaf for _, leaf in leaf_names(subject))
+    dtypes = dict(zip(names, (getattr(a, "dtype", None) for a in jax.tree.leaves(subject.args)), strict=True))
     for name, arg, cotangent in zip(subject.names, args, cotangents, strict=True):
         entries, tree = jax.tree_util.tree_flatten_with_path(arg)
         try:
@@ -182,14 +265,14 @@ def flatten(subject: Subject, args: tuple, cotangents: Any) -> tuple[dict[str, A
             continue
         for (where, a), d in zip(entries, flat, strict=True):
             leaf = ".".join(part for part in (name, jax.tree_util.keystr(where, simple=True, separator=".")) if part)
-            if not is_floating(a):
+            if not is_inexact(a):
                 continue
             d = jnp.zeros_like(a) if d is None else d
-            problem = mismatch(leaf, a, d, wider=name in subject.conforms)
+            problem = mismatch(leaf, a, d, wider=name in subject.conforms, given=dtypes[leaf])
             if problem:
                 wrong.append(problem)
             else:
-                arrays[leaf] = d
+                arrays[leaf] = jnp.stack([d.real, d.imag], -1) if is_complex(d) else d
     return arrays, wrong
 
 
@@ -198,16 +281,18 @@ def tree_text(tree: Any) -> str:
     return str(tree).removeprefix("PyTreeDef(").removesuffix(")")
 
 
-def mismatch(leaf: str, a: Any, d: Any, wider: bool) -> Mismatch | None:
+def mismatch(leaf: str, a: Any, d: Any, wider: bool, given: Any) -> Mismatch | None:
     """What is wrong with the shape or dtype of d, a cotangent of a; None if nothing is.
 
-    wider: a floating dtype of more bits is accepted.
+    wider: a dtype of more bits is accepted. given: the dtype of the argument as it was given, which is accepted too:
+    float64 was the choice of compare.
     """
     expected = f"{a.dtype}{list(a.shape)}"
     if not hasattr(d, "dtype") or not hasattr(d, "shape"):
         return Mismatch(leaf, a.shape, type(d).__name__, expected)
     if d.shape != a.shape:
         return Mismatch(leaf, a.shape, f"{d.dtype}{list(d.shape)}", expected, d.shape == a.shape[::-1])
-    if d.dtype != a.dtype and not (wider and is_floating(d) and d.dtype.itemsize > a.dtype.itemsize):
+    wide_enough = wider and is_inexact(d) and d.dtype.itemsize > a.dtype.itemsize
+    if d.dtype not in (a.dtype, given) and not (wide_enough and is_complex(d) == is_complex(a)):
         return Mismatch(leaf, a.shape, f"{d.dtype}{list(d.shape)}", expected)
     return None

@@ -13,8 +13,8 @@ import numpy as np
 from fnbp.comparison.differences import only_kinks
 from fnbp.comparison.hints import Evidence, hint_of
 from fnbp.comparison.leaf import Sight
-from fnbp.comparison.numerics import U32, is_float0, is_floating
-from fnbp.comparison.probes import ORDINARY
+from fnbp.comparison.numerics import U32, is_float0, is_inexact, real_pairs
+from fnbp.comparison.probe import ORDINARY
 from fnbp.comparison.rounding import Z_LIMIT, changes_when_shaken, grows_with_eps, reference_is_narrow, sensitivity
 from fnbp.comparison.subject import leaf_names
 
@@ -68,7 +68,8 @@ def kink(at: Sight) -> Verdict | None:
 
     Any such slope is a subgradient; which one a backward takes is a convention.
     """
-    if not (at.z > Z_LIMIT and only_kinks(at.evaluator, at.probe, at.leaf.leaf, at.m, at.a, at.rng, at.scale.dtype)):
+    m, a = at.values.known()  # of the whole leaf: a tie joins elements of all sizes
+    if not (at.z > Z_LIMIT and only_kinks(at.evaluator, at.probe, at.leaf.leaf, m, a, at.rng, at.scale.dtype)):
         return None
     return Verdict("convention", at, "at a kink or a tie: the two take different slopes, and both are valid")
 
@@ -110,13 +111,13 @@ def hint_at(at: Sight) -> str:
     subject, probe = at.evaluator.subject, at.probe
     args, _, dy = probe.of(np.float64)
     named = zip(leaf_names(subject), jax.tree.leaves(args), strict=True)
-    arrays = {name: np.asarray(x, np.float64) for (_, name), x in named if is_floating(x)}
+    arrays = {name: real_pairs(x) for (_, name), x in named if is_inexact(x)}
     dys = [d for d in jax.tree.leaves(dy) if not is_float0(d)]
-    arrays |= {"dy": np.asarray(dys[0], np.float64)} if len(dys) == 1 else {}
+    arrays |= {"dy": real_pairs(dys[0])} if len(dys) == 1 else {}
     others = {name: b for name, b in at.exact.automatic.items() if name != at.leaf.leaf}
     more = probe.with_args(args, jax.tree.map(lambda d: d if is_float0(d) else 3 * d, dy))
     try:
-        thrice = np.asarray(at.evaluator.evaluate(more, at.scale.dtype).manual[at.leaf.leaf], np.float64)
+        thrice = at.seen(at.evaluator.evaluate(more, at.scale.dtype).manual)
     except Exception:  # a missing hint is better than a crash
         thrice = None
     return hint_of(Evidence(at.leaf.leaf, at.m, at.a, others, arrays, thrice, subject.path))

@@ -60,6 +60,11 @@ class WholePass:
     errors: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     failed: str = ""
 
+    @property
+    def right(self) -> bool:
+        """True if the pass could be taken, and every gradient at its end is right."""
+        return not self.failed and bool(self.errors) and all(z <= Z_LIMIT for _, z in self.errors.values())
+
     def beside(self, rows: list[Row]) -> list[Row]:
         """Add to each row its error in the whole pass; a leaf that is right by itself and wrong there inherits."""
         found = []
@@ -98,7 +103,7 @@ def whole_pass(net: Layer, at: NetArguments, prediction: Any, deltas: Deltas) ->
         return WholePass(net, closed, failed=f"{type(error).__name__}: {first_line(error)}")
     try:
         exact = automatic(np.float64)
-        dtypes = {a.dtype for a in jax.tree.leaves(working.dx)}
+        dtypes = {a.dtype for a in jax.tree.leaves((at.params, at.x)) if is_floating(a)}
         single = working if dtypes == {np.dtype(np.float32)} else automatic(np.float32)
         with arithmetic(np.float64):
             point = in_dtype((at.params, at.state, at.x, at.ctx), np.float64)

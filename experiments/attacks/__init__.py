@@ -1,0 +1,1 @@
+"""Wrong backwards that were written to get past compare, by class."""

@@ -1,0 +1,142 @@
+"""What factors make of each example, beside jax.vjp of the forward at that example alone."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnbp.comparison.evaluation import Evaluator
+from fnbp.comparison.leaf import Leaf, Scale, worst_spot
+from fnbp.comparison.numerics import U32, arithmetic, as_numpy, compiled, first_line, relative
+from fnbp.comparison.probe import Probe
+from fnbp.comparison.report import Row
+from fnbp.comparison.rounding import Z_LIMIT
+from fnbp.comparison.subject import Subject
+from fnbp.contraction import closed, contracted, is_open, per_example, sq_norms
+from fnbp.factor import Factor, Mixed
+from fnbp.layer import Context, drawing, map_layers, mixing
+
+SLACK = 16.0  # times Z_LIMIT: the total and the single ones are summed in other orders
+
+
+def by_example(
+    evaluator: Evaluator, probes: list[Probe], leaves: Mapping[str, Leaf], scale: Scale
+) -> tuple[list[Row], dict[str, str]]:
+    """Compare per_example, sq_norms, and the total of weighted factors with the gradients of single examples.
+
+    A sum over examples may be right though its terms are not. At the draw nearest to the given point.
+    """
+    subject, probe = evaluator.subject, next((p for p in probes if p.name == "another"), probes[0])
+    if subject.layer is None or not jax.tree.leaves(subject.args[0]):
+        return [], {}
+    refused = why_not(subject, probe)
+    if refused:
+        return [], {"examples": f"not tried: {refused}"}
+    try:
+        rows = list(differing(evaluator, probe, leaves, scale))
+    except Exception as error:
+        hint = f"what its factors make of each example raises {type(error).__name__}: {first_line(error)}"
+        return [leaf.row("example", probe=probe.title, hint=hint) for leaf in leaves.values()], {"examples": "WRONG"}
+    return rows, {"examples": "WRONG" if rows else "ok"}
+
+
+def why_not(subject: Subject, probe: Probe) -> str:
+    """Why no example has a gradient of its own here, or ""."""
+    layer, ctx = subject.layer, probe.fixed[1]
+    assert layer is not None
+    if mixing(layer, ctx):
+        return "it mixes the examples"
+    if ctx.train and drawing(layer):
+        return "it draws"
+    factors = jax.eval_shape(lambda *at: backward_of(layer, *at), probe.args, probe.fixed, probe.dy)
+    flat = jax.tree.leaves(factors, is_leaf=lambda node: isinstance(node, Factor))
+    if not all(isinstance(factor, Factor) and not isinstance(factor, Mixed) for factor in flat):
+        return "its backward returns finished gradients"
+    sizes = {np.shape(a)[:1] for a in jax.tree.leaves((probe.args[1], probe.dy, ctx.mask))}
+    return "" if len(sizes) == 1 and () not in sizes else "its arrays have no axis of examples in common"
+
+
+def backward_of(layer: Any, args: tuple, fixed: Any, dy: Any) -> Any:
+    """The factors that a layer's backward returns."""
+    _, _, res = layer.forward(args[0], fixed[0], args[1], fixed[1])
+    return layer.backward(args[0], res, dy)[0]
+
+
+def differing(evaluator: Evaluator, probe: Probe, leaves: Mapping[str, Leaf], scale: Scale) -> Iterator[Row]:
+    """A row for each leaf of params that is wrong example by example, and one if an example is another alone."""
+    evaluator.count(manual=1, automatic=1)
+    exact = both_in(scale.dtype, evaluator, probe)
+    single = None
+    for name, leaf in leaves.items():
+        if name not in exact[0]:
+            continue
+        for what in exact[0][name]:
+            m, a = (np.asarray(side[name][what], np.float64) for side in exact)
+            error = relative(m, a)
+            if not np.isfinite(a).all() or error <= SLACK * Z_LIMIT * scale.roundoff:
+                continue
+            single = both_in(np.float32, evaluator, probe) if single is None else single
+            n = max(relative(single[1][name][what], a), U32)
+            if error > SLACK * Z_LIMIT * scale.roundoff * n / U32 and error > 1e3 * leaf.error:
+                hint = f"{what} of its factor is off by {error:.1e}"
+                yield leaf.row("example", probe=probe.title, hint=hint, **worst_spot(m, a))
+                break
+
+
+def both_in(dtype: Any, evaluator: Evaluator, probe: Probe) -> Any:
+    """By leaf and contraction, what the factors make, and what jax.vjp makes of each example alone."""
+    subject = evaluator.subject
+    layer = subject.layer
+    assert layer is not None
+    with arithmetic(dtype):
+        args, fixed, dy = probe.of(dtype)
+        m = jax.tree.leaves(args[1])[0].shape[0]
+        weights = np.random.default_rng(0).standard_normal(m).astype(dtype)
+
+        def run(args, fixed, dy, weights):
+            return manual_of(layer, args, fixed, dy, weights), automatic_of(layer, args, fixed, dy, weights)
+
+        call = run if evaluator.eager else compiled(run)
+        return as_numpy(evaluator.in_time(lambda: call(args, fixed, dy, weights)))
+
+
+def manual_of(layer: Any, args: tuple, fixed: Any, dy: Any, weights: Any) -> dict[str, dict[str, Any]]:
+    """What the factors make of each example, by leaf."""
+
+    def weighted(factor):
+        return factor.scaled(weights).total()
+
+    finished = map_layers(contracted((per_example, sq_norms, weighted)), layer)
+    m = weights.shape[0]
+    factors = backward_of(finished, args, fixed, jax.tree.map(lambda d: d / m, dy))
+    flat = jax.tree_util.tree_leaves_with_path(factors, is_leaf=lambda n: isinstance(n, tuple) and any(map(is_open, n)))
+    names = ("per_example", "sq_norms", "the weighted total")
+    return {name_of(where): dict(zip(names, map(closed, made), strict=True)) for where, made in flat}
+
+
+def automatic_of(layer: Any, args: tuple, fixed: Any, dy: Any, weights: Any) -> dict[str, dict[str, Any]]:
+    """The gradients of single examples, by leaf."""
+    params, x = args
+    state, ctx = fixed
+
+    def alone(x, mask, dy):
+        x, mask, dy = jax.tree.map(lambda a: a[None], (x, mask, dy))
+        here: Context = replace(ctx, mask=mask)
+        _, pull = jax.vjp(lambda params: layer.forward(params, state, x, here)[0], params)
+        return pull(dy)[0]
+
+    rows = jax.vmap(alone)(x, ctx.mask, dy)
+
+    def made(g):
+        axes = tuple(range(1, g.ndim))
+        return {"per_example": g, "sq_norms": jnp.sum(g**2, axes), "the weighted total": jnp.tensordot(weights, g, 1)}
+
+    return {name_of(where): made(g) for where, g in jax.tree_util.tree_leaves_with_path(rows)}
+
+
+def name_of(where: Any) -> str:
+    """The name of a leaf of params."""
+    return jax.tree_util.keystr(where, simple=True, separator=".")

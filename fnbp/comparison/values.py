@@ -1,0 +1,68 @@
+"""What a custom_vjp returns, by itself and before its backward, beside its reference."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fnbp.comparison.evaluation import Evaluator, Sides
+from fnbp.comparison.leaf import Scale, worst_spot
+from fnbp.comparison.numerics import U32, U64, is_inexact, real_pairs, relative
+from fnbp.comparison.probe import Probe
+from fnbp.comparison.report import Row
+from fnbp.comparison.rounding import SHAKE, SLACK, Z_LIMIT, noise, shaken
+
+WAYS = {
+    "y": "the functions themselves differ by {:.1e}: the reference is a different function",
+    "y_before": "under differentiation its forward rule returns another value, off by {:.1e}",
+}
+
+
+def of_forwards(evaluator: Evaluator, probe: Probe, exact: Sides, scale: Scale) -> list[Row]:
+    """A row of kind "forward" for each output that is not the reference's, by more than rounding explains."""
+    subject = evaluator.subject
+    return [] if subject.reference is subject.forward else list(differing(evaluator, probe, exact, scale))
+
+
+def differing(evaluator: Evaluator, probe: Probe, exact: Sides, scale: Scale) -> Iterator[Row]:
+    """The rows of one probe, the first for each output."""
+    for i, expected in enumerate(exact.expected_y):
+        for way, text in WAYS.items():
+            y = getattr(exact, way)[i]
+            error = relative(y, expected)
+            if error <= Z_LIMIT * scale.roundoff or (
+                is_inexact(y) and explained(evaluator, probe, way, i, error, scale)
+            ):
+                continue
+            leaf = "y" if len(exact.expected_y) == 1 else f"y[{i}]"
+            spot = worst_spot(real_pairs(y), real_pairs(expected))
+            hint = text.format(error)
+            yield Row(
+                evaluator.subject.path,
+                leaf,
+                y.shape,
+                str(y.dtype),
+                "forward",
+                error,
+                probe=probe.title,
+                hint=hint,
+                **spot,
+            )
+            break
+
+
+def explained(evaluator: Evaluator, probe: Probe, way: str, i: int, error: float, scale: Scale) -> bool:
+    """True if rounding explains how far an output is off: by the reference's own noise, or as it grows with eps."""
+    if not np.isfinite(error):
+        return False
+    single = evaluator.at(probe, np.float32)
+    expected = evaluator.at(probe, scale.dtype).expected_y[i]
+    n = noise(single.expected_y[i], expected)
+    if error <= Z_LIMIT * scale.roundoff * n / U32:
+        return True
+    if not scale.wide:
+        return False
+    moved = relative(evaluator.evaluate(shaken(probe, SHAKE), np.float64).expected_y[i], expected) / SHAKE
+    if error <= Z_LIMIT * U64 * moved:
+        return True
+    narrow = relative(getattr(single, way)[i], expected)
+    return narrow > 16 * n and 1 / SLACK < narrow / error / (U32 / U64) < SLACK
