@@ -1,4 +1,4 @@
-"""Measure what a gradient costs: manual and automatic, compiled, side by side."""
+"""Measure what two functions cost, compiled, side by side: a manual gradient and an automatic one."""
 
 import time
 from collections.abc import Callable
@@ -12,13 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fnbp.arrays.checks import check_size
-from fnbp.backpropagation import value_and_grad
-from fnbp.interop import automatic_value_and_grad
-from fnbp.layer import Context, Layer
-from fnbp.losses.loss import Loss
 from fnbp.rendering.tables import Tabular
 
-__all__ = ["Cost", "cost"]
+__all__ = ["Cost"]
 
 SAMPLE_SECONDS = 5e-3  # a timed sample repeats the call until it takes this long
 
@@ -101,33 +97,6 @@ def ratio(manual: float | None, automatic: float | None) -> float | None:
 def text(value: float | None) -> str:
     """The ratio for the table, "-" if it is unknown."""
     return "-" if value is None else f"{value:.4f}"
-
-
-def cost(
-    net: Layer,
-    loss: Loss,
-    params: Any,
-    state: Any,
-    x: Any,
-    y: Any,
-    ctx: Context = Context(),
-    *,
-    samples: int = 100,
-    compiles: int = 3,
-) -> Cost:
-    """Measure time, temporary memory, FLOPs and compile time of fnbp.value_and_grad and of jax.value_and_grad.
-
-    Both take the gradient of the same forward, and both are compiled and warmed up. Their samples take turns, and the
-    time ratio is the median of the pairwise ratios.
-
-    samples    how many times each is timed
-    compiles   how many times each is compiled
-
-    Raises: ValueError if samples or compiles is below 1; what fnbp.value_and_grad raises.
-    """
-    return versus(
-        value_and_grad(net, loss), automatic_value_and_grad(net, loss), (params, state, x, y, ctx), samples, compiles
-    )
 
 
 def versus(manual: Callable, automatic: Callable, args: tuple, samples: int = 100, compiles: int = 3) -> Cost:

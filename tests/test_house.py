@@ -21,14 +21,15 @@ SOURCES = sorted((ROOT / "fnbp").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 RUNNABLE = [command.name for command in commands()]
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
-DIFFERENTIATORS = {"comparison", "measurement", "interop"}  # modules, and a package
+DIFFERENTIATORS = {"comparison", "interop"}  # modules, and a package
 FLOORS = (  # rooms: files and packages; imports run down these, one way
     {"arrays"},
     {"layer", "factor", "losses"},
     {"contraction", "layers", "rendering"},
-    {"combinators", "backpropagation"},
-    {"factors", "models", "interop", "training", "comparison"},
-    {"measurement", "testing", "__main__"},
+    {"combinators", "backpropagation", "measurement"},
+    {"factors", "models", "interop", "training"},
+    {"comparison"},
+    {"testing", "__main__"},
     {"__init__"},
 )
 ids = [str(path.relative_to(ROOT)) for path in SOURCES]

@@ -1,19 +1,22 @@
-"""Is the backward right? Compare the manual backward of every layer with jax.vjp of its forward."""
+"""Is the backward right, and what does it cost? The manual backward beside jax.vjp of the same forward."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from fnbp.comparison.alone import compare_alone, prepare
+from fnbp.backpropagation import value_and_grad
+from fnbp.comparison.alone import compare_each
 from fnbp.comparison.functions import plan_of_function
 from fnbp.comparison.nets import plan_of_net
 from fnbp.comparison.plan import check_for_function, check_for_layer, options_of
 from fnbp.comparison.report import Report, report_of
+from fnbp.interop import automatic_value_and_grad
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
+from fnbp.measurement import Cost, versus
 
-__all__ = ["Report", "compare"]
+__all__ = ["Report", "compare", "cost"]
 
 
 def compare(
@@ -33,6 +36,7 @@ def compare(
     probes: Sequence[str] | None = None,
     transforms: Sequence[str] | None = None,
     limit: float | None = 60.0,
+    cost: bool = False,
 ) -> Report:
     """Compare a manual backward with jax.vjp: is it right, and if not, where, and what may the mistake be?
 
@@ -56,19 +60,46 @@ def compare(
              sizes: for a function, n -> its arguments at size n, so that other sizes are tried.
              limit: the seconds that one call may take; what does not end is left behind in a thread, and noted.
              name: of a function, in the report.
+             cost: time and memory of both sides too, as ratios.
 
     Raises: ValueError for a subject that is random, not finite, or has only integer arguments, for a loss without y,
             and for an unknown probe; TypeError if subject is neither a Layer nor a function, and for a function
             without vjp and reference.
     """
     key = jax.random.key(0) if key is None else key
-    options = options_of(level, probes, transforms, key, limit)
+    options = options_of(level, probes, transforms, key, limit, cost)
     if isinstance(subject, Layer):
         check_for_layer(args, {"reference": reference, "vjp": vjp, "sizes": sizes, "name": name})
         plan = plan_of_net(subject, args[0], params, state, ctx, loss, y, key, options.rng, options.quick)
     else:
         check_for_function({"params": params, "state": state, "loss": loss, "y": y})
         plan = plan_of_function(subject, args, reference, vjp, sizes, name)
-    prepared = prepare(plan.subjects, options)  # subjects: a net's nodes, or the function; each with its probes
-    found = [compare_alone(one, options) for one in prepared]  # four gradients, noise, verdict -> a row for each leaf
+    found = compare_each(plan.subjects, options)  # of each: probes, four gradients, noise, verdict -> rows
     return report_of(plan.rows_of([row for one in found for row in one.rows]), found, options.transforms, plan.notes)
+
+
+def cost(
+    net: Layer,
+    loss: Loss,
+    params: Any,
+    state: Any,
+    x: Any,
+    y: Any,
+    ctx: Context = Context(),
+    *,
+    samples: int = 100,
+    compiles: int = 3,
+) -> Cost:
+    """Measure time, temporary memory, FLOPs and compile time of fnbp.value_and_grad and of jax.value_and_grad.
+
+    Both take the gradient of the same forward, and both are compiled and warmed up. Their samples take turns, and the
+    time ratio is the median of the pairwise ratios.
+
+    samples    how many times each is timed
+    compiles   how many times each is compiled
+
+    Raises: ValueError if samples or compiles is below 1; what fnbp.value_and_grad raises.
+    """
+    return versus(
+        value_and_grad(net, loss), automatic_value_and_grad(net, loss), (params, state, x, y, ctx), samples, compiles
+    )

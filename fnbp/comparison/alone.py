@@ -14,19 +14,33 @@ from fnbp.comparison.leaf import Leaf, Scale, Sight, Values, worst_spot
 from fnbp.comparison.numerics import U32, all_finite, first_line, relative, rms, roundoff
 from fnbp.comparison.plan import Options
 from fnbp.comparison.precision import accuracy_at, accuracy_over_draws
-from fnbp.comparison.probe import Probe
+from fnbp.comparison.probe import ORDINARY, Probe
 from fnbp.comparison.probes import OFTEN_UNDEFINED, probes_of
+from fnbp.comparison.progress import saying
 from fnbp.comparison.report import SEVERITY, Findings, Row
 from fnbp.comparison.rounding import Z_LIMIT, noise, one_rounding_away, z_of
 from fnbp.comparison.sizes import SIZES
 from fnbp.comparison.start import Prepared, Start, at_given, note_narrowing, row_of_failure, row_of_mismatch
 from fnbp.comparison.subject import Subject
-from fnbp.comparison.transforms import TRANSFORMS
+from fnbp.comparison.transforms import ON_REQUEST, TRANSFORMS, functions_of
 from fnbp.comparison.values import of_forwards
 from fnbp.comparison.verdict import Verdict, verdict
+from fnbp.measurement import Cost, versus
 
 NEARNESS = {"": 0, "given": 0, "another": 1, "nearby": 1, "all draws": 1}  # of a probe; the extremes are 2
+SAMPLES = 20  # of a cost
 LEEWAY = 100.0  # times a leaf's noise in the working dtype: jit, vmap and devices sum in other orders
+
+
+def compare_each(subjects: list[Subject], options: Options) -> list[Findings]:
+    """Compare every subject by itself, and say at a terminal which one it is."""
+    with saying() as say:
+        say("compiling")
+        prepared, found = prepare(subjects, options), []
+        for i, one in enumerate(prepared, 1):
+            say(f"{one.subject.path} ({i} of {len(prepared)})")
+            found.append(compare_alone(one, options))
+    return found
 
 
 def prepare(subjects: list[Subject], options: Options) -> list[Prepared]:
@@ -67,7 +81,17 @@ def compare_alone(prepared: Prepared, options: Options) -> Findings:
     )
     more, transforms = under_transforms(prepared, start, options, rows)
     found = settled(start.leaves, [*rows, *single, *more], prepared.notes, differences | examples | transforms)
-    return replace(found, calls=prepared.evaluator.calls)
+    return replace(found, calls=prepared.evaluator.calls, cost=cost_of(prepared) if options.cost else None)
+
+
+def cost_of(prepared: Prepared) -> Cost | None:
+    """Time and memory of both sides at the given point, compiled as a user compiles; None if one cannot be."""
+    both = functions_of(prepared.subject, prepared.probes[0])
+    try:
+        return versus(both.manual, both.automatic, tuple(both.arrays), samples=SAMPLES, compiles=1)
+    except Exception as error:
+        prepared.notes.append(f"{prepared.subject.path}: no cost: {type(error).__name__}: {first_line(error)}")
+        return None
 
 
 def at_probes(prepared: Prepared, start: Start) -> tuple[list[Row], Scale]:
@@ -138,13 +162,17 @@ def single_of(evaluator: Evaluator, probe: Probe, scale: Scale) -> Callable[[], 
 
 
 def sight_of(prepared: Prepared, probe: Probe, leaf: Leaf, values: Values, exact: Sides, scale: Scale) -> Sight:
-    """One leaf at one probe. The noise is computed only if the error is more than Z_LIMIT roundings: it is at least
-    one, so that z is below the limit in any case. At the given point it is, since the report gives the limit."""
+    """One leaf at one probe.
+
+    The noise is at least one rounding. So an error of at most Z_LIMIT roundings is right in any case, and what would
+    have to be computed only to tell its noise is not: its z is given as 0.
+    """
     m, a = values.known()
-    error, n = relative(m, a), U32
-    if error > Z_LIMIT * scale.roundoff or probe.name == "given":
+    error, n, z = relative(m, a), U32, 0.0
+    at_hand = scale.working == np.float32 and probe.name not in SIZES
+    if error > Z_LIMIT * scale.roundoff or at_hand or probe.name == "given":
         n = noise(single_of(prepared.evaluator, probe, scale)().automatic[leaf.leaf], values.a64)
-    z = z_of(m, a, n, scale, exact, probe)
+        z = z_of(m, a, n, scale, exact, probe)
     return Sight(prepared.evaluator, probe, leaf, values, m, a, n, error, z, exact, scale, prepared.rng)
 
 
@@ -154,6 +182,9 @@ def not_finite(prepared: Prepared, leaf: Leaf, probe: Probe, values: Values, sca
     m, known = values.m64, np.isfinite(values.a64)
     spot = {"probe": probe.title} | worst_spot(values.m64, values.a64)
     if not np.isfinite(m[known]).all():
+        single = single_of(prepared.evaluator, probe, scale)().automatic[leaf.leaf]
+        if probe.name not in ORDINARY and relative(single[known], values.a64[known]) > 0.1:
+            return None  # autodiff keeps no digit there either: it is finite by chance
         return leaf.row("nonfinite", hint=f"{(~np.isfinite(m)).sum()} of {m.size} elements are not finite", **spot)
     if known.all():
         return None
@@ -244,15 +275,17 @@ def under_transforms(
     prepared: Prepared, start: Start, options: Options, rows: list[Row]
 ) -> tuple[list[Row], dict[str, str]]:
     """Run the manual backward under jit, vmap and on all devices, except for leaves that are random anyway."""
-    if not start.leaves or (prepared.brief and not prepared.evaluator.eager):
+    elsewhere = prepared.brief and not options.quick and not prepared.evaluator.eager
+    if not start.leaves or elsewhere:
         return [], {}
     random = {row.leaf for row in rows if row.kind == "random"}
     steady = {name: leaf for name, leaf in start.leaves.items() if name not in random}
     found, checks = [], {}
     for name in options.transforms:
-        transform = TRANSFORMS[name]
-        more, checks[name] = transform(prepared.evaluator, prepared.probes, steady, start.step_by_step.manual)
+        transform = TRANSFORMS.get(name) or ON_REQUEST[name]
+        more, word = transform(prepared.evaluator, prepared.probes, steady, start.step_by_step.manual)
         found += more
+        checks |= {name: word} if word else {}
     return found, checks
 
 

@@ -11,7 +11,7 @@ from fnbp.arrays.checks import check_key
 from fnbp.comparison.probes import LEVELS, PROBES
 from fnbp.comparison.report import Row
 from fnbp.comparison.subject import Subject
-from fnbp.comparison.transforms import TRANSFORMS
+from fnbp.comparison.transforms import ON_REQUEST, TRANSFORMS
 
 
 class Options(NamedTuple):
@@ -20,6 +20,7 @@ class Options(NamedTuple):
     probes, transforms  by name
     rng                 the generator of all draws
     limit               the seconds that one call may take, or None
+    cost                time and memory are measured too
     quick               only formulas at probes are compared: not repetition, single examples, differences, transforms,
                         nor combinators, if the whole pass is right
     """
@@ -29,10 +30,16 @@ class Options(NamedTuple):
     rng: np.random.Generator
     limit: float | None
     quick: bool = False
+    cost: bool = False
 
 
 def options_of(
-    level: str, probes: Sequence[str] | None, transforms: Sequence[str] | None, key: jax.Array, limit: float | None
+    level: str,
+    probes: Sequence[str] | None,
+    transforms: Sequence[str] | None,
+    key: jax.Array,
+    limit: float | None,
+    cost: bool = False,
 ) -> Options:
     """Check what was asked for; probes and transforms that were not named are those of the level.
 
@@ -44,13 +51,13 @@ def options_of(
     check_names("probe", probes, PROBES)
     if list(probes[:1]) != ["given"]:
         raise ValueError("compare: the first probe must be 'given', the point that all others start from")
-    check_names("transform", transforms, TRANSFORMS)
+    check_names("transform", transforms, {**TRANSFORMS, **ON_REQUEST})
     check_key("compare", key)
     if limit is not None and not limit > 0:
         raise ValueError(f"compare: limit must be above 0 seconds, or None for no limit, got {limit}")
     seed = np.asarray(jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
     return Options(
-        tuple(probes), tuple(transforms), np.random.default_rng(seed.ravel().tolist()), limit, level == "quick"
+        tuple(probes), tuple(transforms), np.random.default_rng(seed.ravel().tolist()), limit, level == "quick", cost
     )
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fnbp.comparison.numerics import FLOAT64_BACKENDS
+from fnbp.measurement import Cost
 from fnbp.rendering.tables import Tabular
 
 FAULTS = {  # the gravest first
@@ -25,6 +26,9 @@ FAULTS = {  # the gravest first
     "jit": "it differs, or fails, under jit",
     "vmap": "it differs, or fails, under vmap",
     "sharded": "it differs, or fails, when spread over devices",
+    "one_argument": "it differs, or fails, if the other arguments are fixed",
+    "forwards": "its rule forwards is not that of the gradient",
+    "second_order": "its own derivative is not that of the gradient it returns",
     "forward": "the two functions return different values",
 }
 SEVERITY = {kind: i for i, kind in enumerate((*FAULTS, "inherits", "convention", "ok"))}
@@ -82,6 +86,7 @@ class Findings:
     rows          one for each leaf, after those that stand for no single leaf
     checks        how each transform went, whether differences agree, and whether each example does, by name
     calls         how often each side was called
+    cost          time and memory of both sides, or None
     """
 
     rows: list[Row]
@@ -89,6 +94,7 @@ class Findings:
     conventions: list[Row] = field(default_factory=list)
     checks: dict[str, str] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class Report(Tabular):
     notes        what was not tried and why, one line each
     conventions  where manual and automatic differ and both are right
     calls        how often each side was called: "manual", "automatic"
+    costs        by path: time and memory of both sides, if they were asked for
     """
 
     rows: tuple[Row, ...]
@@ -107,6 +114,7 @@ class Report(Tabular):
     notes: tuple[str, ...] = ()
     conventions: tuple[Row, ...] = ()
     calls: Mapping[str, int] = field(default_factory=dict)
+    costs: Mapping[str, Cost] = field(default_factory=dict)
 
     @property
     def faults(self) -> tuple[Row, ...]:
@@ -145,6 +153,7 @@ class Report(Tabular):
             "checks": dict(self.checks),
             "notes": list(self.notes),
             "calls": dict(self.calls),
+            "costs": {path: cost.to_dict() for path, cost in self.costs.items()},
         }
 
     def raise_if_bad(self) -> None:
@@ -169,7 +178,9 @@ class Report(Tabular):
         title = "manual against automatic: " + ("ok" if self.ok else "WRONG")
         table = Table(title=title, title_justify="left", title_style="bold" if self.ok else "bold red")
         whole = any(row.whole is not None for row in self.rows)
-        numbers = ("error", "z", "rho", *(("whole pass",) if whole else ()))
+        prices = ("time", "memory") if self.costs else ()
+        numbers = ("error", "z", "rho", *(("whole pass",) if whole else ()), *prices)
+        priced: set[str] = set()
         for name in ("layer", "leaf", "shape", *numbers, "verdict"):
             table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name != "layer")
         for row in self.rows:
@@ -178,9 +189,18 @@ class Report(Tabular):
             cells = [f"{row.error:.1e}", short(row.z), "-" if row.rho is None else f"{row.rho:.2g}"]
             if whole:
                 cells.append("-" if row.whole is None else f"{row.whole:.1e}")
+            if prices:
+                cells += ["", ""] if row.path in priced else self.price_of(row.path)
+                priced.add(row.path)
             # as Text: brackets in a name are not markup
             table.add_row(Text(row.path), Text(row.leaf), shape, *cells, row.verdict, style=style)
         return table
+
+    def price_of(self, path: str) -> list[str]:
+        """Time and memory of a layer's manual backward over autodiff's, for the table."""
+        cost = self.costs.get(path)
+        ratios = (cost.time_ratio, cost.memory_ratio) if cost else (None, None)
+        return ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
 
     def lines(self) -> list[Text]:
         """The lines below the table: the first fault, the other faults, conventions, checks, notes."""
@@ -216,8 +236,9 @@ def report_of(
     if jax.default_backend() not in FLOAT64_BACKENDS:
         notes.append(f"{jax.default_backend()} has no float64: the float64 side ran on the CPU")
     conventions = tuple(row for one in found for row in one.conventions)
+    costs = {one.rows[0].path: one.cost for one in found if one.cost and one.rows}
     calls = {side: sum(one.calls.get(side, 0) for one in found) for side in ("manual", "automatic")}
-    return Report(tuple(rows), checks, tuple(dict.fromkeys(notes)), conventions, calls)
+    return Report(tuple(rows), checks, tuple(dict.fromkeys(notes)), conventions, calls, costs)
 
 
 def short(z: float) -> str:

@@ -205,10 +205,12 @@ def subject_of_function(
         return jax.vjp(f, *args)
 
     def plain(args, fixed):
-        return (reference or f)(*args)
+        assert reference is not None
+        return reference(*args)
 
     differentiate = by_rule if vjp is None else by_hand
-    return Subject(name, forward, plain, differentiate, args, (), None, names_of(f, len(args)), sizes=sizes)
+    twin = plain if reference is not None else forward
+    return Subject(name, forward, twin, differentiate, args, (), None, names_of(f, len(args)), sizes=sizes)
 
 
 def names_of(f: Callable, n: int) -> tuple[str, ...]:

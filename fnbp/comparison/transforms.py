@@ -1,4 +1,4 @@
-"""Does the manual backward give the same under jit, under vmap, and spread over devices?"""
+"""Does the manual backward give the same under jit, under vmap, spread over devices, and by one argument alone?"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from fnbp.comparison.derivatives import fixed_in_turn, forwards, second_order
 from fnbp.comparison.evaluation import EndlessError, Evaluator
 from fnbp.comparison.leaf import Leaf
 from fnbp.comparison.numerics import as_jax, compiled, first_line, index_of_largest, is_float0, is_inexact
@@ -182,8 +183,12 @@ def sharded(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, expected:
     return rows, "WRONG" if rows else word
 
 
-TRANSFORMS: dict[str, Callable[[Evaluator, list[Probe], Leaves, Gradients], Outcome]] = {
+Transform = Callable[[Evaluator, list[Probe], Leaves, Gradients], Outcome]
+TRANSFORMS: dict[str, Transform] = {
     "jit": under_jit,
     "vmap": under_vmap,
     "sharded": sharded,
+    "one_argument": fixed_in_turn,
+    "forwards": forwards,
 }
+ON_REQUEST: dict[str, Transform] = {"second_order": second_order}
