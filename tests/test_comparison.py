@@ -535,7 +535,11 @@ BAD = {
     "no_y": ({"loss": fnbp.mean_squared_error()}, ValueError, "compare: give both loss and y, or neither"),
     "no_loss": ({"y": X}, ValueError, "compare: give both loss and y, or neither"),
     "no_such_loss": ({"loss": "mse", "y": X}, TypeError, "compare: loss must be a Loss, got str 'mse'"),
-    "a_reference": ({"reference": jnp.tanh}, TypeError, "reference=, vjp=, sizes= and name= go with a function"),
+    "a_reference": (
+        {"reference": jnp.tanh},
+        TypeError,
+        "domain= and name= go with a function",
+    ),
     "a_probe": (
         {"probes": ("given", "zeroes")},
         ValueError,

@@ -99,6 +99,27 @@ def test_what_does_not_end_at_the_given_point_is_refused_and_elsewhere_noted():
     waiting.set()
 
 
+def test_probes_outside_of_a_domain_are_not_tried():
+    def logarithm(x):
+        return jnp.log(x)
+
+    options = {"vjp": lambda args, dy: (dy / jnp.abs(args[0]),), "sizes": lambda n: (np.ones((n, 3), np.float32),)}
+    report = fnbp.compare(logarithm, abs(X) + 0.1, domain=lambda x: np.all(x > 0), **options)
+    assert report.ok and "probes that lie outside of its domain" in " ".join(report.notes)
+
+
+def test_a_deep_comparison_tries_probes_in_pairs():
+    def wrong(args, dy):
+        x, w = args
+        both = jnp.all(x < 0) & jnp.all(w == 0)
+        return dy * jnp.where(both, 1, w), dy * x
+
+    options = {"vjp": wrong, "transforms": (), "sizes": lambda n: (np.ones((n, 3), np.float32),) * 2}
+    assert fnbp.compare(lambda x, w: x * w, X, X + 1, **options).ok
+    fault = fnbp.compare(lambda x, w: x * w, X, X + 1, level="deep", **options).first_fault
+    assert fault.probe == "negative of x, each_zero of w"
+
+
 def test_cost_is_in_the_table_and_in_json():
     report = fnbp.compare(jnp.sin, X, vjp=sine_backward, level="quick", cost=True)
     assert report.costs["sin"].time_ratio > 0 and "time" in str(report)

@@ -48,6 +48,11 @@ def of_net(net: str, against: str) -> Row:
     return Row(net, "gradient_cost/default", (against, f"{time} ({quartiles})", memory, flops, compiling))
 
 
+def of_comparison(label: str, net: str) -> Row:
+    """The seconds of a comparison at two levels."""
+    return Row(label, "comparison_cost/default", (f"{{{net}_quick:.1f}}", f"{{{net}_full:.1f}}"))
+
+
 def of_model(model: str) -> Row:
     """What a gradient of a model costs, and how far trainings part."""
     at = f"{{{model}["
@@ -231,6 +236,15 @@ TABLES: dict[str, Shown] = {
             ),
         ),
     ),
+    "cost of compare": Shown(
+        ("net, with its loss", "quick, s", "full, s"),
+        (
+            of_comparison("mlp(30, 10), 8 examples of 64 numbers", "digits"),
+            of_comparison("lstm_classifier(16, 3), 4 sequences of 7 steps", "lstm"),
+            of_comparison("lenet(), 4 images of 28 x 28", "lenet"),
+            of_comparison("gpt of 2 layers of width 16, 2 texts of 8 tokens", "gpt"),
+        ),
+    ),
     "wrong backwards": Shown(
         ("question", "`compare`", "`check_grads` or `check_vjp`"),
         (
@@ -256,6 +270,11 @@ TABLES: dict[str, Shown] = {
                 "the same planting, in gelu's tanh form and log_softmax",
                 "mutants/gelu and log softmax",
                 (PLANTED + CAUGHT, "{peer_caught:,} caught"),
+            ),
+            Row(
+                "written with the comparator at hand, to get past it",
+                "attacks/default",
+                ("{caught} of {wrong} in {classes} classes caught; {accused} of {right} right ones beside accused", ""),
             ),
             Row(
                 "the known mistakes of hand-written backwards",

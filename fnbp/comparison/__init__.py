@@ -31,6 +31,7 @@ def compare(
     reference: Callable | None = None,
     vjp: Callable | None = None,
     sizes: Callable[[int], tuple] | None = None,
+    domain: Callable[..., Any] | None = None,
     name: str | None = None,
     level: str = "full",
     probes: Sequence[str] | None = None,
@@ -55,9 +56,10 @@ def compare(
 
     What is not given is drawn from key: params (moved off their initial zeros and ones) and cotangents.
 
-    Options: level: "quick", formulas at a few probes; "full"; or "deep", with more draws. probes and transforms name
-             those to try in the place of the level's.
+    Options: level: "quick", formulas at a few probes; "full"; or "deep", with more draws and probes in pairs.
+             probes and transforms name those to try in the place of the level's.
              sizes: for a function, n -> its arguments at size n, so that other sizes are tried.
+             domain: for a function, args -> True where it is defined; probes outside are not tried, and a note says so.
              limit: the seconds that one call may take; what does not end is left behind in a thread, and noted.
              name: of a function, in the report.
              cost: time and memory of both sides too, as ratios.
@@ -69,11 +71,11 @@ def compare(
     key = jax.random.key(0) if key is None else key
     options = options_of(level, probes, transforms, key, limit, cost)
     if isinstance(subject, Layer):
-        check_for_layer(args, {"reference": reference, "vjp": vjp, "sizes": sizes, "name": name})
+        check_for_layer(args, {"reference": reference, "vjp": vjp, "sizes": sizes, "domain": domain, "name": name})
         plan = plan_of_net(subject, args[0], params, state, ctx, loss, y, key, options.rng, options.quick)
     else:
         check_for_function({"params": params, "state": state, "loss": loss, "y": y})
-        plan = plan_of_function(subject, args, reference, vjp, sizes, name)
+        plan = plan_of_function(subject, args, reference, vjp, sizes, name, domain)
     found = compare_each(plan.subjects, options)  # of each: probes, four gradients, noise, verdict -> rows
     return report_of(plan.rows_of([row for one in found for row in one.rows]), found, options.transforms, plan.notes)
 

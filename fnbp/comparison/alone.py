@@ -3,6 +3,7 @@ differences."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from fnbp.comparison.numerics import U32, all_finite, first_line, relative, rms,
 from fnbp.comparison.plan import Options
 from fnbp.comparison.precision import accuracy_at, accuracy_over_draws
 from fnbp.comparison.probe import ORDINARY, Probe
-from fnbp.comparison.probes import OFTEN_UNDEFINED, probes_of
+from fnbp.comparison.probes import OFTEN_UNDEFINED, pairs_of, probes_of
 from fnbp.comparison.progress import saying
 from fnbp.comparison.report import SEVERITY, Findings, Row
 from fnbp.comparison.rounding import Z_LIMIT, noise, one_rounding_away, z_of
@@ -54,12 +55,27 @@ def prepare(subjects: list[Subject], options: Options) -> list[Prepared]:
         built = list(probes_of(subject, rng, options.probes[:1] if repeats else options.probes))
         notes = [point for point in built if isinstance(point, str)]
         probes = [point for point in built if isinstance(point, Probe)]
+        if options.pairs and not repeats:
+            probes += list(pairs_of(subject, rng, probes))
+        outside = [] if subject.domain is None else [p for p in probes[1:] if not inside(subject.domain, p)]
+        if outside:
+            left_out = set(map(id, outside))
+            probes = [p for p in probes if id(p) not in left_out]
+            notes.append(f"{subject.path}: not tried at {len(outside)} probes that lie outside of its domain")
         joins = subject.layer is not None and bool(subject.layer.parts)  # its parts are tried in full
         compiled = known.setdefault(subject.kind, {})
         brief = repeats or joins or options.quick
         found.append(Prepared(Evaluator(subject, options.limit, compiled), probes, notes, rng, brief))
     compile_together([one.evaluator for one in found], [one.probes for one in found], dtypes_of)
     return found
+
+
+def inside(domain: Callable[..., Any], probe: Probe) -> bool:
+    """True if the arguments of a probe lie in the domain; one that the domain cannot tell of does not."""
+    try:
+        return bool(domain(*probe.args))
+    except Exception:
+        return False
 
 
 def dtypes_of(probe: Probe) -> tuple:
@@ -76,9 +92,9 @@ def compare_alone(prepared: Prepared, options: Options) -> Findings:
     rows, differences = [*start.rows, *rows], {}
     if not options.quick:
         rows, differences = by_differences(prepared, start, rows, scale)
-    single, examples = (
-        ([], {}) if prepared.brief else by_example(prepared.evaluator, prepared.probes, start.leaves, scale)
-    )
+    single, examples = [], {}
+    if not prepared.brief or options.pairs:
+        single, examples = by_example(prepared.evaluator, prepared.probes, start.leaves, scale)
     more, transforms = under_transforms(prepared, start, options, rows)
     found = settled(start.leaves, [*rows, *single, *more], prepared.notes, differences | examples | transforms)
     return replace(found, calls=prepared.evaluator.calls, cost=cost_of(prepared) if options.cost else None)

@@ -40,7 +40,7 @@ def numbers_in(*codes: Jaxpr | None) -> tuple[float, ...]:
         for v in equation.invars:
             if isinstance(v, Literal) and np.ndim(v.val) == 0 and np.issubdtype(np.result_type(v.val), np.number):
                 value = float(np.real(v.val))
-                if value and np.isfinite(value) and 1e-30 < abs(value) < 1e30:
+                if value and np.isfinite(value) and 1e-300 < abs(value) < 1e38:
                     (compared if equation.primitive.name in COMPARING else others)[value] = None
     return tuple(dict.fromkeys([*compared, *others]))[:MOST]
 

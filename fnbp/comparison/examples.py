@@ -15,9 +15,9 @@ from fnbp.comparison.probe import Probe
 from fnbp.comparison.report import Row
 from fnbp.comparison.rounding import Z_LIMIT
 from fnbp.comparison.subject import Subject
-from fnbp.contraction import closed, contracted, is_open, per_example, sq_norms
+from fnbp.contraction import closed, contract_leaf, contracted, is_open, per_example, sq_norms
 from fnbp.factor import Factor, Mixed
-from fnbp.layer import Context, drawing, map_layers, mixing
+from fnbp.layer import Context, drawing, map_layers, mixing, tied_leaves
 
 SLACK = 16.0  # times Z_LIMIT: the total and the single ones are summed in other orders
 
@@ -51,6 +51,8 @@ def why_not(subject: Subject, probe: Probe) -> str:
         return "it mixes the examples"
     if ctx.train and drawing(layer):
         return "it draws"
+    if subject.is_narrow:
+        return "it computes in a narrower dtype, whose rounding differs between one example and all"
     factors = jax.eval_shape(lambda *at: backward_of(layer, *at), probe.args, probe.fixed, probe.dy)
     flat = jax.tree.leaves(factors, is_leaf=lambda node: isinstance(node, Factor))
     if not all(isinstance(factor, Factor) and not isinstance(factor, Mixed) for factor in flat):
@@ -109,12 +111,20 @@ def manual_of(layer: Any, args: tuple, fixed: Any, dy: Any, weights: Any) -> dic
     def weighted(factor):
         return factor.scaled(weights).total()
 
-    finished = map_layers(contracted((per_example, sq_norms, weighted)), layer)
-    m = weights.shape[0]
+    contract, m = (per_example, sq_norms, weighted), weights.shape[0]
+    finished = map_layers(contracted(contract, tied_leaves(layer)), layer)
     factors = backward_of(finished, args, fixed, jax.tree.map(lambda d: d / m, dy))
-    flat = jax.tree_util.tree_leaves_with_path(factors, is_leaf=lambda n: isinstance(n, tuple) and any(map(is_open, n)))
+    flat = jax.tree_util.tree_leaves_with_path(factors, is_leaf=lambda node: is_open(node) or is_made(node))
     names = ("per_example", "sq_norms", "the weighted total")
-    return {name_of(where): dict(zip(names, map(closed, made), strict=True)) for where, made in flat}
+    made = {
+        name_of(where): leaf if is_made(leaf) else contract_leaf(contract, leaf, layer.name) for where, leaf in flat
+    }
+    return {name: dict(zip(names, map(closed, leaf), strict=True)) for name, leaf in made.items()}
+
+
+def is_made(node: Any) -> bool:
+    """True for what a tuple of contractions made of one factor."""
+    return isinstance(node, tuple) and bool(node) and all(map(is_open, node))
 
 
 def automatic_of(layer: Any, args: tuple, fixed: Any, dy: Any, weights: Any) -> dict[str, dict[str, Any]]:

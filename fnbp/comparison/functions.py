@@ -24,6 +24,7 @@ def plan_of_function(
     vjp: Callable | None,
     sizes: Callable[[int], tuple] | None = None,
     name: str | None = None,
+    domain: Callable[..., Any] | None = None,
 ) -> Plan:
     """Plan the comparison of a function: it is the one subject, unless it and its reference return different values.
 
@@ -38,7 +39,7 @@ def plan_of_function(
     name = name_of(f) if name is None else name
     args = as_numpy_32(args)
     check_arguments(name, args)
-    subject = subject_of_function(name, f, args, reference, vjp, sizes)
+    subject = subject_of_function(name, f, args, reference, vjp, sizes, domain)
     different = compare_forwards(subject, args) if reference is not None else []
     check_differentiable(subject, args)
     notes = (

@@ -27,6 +27,7 @@ from fnbp.comparison.probe import (
 )
 from fnbp.comparison.subject import Subject
 
+MOST_TOTALS = 4  # numbers of the code that totals tries
 LARGE = 50.0  # root mean square of large logits: e^50 is near the end of float32
 
 
@@ -162,6 +163,21 @@ def numbers(subject: Subject, rng: Rng) -> list[At]:
         return centre * (1 + rng.choice([0, 2.0**-10, -(2.0**-10), 0.1, -0.1, 0.5, -0.5], a.shape))
 
     return [x_with(subject, at_numbers), *parts_of(subject, at_numbers)]
+
+
+def totals(subject: Subject, rng: Rng) -> list[At]:
+    """Scale x so that its sum, its norm, or its largest element passes a number that stands in the code."""
+
+    def with_sum(c):
+        return x_with(subject, lambda a: np.full(a.shape, c / max(a.size, 1)))
+
+    def with_norm(c):
+        return x_with(subject, lambda a: a * abs(c) / (np.linalg.norm(a) or 1.0))
+
+    def with_largest(c):
+        return x_with(subject, lambda a: a * abs(c) / (np.max(abs(a), initial=0) or 1.0))
+
+    return [of(1.25 * c) for c in subject.numbers[:MOST_TOTALS] for of in (with_sum, with_norm, with_largest)]
 
 
 # --- other values of the parameters, the state, and each argument ---
@@ -329,6 +345,7 @@ VALUES = (
     tiny,
     mixed,
     numbers,
+    totals,
 )
 PARTS = (each_mirrored, each_zero, each_one, each_small, each_large, each_far, all_mirrored, all_small, all_far)
 COTANGENTS = (dy_zero, dy_zero_rows, dy_one_hot, dy_ones, dy_mixed, dy_tiny, dy_huge, dy_numbers)

@@ -21,6 +21,7 @@ class Options(NamedTuple):
     rng                 the generator of all draws
     limit               the seconds that one call may take, or None
     cost                time and memory are measured too
+    pairs               probes are tried two by two as well
     quick               only formulas at probes are compared: not repetition, single examples, differences, transforms,
                         nor combinators, if the whole pass is right
     """
@@ -31,6 +32,7 @@ class Options(NamedTuple):
     limit: float | None
     quick: bool = False
     cost: bool = False
+    pairs: bool = False
 
 
 def options_of(
@@ -56,9 +58,8 @@ def options_of(
     if limit is not None and not limit > 0:
         raise ValueError(f"compare: limit must be above 0 seconds, or None for no limit, got {limit}")
     seed = np.asarray(jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
-    return Options(
-        tuple(probes), tuple(transforms), np.random.default_rng(seed.ravel().tolist()), limit, level == "quick", cost
-    )
+    rng = np.random.default_rng(seed.ravel().tolist())
+    return Options(tuple(probes), tuple(transforms), rng, limit, level == "quick", cost, level == "deep")
 
 
 def check_names(what: str, names: Sequence[str], table: Mapping[str, Any]) -> None:
@@ -72,7 +73,7 @@ def check_for_layer(args: tuple, of_functions: dict[str, Any]) -> None:
     """TypeError unless a Layer is given one x, and nothing that goes with a function."""
     if any(value is not None for value in of_functions.values()):
         raise TypeError(
-            "compare: reference=, vjp=, sizes= and name= go with a function; a Layer has its backward in it"
+            "compare: reference=, vjp=, sizes=, domain= and name= go with a function; a Layer has its backward in it"
         )
     if len(args) != 1:
         raise TypeError(f"compare: a Layer is compared at one x, got {len(args)} positional arguments")

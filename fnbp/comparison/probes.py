@@ -46,6 +46,22 @@ def probe_at(subject: Subject, rng: Rng, name: str, place: At, scale: int) -> Pr
     return with_more_digits(probe, rng) if name == "nearby" else probe
 
 
+def pairs_of(subject: Subject, rng: Rng, probes: list[Probe]) -> Iterator[Probe]:
+    """Every probe of x with every one of another part, or of dy: what is right at each alone may be wrong at both."""
+    of_x = [p for p in probes if p.name in X_ALONE and not p.part]
+    others = [p for p in probes if p.part or p.name in DY_ALONE]
+    for one in of_x:
+        for other in others:
+            if other.name in DY_ALONE:
+                dy, args, fixed = other.dy, one.args, one.fixed
+            else:
+                dy, fixed = one.dy, other.fixed
+                kept = "" if other.part == "params" else other.part  # the argument that the other probe has changed
+                chosen = zip(subject.names, one.args, other.args, strict=True)
+                args = tuple(theirs if name == kept else ours for name, ours, theirs in chosen)
+            yield Probe(one.name, args, fixed, dy, part=f"x, {other.title}")
+
+
 def draw_dy(subject: Subject, args: tuple, fixed: Any, rng: Rng, scale: int = 0) -> Any:
     """A Gaussian cotangent of what the subject returns, times 2^scale. Several outputs are each over their own size.
 
@@ -78,6 +94,8 @@ def with_more_digits(probe: Probe, rng: Rng) -> Probe:
     return probe._replace(wide=jax.tree.map(one, (probe.args, probe.dy)))
 
 
+X_ALONE = tuple(f.__name__ for f in VALUES)
+DY_ALONE = tuple(f.__name__ for f in COTANGENTS)
 PROBES: dict[str, Callable[[Subject, Rng], Place | list[At]]] = {
     f.__name__: f for f in (*AROUND_IT, *VALUES, *PARTS, *COTANGENTS, *CONTEXTS, *RESIZED)
 }

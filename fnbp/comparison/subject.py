@@ -29,6 +29,7 @@ class Subject:
     layer               the Layer, which can be given other sizes, or None
     conforms            args whose cotangents may be wider than they are
     sizes               n -> args of that size, for a function whose batch nobody else knows; or None
+    domain              args -> True where the function is defined; or None
     """
 
     path: str
@@ -43,6 +44,7 @@ class Subject:
     layer: Layer | None = None
     conforms: tuple[str, ...] = field(default=())
     sizes: Callable[[int], tuple] | None = None
+    domain: Callable[..., Any] | None = None
 
     @cached_property
     def kind(self) -> Any:
@@ -191,6 +193,7 @@ def subject_of_function(
     reference: Callable | None,
     vjp: Callable | None,
     sizes: Callable[[int], tuple] | None = None,
+    domain: Callable[..., Any] | None = None,
 ) -> Subject:
     """Make a subject of a function with its vjp written by hand, or of a custom_vjp beside a plain reference."""
 
@@ -210,7 +213,9 @@ def subject_of_function(
 
     differentiate = by_rule if vjp is None else by_hand
     twin = plain if reference is not None else forward
-    return Subject(name, forward, twin, differentiate, args, (), None, names_of(f, len(args)), sizes=sizes)
+    return Subject(
+        name, forward, twin, differentiate, args, (), None, names_of(f, len(args)), sizes=sizes, domain=domain
+    )
 
 
 def names_of(f: Callable, n: int) -> tuple[str, ...]:
