@@ -8,7 +8,7 @@ import traceback
 import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,13 @@ class Compare:
     inputs: tuple[str, ...] = field(default=("7x11",))
     """The shape of the x of a Layer, or of each argument of a function."""
     reference: str | None = None
-    """MODULE:ATTRIBUTE of the plain function that a jax.custom_vjp is compared with."""
+    """MODULE:ATTRIBUTE of the plain function that a jax.custom_vjp is compared with; by default its own."""
     vjp: str | None = None
     """MODULE:ATTRIBUTE of the backward: (args, cotangent) -> cotangents of args."""
+    level: Literal["quick", "full", "deep"] = "full"
+    """How many probes are tried: a few in seconds, all, or all with more draws and in pairs."""
+    cost: bool = False
+    """Also measure time and memory of both sides."""
     seed: int = 0
     """The seed of inputs, parameters and cotangents."""
     json: Path | None = None
@@ -130,10 +134,11 @@ def run(settings: Compare, console: Console) -> int:
     rng = np.random.default_rng(settings.seed)
     found = find(settings.subject)
     inputs = [draw(spec, rng) for spec in settings.inputs]
-    options: dict[str, Any] = {"key": jax.random.key(settings.seed)}
+    options: dict[str, Any] = {"key": jax.random.key(settings.seed), "level": settings.level, "cost": settings.cost}
+    with_rule = isinstance(found, (jax.custom_vjp, jax.custom_jvp))
     if settings.reference or settings.vjp:
         options |= {name: find(p) for name, p in (("reference", settings.reference), ("vjp", settings.vjp)) if p}
-    else:
+    elif not with_rule:
         found = layer_of(settings.subject, found)
     try:
         report = compare(found, *inputs, **options)

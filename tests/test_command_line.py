@@ -65,6 +65,7 @@ RIGHT = {
     "a_maker": ("written_here:make",),
     "inside_a_class": ("written_here:inner.layer", "--inputs", "3x7:bfloat16"),
     "a_function": ("written_here:f", "--vjp", "written_here:backward", "--inputs", "3x7", "7x2"),
+    "a_custom_vjp_alone": ("written_here:g", "--inputs", "5", "--level", "quick"),
     "a_custom_vjp": ("written_here:g", "--reference", "jax.numpy:sin", "--inputs", "5"),
 }
 
