@@ -326,5 +326,23 @@ VALUES = (
         X,
         np.zeros(X.shape, bool) | (np.arange(11) == 2) & (np.arange(7) == 0)[:, None],
     ),
+    function(
+        "values",
+        "denormals",
+        square,
+        lambda a, dy: (dy * jnp.where((abs(a[0]) < 1e-38) & (a[0] != 0), 3, 2) * a[0],),
+        X,
+    ),
+    function(
+        "values",
+        "all flags are False",
+        flag,
+        lambda a, dy: (dy * jnp.where(a[1], 2 * a[0], jnp.where(jnp.any(a[1]), 1, 2)), None),
+        X,
+        X > 0,
+    ),
+    function(
+        "values", "a sum above 1000", square, lambda a, dy: (dy * jnp.where(jnp.sum(a[0]) > 1000, 3, 2) * a[0],), X
+    ),
     function("values", "all x negative", square, lambda a, dy: (dy * jnp.where(jnp.all(a[0] < 0), 3, 2) * a[0],), X),
 )

@@ -181,6 +181,17 @@ def sized_layer(axis: int, bad: Callable[[int], bool]) -> fnbp.Layer:
     return fnbp.stateless(lambda key, x: {}, lambda params, x: (x**2, (x,)), backward, "square")
 
 
+def scale_layer_at(bad: Callable[[int], bool]) -> fnbp.Layer:
+    """y = gamma x, doubled backwards where the number of features is bad."""
+    right = scale_layer(lambda g: g)
+
+    def backward(params, res, dy):
+        factors, dx = right.backward(params, res, dy)
+        return factors, dx * (2 if bad(dx.shape[-1]) else 1)
+
+    return fnbp.replace_functions(right, backward=backward)
+
+
 SIZES = (
     function("sizes", "even batches", sum_rows, wrong_at(lambda n: n % 2 == 0), X, sizes=grown),
     function("sizes", "a batch of 2", sum_rows, wrong_at(lambda n: n == 2), X, sizes=grown),
@@ -189,6 +200,8 @@ SIZES = (
     layer("sizes", "more than 64 examples of a layer", lambda: sized_layer(0, lambda n: n > 64), X),
     layer("sizes", "more than 128 examples of a layer", lambda: sized_layer(0, lambda n: n > 128), X),
     layer("sizes", "more than 128 positions of a layer", lambda: sized_layer(1, lambda n: n > 128), SEQUENCE),
+    layer("sizes", "an even number of features", lambda: scale_layer_at(lambda n: n % 2 == 0), X),
+    layer("sizes", "more than 128 features", lambda: scale_layer_at(lambda n: n > 128), X),
     layer("sizes", "2 positions of a layer", lambda: sized_layer(1, lambda n: n == 2), SEQUENCE),
     function("sizes", "right", sum_rows, wrong_at(lambda n: False), X, sizes=grown, right=True),
 )

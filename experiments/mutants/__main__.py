@@ -2,9 +2,10 @@
 
 Each mutant is the source of the library with one expression of a backward, of a factor's total, or of what a forward
 saves replaced: operators, signs, constants, axes, names, casts, rows. compare sees it at its defaults, in float32, then
-in bfloat16 and float16. Beside it runs jax.test_util.check_grads at its defaults, in float32, on the same arguments,
-but not where it calls the library itself wrong. A mutant that computes the same is listed with the reason; the exit
-code is 1 if one survives without a reason. The minutes are those of --limit 1200; all take twelve times as long.
+in bfloat16, float16 and float64. Beside it runs jax.test_util.check_grads at its defaults, in float32, on the same
+arguments, but not where it calls the library itself wrong. A mutant that computes the same is listed with the reason;
+the exit code is 1 if one survives without a reason. The minutes are those of --limit 1200; all take twelve times as
+long.
 """
 
 import json
@@ -266,7 +267,7 @@ def say(measured: dict[str, Any], found: list[dict[str, Any]], peer: bool) -> No
         ("fnbp.compare", f"catches {measured['caught']:,} of {wrong:,}: {measured['rate']:.2%}"),
         (
             "",
-            f"{measured['caught_in_float32']:,} in float32, {measured['caught_in_narrow_only']:,} only in narrow ones",
+            f"{measured['caught_in_float32']:,} in float32, {measured['caught_in_narrow_only']:,} only in other dtypes",
         ),
         (
             "",

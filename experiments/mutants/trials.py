@@ -26,6 +26,7 @@ QUICK = ("given", "another")  # the first probes of compare
 FIRM = ("nonfinite", "formula")  # faults that more probes do not take back
 TOKENS = {"tokens": 13, "many tokens": 4_099}  # kinds of integers, and below what they are
 NARROW = ("bfloat16", "float16")
+DTYPES = ("float32", *NARROW, "float64")
 
 
 @cache
@@ -246,7 +247,7 @@ def judged_task(task: tuple[Mutant, bool]) -> dict[str, Any]:
 
 
 def judged(mutant: Mutant, with_peer: bool = True) -> dict[str, Any]:
-    """Ask both checkers about a mutant, in float32, then in narrower dtypes if it survives. Returns: a line of JSON."""
+    """Ask both checkers about a mutant, in float32, then in other dtypes if it survives. Returns: a line of JSON."""
     began = time.perf_counter()
     pairs = trials(mutant.owner)
     with warnings.catch_warnings():
@@ -270,9 +271,10 @@ def judged(mutant: Mutant, with_peer: bool = True) -> dict[str, Any]:
 
 def verdict(made: dict[str, Any], pairs: list[tuple[str, Trial]], label: str) -> tuple[str, str, str]:
     """The kind and hint of the first fault over all trials, and the dtype in which it was found."""
-    for dtype in ("float32", *NARROW):
+    for dtype in DTYPES:
         for name, trial in pairs:
-            kind, hint = fault(subject(made[name], trial, dtype), label)
+            with jax.enable_x64(dtype == "float64"):
+                kind, hint = fault(subject(made[name], trial, dtype), label)
             if kind:
                 return kind, hint, dtype
     return "", "", ""
@@ -318,18 +320,14 @@ def differentiable(s: Subject, params: Any, x: jax.Array) -> tuple[Callable, tup
 
 def original_tasks() -> list[tuple[str, int, str]]:
     """The constructor, trial and dtype of everything that the mutants are tried on."""
-    return [
-        (name, i, dtype)
-        for name in constructors()
-        for i, _ in enumerate(trials_of(name))
-        for dtype in ("float32", *NARROW)
-    ]
+    return [(name, i, dtype) for name in constructors() for i, _ in enumerate(trials_of(name)) for dtype in DTYPES]
 
 
 def original(task: tuple[str, int, str]) -> dict[str, Any]:
     """Ask both checkers about the library's own constructor, on one trial."""
     name, i, dtype = task
-    s = subject(unspoilt(name), trials_of(name)[i], dtype)
-    report = compared(s)
+    with jax.enable_x64(dtype == "float64"):
+        s = subject(unspoilt(name), trials_of(name)[i], dtype)
+        report = compared(s)
     words = "" if report.ok else f"{report.first_fault}"
     return {"name": name, "trial": i, "dtype": dtype, "fault": words, "peer": peer(s) if dtype == "float32" else ""}

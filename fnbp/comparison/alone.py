@@ -19,7 +19,7 @@ from fnbp.comparison.probe import ORDINARY, Probe
 from fnbp.comparison.probes import OFTEN_UNDEFINED, pairs_of, probes_of
 from fnbp.comparison.progress import saying
 from fnbp.comparison.report import SEVERITY, Findings, Row
-from fnbp.comparison.rounding import Z_LIMIT, noise, one_rounding_away, z_of
+from fnbp.comparison.rounding import Z_LIMIT, noise, one_rounding_away, shaken, z_of
 from fnbp.comparison.sizes import SIZES
 from fnbp.comparison.start import Prepared, Start, at_given, note_narrowing, row_of_failure, row_of_mismatch
 from fnbp.comparison.subject import Subject
@@ -29,6 +29,7 @@ from fnbp.comparison.verdict import Verdict, verdict
 from fnbp.measurement import Cost, versus
 
 NEARNESS = {"": 0, "given": 0, "another": 1, "nearby": 1, "all draws": 1}  # of a probe; the extremes are 2
+SMALLEST = float(np.finfo(np.float32).tiny)
 SAMPLES = 20  # of a cost
 LEEWAY = 100.0  # times a leaf's noise in the working dtype: jit, vmap and devices sum in other orders
 
@@ -188,6 +189,9 @@ def sight_of(prepared: Prepared, probe: Probe, leaf: Leaf, values: Values, exact
     at_hand = scale.working == np.float32 and probe.name not in SIZES
     if error > Z_LIMIT * scale.roundoff or at_hand or probe.name == "given":
         n = noise(single_of(prepared.evaluator, probe, scale)().automatic[leaf.leaf], values.a64)
+        if scale.wide and 0 < np.max(abs(a), initial=0) < SMALLEST:  # float32 flushes it to 0, and tells no noise
+            moved = prepared.evaluator.evaluate(shaken(probe, 2 * U32), np.float64).automatic[leaf.leaf]
+            n = max(relative(moved, values.a64), U32)
         z = z_of(m, a, n, scale, exact, probe)
     return Sight(prepared.evaluator, probe, leaf, values, m, a, n, error, z, exact, scale, prepared.rng)
 

@@ -57,8 +57,13 @@ def x_with(subject: Subject, f: Callable[[np.ndarray], Any]) -> At:
 
 
 def mirrored(subject: Subject, rng: Rng) -> Place:
-    """Flip the sign of x, so that every element is tried with both signs."""
-    return x_with(subject, np.negative)
+    """Flip the sign of x, so that every element is tried with both signs; truth values too."""
+    return with_truth(x_with(subject, np.negative), np.logical_not)
+
+
+def with_truth(place: At, f: Callable[[np.ndarray], Any]) -> At:
+    """The place with f applied to the truth values among its args."""
+    return place._replace(args=jax.tree.map(lambda a: f(a) if getattr(a, "dtype", None) in (bool,) else a, place.args))
 
 
 def positive(subject: Subject, rng: Rng) -> Place:
@@ -77,8 +82,8 @@ def zeros(subject: Subject, rng: Rng) -> Place:
 
 
 def all_zero(subject: Subject, rng: Rng) -> Place:
-    """Set all of x to 0."""
-    return x_with(subject, np.zeros_like)
+    """Set all of x to 0, and truth values to False."""
+    return with_truth(x_with(subject, np.zeros_like), np.zeros_like)
 
 
 def ones(subject: Subject, rng: Rng) -> Place:
@@ -89,8 +94,9 @@ def ones(subject: Subject, rng: Rng) -> Place:
 
 
 def all_equal(subject: Subject, rng: Rng) -> Place:
-    """Set all of x to one number."""
-    return x_with(subject, lambda a: np.full(a.shape, rng.choice(a.ravel()) if a.size else 0))
+    """Set all of x to one number, and truth values to True."""
+    place = x_with(subject, lambda a: np.full(a.shape, rng.choice(a.ravel()) if a.size else 0))
+    return with_truth(place, np.ones_like)
 
 
 def equal_rows(subject: Subject, rng: Rng) -> Place:
@@ -140,6 +146,11 @@ def small(subject: Subject, rng: Rng) -> Place:
 def tiny(subject: Subject, rng: Rng) -> Place:
     """Scale x to a root mean square of 1e-12, or 1e-4 in float16."""
     return At(sized(subject, 1e-4 if any(x.dtype == np.float16 for x in flowing(subject)) else 1e-12), subject.fixed)
+
+
+def denormal(subject: Subject, rng: Rng) -> Place:
+    """Scale x to a root mean square of 1e-40, or 1e-7 in float16: below the normal numbers of the dtype."""
+    return At(sized(subject, 1e-7 if any(x.dtype == np.float16 for x in flowing(subject)) else 1e-40), subject.fixed)
 
 
 def mixed(subject: Subject, rng: Rng) -> Place:
@@ -343,6 +354,7 @@ VALUES = (
     huge,
     small,
     tiny,
+    denormal,
     mixed,
     numbers,
     totals,

@@ -72,16 +72,29 @@ def prime_sizes(subject: Subject, rng: Rng) -> Place:
     """Make every axis of x a prime of its own, with parameters to match: square ones hide a transpose."""
     if not resizable(subject):
         return prime_batch(subject, rng)
+    (x,) = flowing(subject)
+    return reshaped(subject, rng, tuple(PRIMES[3 + 2 * i] for i in range(x.ndim))) or prime_batch(subject, rng)
+
+
+def even_sizes(subject: Subject, rng: Rng) -> Place:
+    """Make every axis of x even, and the last one 130, with parameters to match."""
+    if not resizable(subject):
+        return None
+    (x,) = flowing(subject)
+    return reshaped(subject, rng, (*(4 + 2 * i for i in range(x.ndim - 1)), 130))
+
+
+def reshaped(subject: Subject, rng: Rng, shape: tuple[int, ...]) -> Place:
+    """The values of x in that shape, with parameters to match; None if the layer takes only one size."""
     assert subject.layer is not None
     (x,) = flowing(subject)
-    shape = tuple(PRIMES[3 + 2 * i] for i in range(x.ndim))
     x = np.asarray(rng.choice(np.asarray(x, np.float64).ravel(), shape), x.dtype)
     key = jax.random.key(int(rng.integers(1 << 31)))
     try:
         params, state = as_numpy_32(compiled_or_plain(subject.layer.init, key, x))
         jax.eval_shape(subject.layer.forward, params, state, x, subject.fixed[1])
-    except Exception:  # the layer takes only one size
-        return prime_batch(subject, rng)
+    except Exception:
+        return None
     return At((moved_a_tenth(params, rng), x), (state, subject.fixed[1]))
 
 
@@ -113,5 +126,5 @@ def batch_of(subject: Subject) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-RESIZED = (one_example, two_examples, eight_examples, many_examples, prime_sizes)
+RESIZED = (one_example, two_examples, eight_examples, many_examples, prime_sizes, even_sizes)
 SIZES = tuple(f.__name__ for f in RESIZED)
