@@ -171,3 +171,18 @@ def test_the_second_order_is_compared_on_request():
     assert right.ok and right.checks["second_order"] == "ok"
     fault = fnbp.compare(jnp.sin, X, vjp=stopped, level="quick", transforms=("second_order",)).first_fault
     assert fault.kind == "second_order" and "jax.hvp" in fault.hint
+
+
+def test_gradients_of_extreme_probes_are_not_kept(monkeypatch):
+    from fnbp.comparison import evaluation
+
+    evaluators = []
+    real = evaluation.Evaluator.__init__
+
+    def watched(self, *args, **options):
+        evaluators.append(self)
+        real(self, *args, **options)
+
+    monkeypatch.setattr(evaluation.Evaluator, "__init__", watched)
+    assert fnbp.compare(jnp.sin, X, vjp=sine_backward).ok
+    assert len(evaluators[0].known) <= 3 * 6  # the given point and draws around it, in up to three dtypes

@@ -135,6 +135,8 @@ def at_probes(prepared: Prepared, start: Start) -> tuple[list[Row], Scale]:
         else:
             found, scale = at_probe(prepared, probe, start.leaves, scale)
             rows += found
+        if probe.name not in ORDINARY:
+            prepared.evaluator.forget(probe)
     return rows + [row for leaf in start.leaves.values() for row in accuracy_over_draws(leaf)], scale
 
 

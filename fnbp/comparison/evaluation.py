@@ -103,6 +103,10 @@ class Evaluator:
             self.known[known] = self.evaluate(probe, dtype)
         return self.known[known]
 
+    def forget(self, probe: Probe) -> None:
+        """Drop what `at` has kept of a probe: gradients of many probes would fill the memory."""
+        self.known = {known: sides for known, sides in self.known.items() if known[0] != id(probe)}
+
     def evaluate(self, probe: Probe, dtype: Any) -> Sides:
         """Compute both sides at a probe, as `at` does, but keep nothing."""
         self.count(manual=1, automatic=1)
