@@ -101,6 +101,16 @@ def grows_with_eps(at: Sight) -> bool:
     return single > 16 * at.conditioning and 1 / SLACK < single / at.error / (U32 / U64) < SLACK
 
 
+def keeps_no_digit(at: Sight) -> bool:
+    """True if manual in float32 is another number than manual in float64, where automatic in float32 keeps its digits.
+
+    Small elements may be all rounding, beside terms that cancel: 1 - 1 / (1 + e^x) is 0 in float32, and a few roundings
+    in float64. A wrong formula has the same value in both.
+    """
+    single = at.seen(at.evaluator.at(at.probe, np.float32).manual)
+    return at.conditioning < 1e-3 and relative(single, at.m) > 0.1
+
+
 def changes_when_shaken(at: Sight) -> bool:
     """True if the error becomes a different one, at least once as large, as arguments move by 2^-36.
 
