@@ -10,6 +10,7 @@ from fnbp.comparison.probe import SAME_DIGITS, Probe
 
 Z_LIMIT = 64.0  # of thousands of right leaves the worst reached 44, most stay near 1
 SHAKES = 4
+FEW = 16.0  # roundings of the terms of a formula that cancels
 SHAKE = 2.0**-36  # relative; far above the roundings of float64, far below any change of a formula
 STEP = 1e-13  # relative; too small for float32 to see
 SLACK = 256.0  # a rounding error in float32 over the same in float64 may differ from 2^29 by this factor
@@ -101,14 +102,31 @@ def grows_with_eps(at: Sight) -> bool:
     return single > 16 * at.conditioning and 1 / SLACK < single / at.error / (U32 / U64) < SLACK
 
 
-def keeps_no_digit(at: Sight) -> bool:
-    """True if manual in float32 is another number than manual in float64, where automatic in float32 keeps its digits.
+def cancels(at: Sight) -> bool:
+    """True if small elements are off by a few roundings of the large terms that leave them, as 1 - 1 / (1 + e^x) is.
 
-    Small elements may be all rounding, beside terms that cancel: 1 - 1 / (1 + e^x) is 0 in float32, and a few roundings
-    in float64. A wrong formula has the same value in both.
+    Such a formula shows itself between the roundings of both dtypes: elements of that size are right in float64, and
+    most of them are lost in float32. They are looked for here, and at smaller arguments. A wrong formula has the same
+    values in both.
     """
-    single = at.seen(at.evaluator.at(at.probe, np.float32).manual)
-    return at.conditioning < 1e-3 and relative(single, at.m) > 0.1
+    if np.max(abs(at.m - at.a)) > FEW * U64 * size_of_terms(at.exact.automatic[at.leaf.leaf], at.probe):
+        return False
+    args, _, dy = at.probe.of(np.float64)
+    for k in range(8):
+        probe = at.probe.with_args(jax.tree.map(lambda a, k=k: a * 2.0**-k if is_inexact(a) else a, args), dy)
+        exact, single = (at.evaluator.evaluate(probe, dtype) for dtype in (np.float64, np.float32))
+        a, m, m32 = (np.asarray(g[at.leaf.leaf], np.float64) for g in (exact.automatic, exact.manual, single.manual))
+        size = size_of_terms(a, probe)
+        between = (abs(a) > FEW * U64 * size) & (abs(a) < U32 * size / FEW) & (abs(m - a) < 0.1 * abs(a))
+        if between.any():
+            return bool(np.mean(abs(m32 - m)[between] > 0.1 * abs(m)[between]) > 0.5)
+    return False
+
+
+def size_of_terms(a: np.ndarray, probe: Probe) -> float:
+    """The size of what may have been subtracted: the largest of a leaf and of dy."""
+    dys = [real_pairs(d) for d in jax.tree.leaves(probe.dy) if not is_float0(d)]
+    return float(max(np.max(abs(b), initial=0) for b in (np.asarray(a), *dys)))
 
 
 def changes_when_shaken(at: Sight) -> bool:

@@ -17,9 +17,9 @@ from fnbp.comparison.numerics import U32, is_float0, is_inexact, real_pairs
 from fnbp.comparison.probe import ORDINARY
 from fnbp.comparison.rounding import (
     Z_LIMIT,
+    cancels,
     changes_when_shaken,
     grows_with_eps,
-    keeps_no_digit,
     reference_is_narrow,
     sensitivity,
 )
@@ -82,16 +82,15 @@ def kink(at: Sight) -> Verdict | None:
 
 
 def rounding(at: Sight) -> Verdict | None:
-    """Excuse an error that behaves as rounding does: it grows with eps, or changes as arguments move by 2^-36; of small
-    elements beside larger ones, also one that leaves no digit in float32.
+    """Excuse an error that behaves as rounding does: it grows with eps, changes as arguments move by 2^-36, or is what
+    is left where large terms cancel.
 
     A backward may round worse than autodiff and still have the right formula; whether it is too inaccurate is judged
     in the working dtype, by rho.
     """
     if not (at.z > Z_LIMIT and at.scale.wide):
         return None
-    in_band = at.where is not None and keeps_no_digit(at)
-    return Verdict("rounding", at) if in_band or grows_with_eps(at) or changes_when_shaken(at) else None
+    return Verdict("rounding", at) if grows_with_eps(at) or changes_when_shaken(at) or cancels(at) else None
 
 
 EXCUSES: tuple[Callable[[Sight], Sight | Verdict | None], ...] = (
