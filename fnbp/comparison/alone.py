@@ -36,7 +36,7 @@ LEEWAY = 100.0  # times a leaf's noise in the working dtype: jit, vmap and devic
 
 def compare_each(subjects: list[Subject], options: Options) -> list[Findings]:
     """Compare every subject by itself, and say at a terminal which one it is."""
-    with saying() as say:
+    with saying() as say, np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # extremes overflow
         say("compiling")
         prepared, found = prepare(subjects, options), []
         for i, one in enumerate(prepared, 1):
