@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from fnbp.backpropagation import value_and_grad
-from fnbp.comparison.alone import compare_each
 from fnbp.comparison.functions import plan_of_function
 from fnbp.comparison.nets import plan_of_net
 from fnbp.comparison.plan import check_for_function, check_for_layer, options_of
@@ -52,22 +51,22 @@ def compare(
     of the arguments it must be about as accurate as autodiff. Each layer is tried at the given point, at draws around
     it, at other values of x, params and state, at other cotangents, contexts and sizes (probes); under jit, vmap and on
     all devices (transforms); and what its factors make of each example is compared too. Differences of the forward
-    check autodiff itself.
-
-    What is not given is drawn from key: params (moved off their initial zeros and ones) and cotangents.
+    check autodiff itself. What is not given is drawn from key: params, moved off their initial
+    zeros and ones, and cotangents.
 
     Options: level: "quick", formulas at a few probes; "full"; or "deep", with more draws and probes in pairs.
              probes and transforms name those to try in the place of the level's.
              sizes: for a function, n -> its arguments at size n, so that other sizes are tried.
              domain: for a function, args -> True where it is defined; probes outside are not tried, and a note says so.
              limit: the seconds that one call may take; what does not end is left behind in a thread, and noted.
-             name: of a function, in the report.
-             cost: time and memory of both sides too, as ratios.
+             name: of a function, in the report. cost: time and memory of both sides too, as ratios.
 
     Raises: ValueError for a subject that is random, not finite, or has only integer arguments, for a loss without y,
             and for an unknown probe; TypeError if subject is neither a Layer nor a function, and for a function
             without vjp and reference.
     """
+    from fnbp.comparison.alone import compare_each  # here, for the time that `import fnbp` takes
+
     key = jax.random.key(0) if key is None else key
     options = options_of(level, probes, transforms, key, limit, cost)
     if isinstance(subject, Layer):

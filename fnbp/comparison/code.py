@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 COMPARING = {"lt", "le", "gt", "ge", "eq", "ne", "max", "min", "clamp", "jit", "pjit"}  # jit: jnp.clip is one
 RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "pure_callback", "io_callback"}
 MOST = 12  # numbers that are tried of one code
 
 
-def jaxpr_of(f: Callable, *args: Any) -> Jaxpr | None:
+def jaxpr_of(f: Callable, *args: Any) -> Any:
     """The code of f at arguments of these shapes, or None if it cannot be traced."""
     try:
         return jax.make_jaxpr(f)(*args).jaxpr
@@ -21,31 +20,31 @@ def jaxpr_of(f: Callable, *args: Any) -> Jaxpr | None:
         return None
 
 
-def equations(jaxpr: Jaxpr | None) -> Iterator[Any]:
+def equations(jaxpr: Any) -> Iterator[Any]:
     """Every equation of a code, those of the functions inside it too."""
     for equation in jaxpr.eqns if jaxpr is not None else ():
         yield equation
         for value in equation.params.values():
             for inside in value if isinstance(value, (tuple, list)) else (value,):
-                inside = inside.jaxpr if isinstance(inside, ClosedJaxpr) else inside
-                if isinstance(inside, Jaxpr):
+                inside = getattr(inside, "jaxpr", inside)  # of a closed one
+                if hasattr(inside, "eqns"):
                     yield from equations(inside)
 
 
-def numbers_in(*codes: Jaxpr | None) -> tuple[float, ...]:
+def numbers_in(*codes: Any) -> tuple[float, ...]:
     """The numbers that stand in codes, other than 0: first those that something is compared with."""
     compared: dict[float, None] = {}
     others: dict[float, None] = {}
     for equation in (e for code in codes for e in equations(code)):
         for v in equation.invars:
-            if isinstance(v, Literal) and np.ndim(v.val) == 0 and np.issubdtype(np.result_type(v.val), np.number):
+            if hasattr(v, "val") and np.ndim(v.val) == 0 and np.issubdtype(np.result_type(v.val), np.number):
                 value = float(np.real(v.val))
                 if value and np.isfinite(value) and 1e-300 < abs(value) < 1e38:
                     (compared if equation.primitive.name in COMPARING else others)[value] = None
     return tuple(dict.fromkeys([*compared, *others]))[:MOST]
 
 
-def computes_narrow(jaxpr: Jaxpr | None) -> bool:
+def computes_narrow(jaxpr: Any) -> bool:
     """True if a code, traced at float64, computes a floating point number of fewer bits; or if it cannot be read."""
     if jaxpr is None:
         return True
@@ -53,7 +52,7 @@ def computes_narrow(jaxpr: Jaxpr | None) -> bool:
     return any(jnp.issubdtype(d, jnp.inexact) and jnp.finfo(d).bits < 64 for d in dtypes)
 
 
-def has_rule(jaxpr: Jaxpr | None) -> bool:
+def has_rule(jaxpr: Any) -> bool:
     """True if a code holds what differentiates by a rule of its own, and no stop_gradient: that is said openly."""
     names = {e.primitive.name for e in equations(jaxpr)}
     return bool(names & RULES) and "stop_gradient" not in names

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from fnbp.comparison.leaf import Sight
 from fnbp.comparison.numerics import arithmetic, as_jax, is_inexact, relative, roundoff
@@ -53,19 +52,19 @@ def allowed_by_sums(at: Sight) -> float:
         return 0.0
 
 
-def rounded(jaxpr: Jaxpr, consts: Any, args: list[Any], unit: float, rng: np.random.Generator) -> list[Any]:
+def rounded(jaxpr: Any, consts: Any, args: list[Any], unit: float, rng: np.random.Generator) -> list[Any]:
     """Run a code step by step, and move the result of each sum by at most unit of itself."""
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def value(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else known[v]
+        return v.val if hasattr(v, "val") else known[v]
 
     for equation in jaxpr.eqns:
         inputs, inside = (
             [value(v) for v in equation.invars],
             equation.params.get("jaxpr") or equation.params.get("call_jaxpr"),
         )
-        if equation.primitive.name in CALLS and isinstance(inside, ClosedJaxpr):
+        if equation.primitive.name in CALLS and hasattr(inside, "consts"):
             outputs = rounded(inside.jaxpr, inside.consts, inputs, unit, rng)
         else:
             made = equation.primitive.bind(*inputs, **equation.params)
