@@ -72,6 +72,27 @@ def test_published_runs_name_commands_that_can_be_given():
             tyro.cli(importlib.import_module(module).Settings, args=words[1:])
 
 
+def test_published_runs_name_no_folder_of_a_machine():
+    paths = sorted(results.RESULTS.glob("*.json"))
+    for path in paths:
+        for run, record in json.loads(path.read_text()).items():
+            texts = [text for text in strings_in(record) if text.startswith(("/", "~")) or ":\\" in text]
+            assert not texts, f"{path.name}, {run}: {texts}"
+
+
+def strings_in(node):
+    """Every text in a tree of JSON."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    return (
+        [node]
+        if isinstance(node, str)
+        else [t for part in node for t in strings_in(part)]
+        if isinstance(node, list)
+        else []
+    )
+
+
 def test_a_record_that_does_not_follow_the_schema_is_refused():
     record = json.loads((results.RESULTS / "digits.json").read_text())["default"]
     results.check("a", record)
@@ -94,6 +115,7 @@ def test_a_run_is_published(tmp_path, monkeypatch):
     assert results.read("digits").keys() == {"short"} and path.name == "digits.json"
     record = results.read("digits")["short"]
     assert record["figures"] == {"test_accuracy": 0.5, "at": {"a": 2.0}} and record["note"] == "a note"
+    assert record["settings"]["epochs"] == 3 and not set(report.PLACES) & set(record["settings"])
     results.publish(tmp_path, "default")
     assert set(results.read("digits")) == {"short", "default"}
 

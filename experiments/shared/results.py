@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.shared.commands import EXPERIMENTS, commands
-from experiments.shared.report import InputError
+from experiments.shared.report import PLACES, InputError
 
 RESULTS = EXPERIMENTS / "results"
 SCHEMA: dict[str, type | tuple[type, ...]] = {  # of one run
@@ -68,7 +68,7 @@ def publish(folder: Path, run: str, note: str = "") -> Path:
         "python": result["versions"]["python"],
         "jax": result["versions"]["jax"],
         "date": result.get("date") or date.today().isoformat(),
-        "settings": result["settings"],
+        "settings": {name: value for name, value in result["settings"].items() if name not in PLACES},
         "figures": small(result["measured"]),
         "note": note,
     }
