@@ -186,3 +186,56 @@ def test_gradients_of_extreme_probes_are_not_kept(monkeypatch):
     monkeypatch.setattr(evaluation.Evaluator, "__init__", watched)
     assert fnbp.compare(jnp.sin, X, vjp=sine_backward).ok
     assert len(evaluators[0].known) <= 3 * 6  # the given point and draws around it, in up to three dtypes
+
+
+# --- what a subject refuses ---
+
+
+def test_a_point_that_a_function_refuses_is_no_fault_of_its_backward():
+    def refuse(a):
+        if np.any(a[0, 0] != X[0, 0]):
+            raise ValueError("only this point")
+        return a
+
+    def picky(x):
+        same = jax.pure_callback(refuse, jax.ShapeDtypeStruct(x.shape, x.dtype), jax.lax.stop_gradient(x))
+        return jnp.sin(x) + 0 * same
+
+    report = fnbp.compare(picky, X, vjp=sine_backward, probes=("given", "mirrored", "zeros"), transforms=())
+    assert report.ok, report
+    assert "picky: not tried at 'mirrored'" in " ".join(report.notes)
+
+
+def test_a_backward_that_needs_values_is_compared_example_by_example_too():
+    dense = fnbp.dense(5)
+
+    def needs_values(params, res, dy):
+        return dense.backward(params, res, dy) if float(dy[0, 0]) > -1e30 else None
+
+    def rolled(params, res, dy):
+        factors, dx = needs_values(params, res, dy)
+        return factors | {"b": fnbp.Sum(jnp.roll(factors["b"].d, 1, 0))}, dx
+
+    right = fnbp.compare(fnbp.replace_functions(dense, backward=needs_values), X, transforms=())
+    assert right.ok and right.checks["examples"] == "ok"
+    wrong = fnbp.compare(fnbp.replace_functions(dense, backward=rolled), X, transforms=())
+    assert [(row.leaf, row.kind) for row in wrong.faults] == [("b", "example")]
+
+
+def test_a_value_that_differs_is_told_once():
+    f = jax.custom_vjp(jnp.tanh)
+    f.defvjp(lambda x: (jnp.tanh(x) * (1 + 1e-9), jnp.tanh(x)), lambda y, dy: (dy * (1 - y**2),))
+    assert [row.kind for row in fnbp.compare(f, X).faults] == ["forward"]
+
+
+def test_arguments_outside_of_the_domain_are_refused():
+    with pytest.raises(ValueError, match=r"compare: the arguments of sin lie outside of its domain"):
+        fnbp.compare(jnp.sin, X, vjp=sine_backward, domain=lambda x: np.all(x > 0))
+
+
+def test_the_mesh_of_the_caller_holds_within_the_limit():
+    mesh = jax.make_mesh((1,), ("d",))
+    with jax.set_mesh(mesh):
+        from fnbp.comparison.evaluation import within
+
+        assert within(5, jax.sharding.get_mesh) == mesh

@@ -317,8 +317,5 @@ AROUND = {
 def test_around_a_layer_that_takes_anything_what_is_no_array_is_refused(name):
     net = AROUND[name](fnbp.cast(fnbp.elu(), "float32"))
     params, state = net.init(KEY, jnp.zeros((2, 3)))
-    for call, args in ((net.init, (KEY, "abc")), (net.forward, (params, state, "abc", fnbp.Context()))):
-        try:
-            call(*args)
-        except TypeError as error:
-            assert "must be an array, got str 'abc'" in str(error) or "must be a floating point array" in str(error)
+    with pytest.raises(TypeError, match=r"must be an? (floating point )?array, got str 'abc'"):
+        net.forward(params, state, "abc", fnbp.Context())

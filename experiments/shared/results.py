@@ -87,6 +87,8 @@ def small(measured: dict[str, Any]) -> dict[str, Any]:
     def fits(value: Any) -> bool:
         if isinstance(value, str):
             return len(value) <= LONGEST
+        if isinstance(value, dict):
+            return len(value) <= MOST
         return not isinstance(value, list) or (len(value) <= MOST and not any(isinstance(v, dict) for v in value))
 
     return {name: small(value) if isinstance(value, dict) else value for name, value in measured.items() if fits(value)}

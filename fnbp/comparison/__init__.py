@@ -62,8 +62,8 @@ def compare(
              name: of a function, in the report. cost: time and memory of both sides too, as ratios.
 
     Raises: ValueError for a subject that is random, not finite, or has only integer arguments, for a loss without y,
-            and for an unknown probe; TypeError if subject is neither a Layer nor a function, and for a function
-            without vjp and reference.
+            arguments outside of the domain, and an unknown probe; TypeError if subject is neither a Layer nor a
+            function, and for a function without vjp and reference.
     """
     from fnbp.comparison.alone import compare_each  # here, for the time that `import fnbp` takes
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fnbp.comparison.bands import bands_of
 from fnbp.comparison.differences import against_differences, taylor
-from fnbp.comparison.evaluation import EndlessError, Evaluator, FailedError, Sides, compile_together
+from fnbp.comparison.evaluation import EndlessError, Evaluator, FailedError, RefusedError, Sides, compile_together
 from fnbp.comparison.examples import by_example
 from fnbp.comparison.leaf import Leaf, Scale, Sight, Values, worst_spot
 from fnbp.comparison.numerics import U32, all_finite, first_line, relative, rms, roundoff
@@ -92,7 +92,10 @@ def compare_alone(prepared: Prepared, options: Options) -> Findings:
     rows, scale = at_probes(prepared, start)
     rows, differences = [*start.rows, *rows], {}
     if not options.quick:
-        rows, differences = by_differences(prepared, start, rows, scale)
+        try:
+            rows, differences = by_differences(prepared, start, rows, scale)
+        except RefusedError as error:
+            prepared.notes.append(f"{prepared.subject.path}: no differences: at points nearby it raises {error}")
     single, examples = [], {}
     if not prepared.brief or options.pairs:
         single, examples = by_example(prepared.evaluator, prepared.probes, start.leaves, scale)
@@ -133,8 +136,11 @@ def at_probes(prepared: Prepared, start: Start) -> tuple[list[Row], Scale]:
             why = f"{type(error).__name__}: {first_line(error)}"
             prepared.notes.append(f"{path}: not tried at {probe.title!r}, {why}")
         else:
-            found, scale = at_probe(prepared, probe, start.leaves, scale)
-            rows += found
+            try:
+                found, scale = at_probe(prepared, probe, start.leaves, scale)
+                rows += found
+            except RefusedError as error:
+                prepared.notes.append(f"{path}: not judged at {probe.title!r}: at points nearby it raises {error}")
         if probe.name not in ORDINARY:
             prepared.evaluator.forget(probe)
     return rows + [row for leaf in start.leaves.values() for row in accuracy_over_draws(leaf)], scale
@@ -314,10 +320,10 @@ def under_transforms(
 def settled(leaves: Mapping[str, Leaf], rows: list[Row], notes: list[str], checks: dict[str, str]) -> Findings:
     """One row for each leaf, after those that stand for no single leaf; conventions by leaf."""
     of_leaf = {name: [row for row in rows if row.leaf == name] for name in leaves}
-    others = [row for row in rows if row.leaf not in leaves]
+    others = first_of_each((row for row in rows if row.leaf not in leaves), "leaf", "kind")
     conventions = [row for found in of_leaf.values() for row in found if row.kind == "convention"]
     final = [gravest(leaves[name], found) for name, found in of_leaf.items()]
-    return Findings(others + final, notes, first_of_each(conventions), checks)
+    return Findings(others + final, notes, first_of_each(conventions, "leaf", "hint"), checks)
 
 
 def gravest(leaf: Leaf, found: list[Row]) -> Row:
@@ -328,9 +334,9 @@ def gravest(leaf: Leaf, found: list[Row]) -> Row:
     return replace(worst, error=leaf.error, limit=leaf.limit, z=leaf.z, rho=max(rhos, default=None))
 
 
-def first_of_each(rows: Iterable[Row]) -> list[Row]:
-    """The first row of each leaf and hint."""
-    found: dict[tuple[str, str], Row] = {}
+def first_of_each(rows: Iterable[Row], *fields: str) -> list[Row]:
+    """The first of all rows that are alike in these fields."""
+    found: dict[tuple, Row] = {}
     for row in rows:
-        found.setdefault((row.leaf, row.hint), row)
+        found.setdefault(tuple(getattr(row, field) for field in fields), row)
     return list(found.values())

@@ -31,11 +31,11 @@ def fixed_in_turn(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, exp
         if not any(map(is_inexact, jax.tree.leaves(arg))):
             continue
         evaluator.count(manual=1)
-        nothing = jax.tree.map(lambda a: a, tuple(None for _ in args))
+        others = [None] * len(args)
         alone = lambda a, i=i: subject.forward((*args[:i], a, *args[i + 1 :]), fixed)  # noqa: E731
         try:
             (d,) = jax.vjp(alone, arg)[1](dy)
-            found, _ = flatten(subject, args, (*nothing[:i], d, *nothing[i + 1 :]))
+            found, _ = flatten(subject, args, (*others[:i], d, *others[i + 1 :]))
         except Exception as error:
             hint = f"with the other arguments fixed it raises {type(error).__name__}: {first_line(error)}"
             return [leaf.row("one_argument", hint=hint) for leaf in leaves.values()], "WRONG"

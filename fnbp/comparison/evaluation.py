@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,10 @@ class FailedError(Exception):
 
 class EndlessError(Exception):
     """A subject did not end in time. What computes it may still run, in a thread that is left behind."""
+
+
+class RefusedError(Exception):
+    """A subject, or its backward, refuses a point near the one that is judged."""
 
 
 class Sides(NamedTuple):
@@ -100,7 +104,7 @@ class Evaluator:
         """
         known = id(probe), dtype
         if known not in self.known:
-            self.known[known] = self.evaluate(probe, dtype)
+            self.known[known] = self.compute(probe, dtype)
         return self.known[known]
 
     def forget(self, probe: Probe) -> None:
@@ -108,7 +112,17 @@ class Evaluator:
         self.known = {known: sides for known, sides in self.known.items() if known[0] != id(probe)}
 
     def evaluate(self, probe: Probe, dtype: Any) -> Sides:
-        """Compute both sides at a probe, as `at` does, but keep nothing."""
+        """Both sides at a point near a probe, as `at` gives them, but kept by nobody.
+
+        Raises: RefusedError if one of them fails there, which is no fault: nobody asked for that point.
+        """
+        try:
+            return self.compute(probe, dtype)
+        except Exception as error:
+            raise RefusedError(f"{type(error).__name__}: {first_line(error)}") from error
+
+    def compute(self, probe: Probe, dtype: Any) -> Sides:
+        """Compute both sides at a probe. Raises: as `at`; what the subject raises."""
         self.count(manual=1, automatic=1)
         with arithmetic(dtype):
             inputs = Inputs(probe, dtype)
@@ -198,10 +212,16 @@ def within(limit: float, call: Callable[[], Any]) -> Any:
     """
     settings = ("jax_enable_x64", "jax_default_device", "jax_default_matmul_precision")
     wide, device, precision = (getattr(jax.config, name) for name in settings)
+    mesh = jax.sharding.get_mesh()
     done: list[tuple[bool, Any]] = []
 
     def work() -> None:
-        with jax.enable_x64(wide), jax.default_device(device), jax.default_matmul_precision(precision):
+        with (
+            jax.enable_x64(wide),
+            jax.default_device(device),
+            jax.default_matmul_precision(precision),
+            nullcontext() if mesh.empty else jax.set_mesh(mesh),
+        ):
             try:
                 done.append((True, call()))
             except BaseException as error:  # it is raised again, where it was asked for
@@ -220,11 +240,11 @@ def within(limit: float, call: Callable[[], Any]) -> Any:
 
 def compile_together(evaluators: list[Evaluator], probes: list[list[Probe]], dtypes_of: Callable) -> None:
     """Trace what all evaluators need one after the other, and compile it in parallel: XLA releases Python's lock."""
-    jobs: dict[Any, tuple] = {}
+    jobs, seen = [], set()
     for evaluator, points in zip(evaluators, probes, strict=True):
-        if not any(id(evaluator.compiled) == shared for shared, _ in jobs):  # of equal code, the first is enough
-            for key, job in evaluator.prepare(points, dtypes_of).items():
-                jobs[id(evaluator.compiled), key] = evaluator, key, job
+        if id(evaluator.compiled) not in seen:  # of equal code, the first is enough
+            jobs += [(evaluator, key, job) for key, job in evaluator.prepare(points, dtypes_of).items()]
+        seen.add(id(evaluator.compiled))
 
     def work(one):
         evaluator, key, job = one
@@ -232,4 +252,4 @@ def compile_together(evaluators: list[Evaluator], probes: list[list[Probe]], dty
             evaluator.compiled[key] = job()
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(work, jobs.values()))
+        list(pool.map(work, jobs))

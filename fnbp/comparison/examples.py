@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,11 +11,10 @@ import numpy as np
 
 from fnbp.comparison.evaluation import Evaluator
 from fnbp.comparison.leaf import Leaf, Scale, worst_spot
-from fnbp.comparison.numerics import U32, arithmetic, as_numpy, compiled, first_line, relative
+from fnbp.comparison.numerics import U32, arithmetic, as_jax, as_numpy, compiled, first_line, relative
 from fnbp.comparison.probe import Probe
 from fnbp.comparison.report import Row
 from fnbp.comparison.rounding import Z_LIMIT
-from fnbp.comparison.subject import Subject
 from fnbp.contraction import closed, contract_leaf, contracted, is_open, per_example, sq_norms
 from fnbp.factor import Factor, Mixed
 from fnbp.layer import Context, drawing, map_layers, mixing, tied_leaves
@@ -32,10 +32,10 @@ def by_example(
     subject, probe = evaluator.subject, next((p for p in probes if p.name == "another"), probes[0])
     if subject.layer is None or not jax.tree.leaves(subject.args[0]):
         return [], {}
-    refused = why_not(subject, probe)
-    if refused:
-        return [], {"examples": f"not tried: {refused}"}
     try:
+        refused = why_not(evaluator, probe)
+        if refused:
+            return [], {"examples": f"not tried: {refused}"}
         rows = list(differing(evaluator, probe, leaves, scale))
     except Exception as error:
         hint = f"what its factors make of each example raises {type(error).__name__}: {first_line(error)}"
@@ -43,9 +43,10 @@ def by_example(
     return rows, {"examples": "WRONG" if rows else "ok"}
 
 
-def why_not(subject: Subject, probe: Probe) -> str:
+def why_not(evaluator: Evaluator, probe: Probe) -> str:
     """Why no example has a gradient of its own here, or ""."""
-    layer, ctx = subject.layer, probe.fixed[1]
+    subject, ctx = evaluator.subject, probe.fixed[1]
+    layer = subject.layer
     assert layer is not None
     if mixing(layer, ctx):
         return "it mixes the examples"
@@ -53,7 +54,8 @@ def why_not(subject: Subject, probe: Probe) -> str:
         return "it draws"
     if subject.is_narrow:
         return "it computes in a narrower dtype, whose rounding differs between one example and all"
-    factors = jax.eval_shape(lambda *at: backward_of(layer, *at), probe.args, probe.fixed, probe.dy)
+    at = as_jax((probe.args, probe.fixed, probe.dy))
+    factors = backward_of(layer, *at) if evaluator.eager else jax.eval_shape(partial(backward_of, layer), *at)
     flat = jax.tree.leaves(factors, is_leaf=lambda node: isinstance(node, Factor))
     if not all(isinstance(factor, Factor) and not isinstance(factor, Mixed) for factor in flat):
         return "its backward returns finished gradients"
@@ -102,7 +104,7 @@ def both_in(dtype: Any, evaluator: Evaluator, probe: Probe) -> Any:
             return manual_of(layer, args, fixed, dy, weights), automatic_of(layer, args, fixed, dy, weights)
 
         call = run if evaluator.eager else compiled(run)
-        return as_numpy(evaluator.in_time(lambda: call(args, fixed, dy, weights)))
+        return as_numpy(evaluator.in_time(lambda: call(*as_jax((args, fixed, dy, weights)))))
 
 
 def manual_of(layer: Any, args: tuple, fixed: Any, dy: Any, weights: Any) -> dict[str, dict[str, Any]]:

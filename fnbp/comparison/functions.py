@@ -39,6 +39,8 @@ def plan_of_function(
     name = name_of(f) if name is None else name
     args = as_numpy_32(args)
     check_arguments(name, args)
+    if domain is not None and not domain(*args):
+        raise ValueError(f"compare: the arguments of {name} lie outside of its domain")
     subject = subject_of_function(name, f, args, reference, vjp, sizes, domain)
     different = compare_forwards(subject, args) if reference is not None else []
     check_differentiable(subject, args)

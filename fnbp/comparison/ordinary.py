@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fnbp.comparison.evaluation import RefusedError
 from fnbp.comparison.leaf import Sight
 from fnbp.comparison.numerics import arithmetic, as_jax, is_inexact, relative, roundoff
 from fnbp.comparison.rounding import shaken
@@ -21,9 +22,13 @@ SEEDS = 2
 
 
 def allowed_by_inputs(at: Sight) -> float:
-    """How far the right gradient moves, relatively, as each number of args and dy moves by one rounding."""
+    """How far the right gradient moves, relatively, as each number of args and dy moves by one rounding; 0 if the
+    subject refuses such points."""
     unit = 2 * roundoff(at.values.mw.dtype)
-    moved = [at.evaluator.evaluate(shaken(at.probe, unit, seed), np.float64).automatic for seed in range(SEEDS)]
+    try:
+        moved = [at.evaluator.evaluate(shaken(at.probe, unit, seed), np.float64).automatic for seed in range(SEEDS)]
+    except RefusedError:
+        return 0.0
     found = [relative(at.seen(gradients), at.a) for gradients in moved]
     return max(found) if np.isfinite(found).all() else 0.0
 

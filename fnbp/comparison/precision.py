@@ -56,14 +56,16 @@ def accuracy_over_draws(leaf: Leaf) -> list[Row]:
         return []
     manual, automatic = (np.array([draw[side] for draw in leaf.pooled]) for side in (0, 1))
     rho = ratio(manual, automatic)
-    if rho > RHO_FACTOR and rho > rho_limit(
-        len(leaf.pooled)
-    ):  # autodiff may be right by chance: is manual as right as its inputs allow?
-        allowed = [allowed_by_inputs(at) ** 2 for _, _, at in leaf.pooled]
-        rho = ratio(manual, np.maximum(automatic, allowed))
-    if rho > RHO_FACTOR and rho > rho_limit(len(leaf.pooled)):
+    if is_too_large(rho, leaf):  # autodiff may be right by chance: is manual as right as its inputs allow?
+        rho = ratio(manual, np.maximum(automatic, [allowed_by_inputs(at) ** 2 for _, _, at in leaf.pooled]))
+    if is_too_large(rho, leaf):
         return [leaf.row("precision", probe="all draws", hint=hint_of_precision(leaf, rho), rho=rho)]
     return [leaf.row("ok", rho=rho)]
+
+
+def is_too_large(rho: float, leaf: Leaf) -> bool:
+    """True if so large a rho of the draws of a leaf is no chance."""
+    return rho > RHO_FACTOR and rho > rho_limit(len(leaf.pooled))
 
 
 def ratio(manual: np.ndarray, automatic: np.ndarray) -> float:

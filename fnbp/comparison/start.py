@@ -90,7 +90,11 @@ def twice_step_by_step(prepared: Prepared) -> tuple[StepByStep, StepByStep]:
     one returns, again by itself."""
     given, evaluator = prepared.probes[0], prepared.evaluator
     others = [probe for probe in prepared.probes[1:] if probe.name not in SIZES][:1]
-    between = evaluator.interleaved([given, *others])[0]
+    try:
+        between = evaluator.interleaved([given, *others])[0]
+    except FailedError:  # the other point may be what it refuses
+        alone = evaluator.step_by_step(given)
+        return alone, alone
     first = evaluator.at(given)
     if alike(between, StepByStep(first.y_before, first.manual)):
         return between, between

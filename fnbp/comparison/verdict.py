@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from fnbp.comparison.differences import only_kinks
+from fnbp.comparison.evaluation import RefusedError
 from fnbp.comparison.hints import Evidence, hint_of
 from fnbp.comparison.leaf import Sight
 from fnbp.comparison.numerics import U32, is_float0, is_inexact, real_pairs
@@ -108,7 +109,10 @@ def verdict(at: Sight) -> Verdict:
     A leaf whose z is then above Z_LIMIT has a wrong formula.
     """
     for excuse in EXCUSES:
-        found = excuse(at)
+        try:
+            found = excuse(at)
+        except RefusedError:  # a point that cannot be tried excuses nothing
+            continue
         if isinstance(found, Verdict):
             return found
         at = found or at
