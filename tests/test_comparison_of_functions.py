@@ -331,7 +331,7 @@ BAD = {
     "nan_in": (
         lambda: fnbp.compare(plain, X * np.nan, vjp=plain),
         ValueError,
-        "the arguments of plain has 77 non-finite",
+        "what plain is given has 77 non-finite",
     ),
     "nan_out": (
         lambda: fnbp.compare(jnp.log, X, vjp=lambda args, dy: (dy / args[0],)),

@@ -52,7 +52,7 @@ def test_what_is_asked_for_at_the_quick_level_is_done():
 def test_an_unknown_level_and_a_limit_of_no_time_are_refused():
     with pytest.raises(ValueError, match=r"unknown level 'slow'; there are: quick, full, deep"):
         fnbp.compare(jnp.sin, X, vjp=sine_backward, level="slow")
-    with pytest.raises(ValueError, match=r"limit must be above 0 seconds, or None for no limit, got 0"):
+    with pytest.raises(ValueError, match=r"limit must be above 0 seconds, or None for no limit, got int 0"):
         fnbp.compare(jnp.sin, X, vjp=sine_backward, limit=0)
 
 
@@ -210,7 +210,8 @@ def test_a_backward_that_needs_values_is_compared_example_by_example_too():
     dense = fnbp.dense(5)
 
     def needs_values(params, res, dy):
-        return dense.backward(params, res, dy) if float(dy[0, 0]) > -1e30 else None
+        assert float(dy[0, 0]) > -1e30
+        return dense.backward(params, res, dy)
 
     def rolled(params, res, dy):
         factors, dx = needs_values(params, res, dy)

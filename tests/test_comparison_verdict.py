@@ -14,9 +14,11 @@ from fnbp.comparison.verdict import (
     Verdict,
     ill_conditioned,
     kink,
+    narrow_constant,
     narrow_reference,
     rounding,
     saturated,
+    slope_by_differences,
     verdict,
 )
 
@@ -67,16 +69,24 @@ def test_z_is_the_error_over_what_rounding_explains():
 
 
 def test_every_excuse_says_what_it_excuses():
-    assert EXCUSES == (saturated, ill_conditioned, narrow_reference, kink, rounding)
+    assert EXCUSES == (
+        saturated,
+        ill_conditioned,
+        narrow_reference,
+        narrow_constant,
+        kink,
+        slope_by_differences,
+        rounding,
+    )
     assert all(excuse.__doc__.split()[0] in ("Excuse", "Allow", "Judge") for excuse in EXCUSES)
 
 
 def test_a_right_leaf_needs_no_excuse_and_a_wrong_one_has_none():
     right = sight(square, double)
-    assert right.z <= 1 and [excuse(right) for excuse in EXCUSES] == [None] * 5
+    assert right.z <= 1 and [excuse(right) for excuse in EXCUSES] == [None] * 7
     assert verdict(right) == Verdict("ok", right)
     wrong = sight(square, lambda args, dy: (2.001 * args[0] * dy,))
-    assert wrong.z > Z_LIMIT and [excuse(wrong) for excuse in EXCUSES] == [None] * 5
+    assert wrong.z > Z_LIMIT and [excuse(wrong) for excuse in EXCUSES] == [None] * 7
     said = verdict(wrong)
     assert said.kind == "formula" and said.hint.startswith("it is 1.0005 times the right value")
 

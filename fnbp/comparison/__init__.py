@@ -58,22 +58,22 @@ def compare(
              probes and transforms name those to try in the place of the level's.
              sizes: for a function, n -> its arguments at size n, so that other sizes are tried.
              domain: for a function, args -> True where it is defined; probes outside are not tried, and a note says so.
-             limit: the seconds that one call may take; what does not end is left behind in a thread, and noted.
+             limit: the seconds that one call may take; at a probe, what does not end is left behind, and noted.
              name: of a function, in the report. cost: time and memory of both sides too, as ratios.
 
-    Raises: ValueError for a subject that is random, not finite, or has only integer arguments, for a loss without y,
-            arguments outside of the domain, and an unknown probe; TypeError if subject is neither a Layer nor a
-            function, and for a function without vjp and reference.
+    Raises: ValueError for a subject that is random, endless, not finite, or has only integer arguments, for a loss
+            without y, and for an unknown name; TypeError if subject is neither a Layer nor a function, and for a
+            function without vjp and reference.
     """
     from fnbp.comparison.alone import compare_each  # here, for the time that `import fnbp` takes
 
     key = jax.random.key(0) if key is None else key
     options = options_of(level, probes, transforms, key, limit, cost)
     if isinstance(subject, Layer):
-        check_for_layer(args, {"reference": reference, "vjp": vjp, "sizes": sizes, "domain": domain, "name": name})
+        check_for_layer(args, ctx, {"reference": reference, "vjp": vjp, "sizes": sizes, "domain": domain, "name": name})
         plan = plan_of_net(subject, args[0], params, state, ctx, loss, y, key, options.rng, options.quick)
     else:
-        check_for_function({"params": params, "state": state, "loss": loss, "y": y})
+        check_for_function({"params": params, "state": state, "loss": loss, "y": y}, ctx)
         plan = plan_of_function(subject, args, reference, vjp, sizes, name, domain)
     found = compare_each(plan.subjects, options)  # of each: probes, four gradients, noise, verdict -> rows
     return report_of(plan.rows_of([row for one in found for row in one.rows]), found, options.transforms, plan.notes)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnbp.comparison.numerics import is_inexact, real_pairs
+
 COMPARING = {"lt", "le", "gt", "ge", "eq", "ne", "max", "min", "clamp", "jit", "pjit"}  # jit: jnp.clip is one
 RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "pure_callback", "io_callback"}
 MOST = 12  # numbers that are tried of one code
@@ -15,14 +17,14 @@ MOST = 12  # numbers that are tried of one code
 def jaxpr_of(f: Callable, *args: Any) -> Any:
     """The code of f at arguments of these shapes, or None if it cannot be traced."""
     try:
-        return jax.make_jaxpr(f)(*args).jaxpr
+        return jax.make_jaxpr(f)(*args)
     except Exception:
         return None
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
     """Every equation of a code, those of the functions inside it too."""
-    for equation in jaxpr.eqns if jaxpr is not None else ():
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns if jaxpr is not None else ():
         yield equation
         for value in equation.params.values():
             for inside in value if isinstance(value, (tuple, list)) else (value,):
@@ -35,13 +37,33 @@ def numbers_in(*codes: Any) -> tuple[float, ...]:
     """The numbers that stand in codes, other than 0: first those that something is compared with."""
     compared: dict[float, None] = {}
     others: dict[float, None] = {}
-    for equation in (e for code in codes for e in equations(code)):
+    for code in codes:
+        for equation, value in constants(code):
+            if value and np.isfinite(value) and 1e-300 < abs(value) < 1e38:
+                (compared if equation in COMPARING else others)[value] = None
+    return tuple(dict.fromkeys([*compared, *others]))[:MOST]
+
+
+def constants(code: Any) -> Iterator[tuple[str, float]]:
+    """The numbers of a code, each with the name of the operation that takes it; "" for those that it closes over."""
+    for equation in equations(code):
         for v in equation.invars:
             if hasattr(v, "val") and np.ndim(v.val) == 0 and np.issubdtype(np.result_type(v.val), np.number):
-                value = float(np.real(v.val))
-                if value and np.isfinite(value) and 1e-300 < abs(value) < 1e38:
-                    (compared if equation.primitive.name in COMPARING else others)[value] = None
-    return tuple(dict.fromkeys([*compared, *others]))[:MOST]
+                yield equation.primitive.name, float(np.real(v.val))
+    for array in getattr(code, "consts", ()):
+        if np.size(array) <= MOST and is_inexact(array):
+            yield from (("", float(value)) for value in np.ravel(real_pairs(array)))
+
+
+def has_narrow_constant(code: Any) -> bool:
+    """True if a code, traced at float64, holds a number that was rounded to float32: one of its 24 binary digits."""
+    return any(value == float(np.float32(value)) and long_fraction(value) for name, value in constants(code) if name)
+
+
+def long_fraction(value: float) -> bool:
+    """True if a number needs more than 20 binary digits."""
+    fraction, _ = np.frexp(value)
+    return bool(np.isfinite(value) and (fraction * 2**20) % 1)
 
 
 def computes_narrow(jaxpr: Any) -> bool:

@@ -50,18 +50,18 @@ def fixed_in_turn(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, exp
 
 
 def second_order(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, expected: Mapping[str, Any]) -> Outcome:
-    """The derivative of the manual backward, by jax.jvp, beside differences of it, in float64."""
+    """The derivative of the manual backward in args and in dy, by jax.jvp, beside differences of it, in float64."""
     subject, rng = evaluator.subject, np.random.default_rng(0)
     with arithmetic(np.float64):
         args, fixed, dy = probes[0].of(np.float64)
-        flat, tree = jax.tree.flatten(args)
+        flat, tree = jax.tree.flatten((args, dy))
         moving = [np.asarray(a) for a in flat if is_inexact(a)]
         direction = [rng.standard_normal(a.shape) * (rms(a) or 1.0) for a in moving]
 
         def gradients(leaves):
             left = iter(leaves)
-            here = jax.tree.unflatten(tree, [next(left) if is_inexact(a) else a for a in flat])
-            return flatten(subject, here, subject.manual(here, fixed, dy))[0]
+            here, d = jax.tree.unflatten(tree, [next(left) if is_inexact(a) else a for a in flat])
+            return flatten(subject, here, subject.manual(here, fixed, d))[0]
 
         evaluator.count(manual=2 * len(STEPS) + 1)
         try:

@@ -202,10 +202,8 @@ def only_kinks(
     wrong = np.argwhere(apart > 1e-9 * (apart.max() + abs(automatic)))
     if not len(wrong):  # nothing but roundings
         return False
-    order = np.argsort([-apart[tuple(i)] for i in wrong], kind="stable")
-    tried = {*order[:ELEMENTS].tolist(), *rng.permutation(len(wrong))[:ELEMENTS].tolist()}
     near = one_leaf(evaluator, probe, leaf, dtype)
-    for i in tried:
+    for i in worst_and_others(apart[tuple(wrong.T)], rng):
         index = tuple(wrong[i])
         (low, high), further = near.slopes(index), near.slopes(index, steps=8)
         gap = high - low
@@ -257,3 +255,33 @@ def against_differences(
         if steady and not low - room <= manual[index] <= high + room:
             return index
     return None
+
+
+def differences_prefer(
+    evaluator: Evaluator, probe: Probe, leaf: str, manual: np.ndarray, automatic: np.ndarray, rng: np.random.Generator
+) -> bool:
+    """True if the forward is smooth where manual and automatic differ, and its slope there is manual's.
+
+    Not every element is tried: ELEMENTS of those that differ most, and as many at random.
+    """
+    manual, automatic = (slopes_of(evaluator.subject, {leaf: d})[leaf] for d in (manual, automatic))
+    wrong = np.argwhere(abs(manual - automatic) > 10 * KINK * (abs(manual) + abs(automatic)))
+    if not len(wrong):
+        return False
+    near = one_leaf(evaluator, probe, leaf, np.float64)
+    for i in worst_and_others(abs(manual - automatic)[tuple(wrong.T)], rng):
+        index = tuple(wrong[i])
+        low, high = near.slopes(index)
+        room = KINK * max(abs(low), abs(high), abs(automatic[index])) + near.rounding
+        if high - low > room or not low - room <= manual[index] <= high + room:
+            return False
+        if low - 3 * room <= automatic[index] <= high + 3 * room:
+            return False
+    return right_together(near, wrong, manual)
+
+
+def worst_and_others(apart: np.ndarray, rng: np.random.Generator) -> set[int]:
+    """Which of some elements are tried: those that differ most, and as many at random."""
+    apart = np.ravel(apart)
+    order = np.argsort(-apart, kind="stable")
+    return {*order[:ELEMENTS].tolist(), *rng.permutation(len(apart))[:ELEMENTS].tolist()}

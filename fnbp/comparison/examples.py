@@ -11,7 +11,7 @@ import numpy as np
 
 from fnbp.comparison.evaluation import Evaluator
 from fnbp.comparison.leaf import Leaf, Scale, worst_spot
-from fnbp.comparison.numerics import U32, arithmetic, as_jax, as_numpy, compiled, first_line, relative
+from fnbp.comparison.numerics import U32, arithmetic, as_jax, as_numpy, compiled, first_line, is_inexact, relative
 from fnbp.comparison.probe import Probe
 from fnbp.comparison.report import Row
 from fnbp.comparison.rounding import Z_LIMIT
@@ -54,13 +54,21 @@ def why_not(evaluator: Evaluator, probe: Probe) -> str:
         return "it draws"
     if subject.is_narrow:
         return "it computes in a narrower dtype, whose rounding differs between one example and all"
+    if has_no_batch(probe):
+        return "its arrays have no axis of examples in common"
     at = as_jax((probe.args, probe.fixed, probe.dy))
     factors = backward_of(layer, *at) if evaluator.eager else jax.eval_shape(partial(backward_of, layer), *at)
     flat = jax.tree.leaves(factors, is_leaf=lambda node: isinstance(node, Factor))
     if not all(isinstance(factor, Factor) and not isinstance(factor, Mixed) for factor in flat):
         return "its backward returns finished gradients"
-    sizes = {np.shape(a)[:1] for a in jax.tree.leaves((probe.args[1], probe.dy, ctx.mask))}
-    return "" if len(sizes) == 1 and () not in sizes else "its arrays have no axis of examples in common"
+    return ""
+
+
+def has_no_batch(probe: Probe) -> bool:
+    """True if x, dy and the mask have no first axis in common, or numbers have no axis behind it, or it is empty."""
+    xs = jax.tree.leaves(probe.args[1])
+    sizes = {np.shape(a)[:1] for a in (*xs, *jax.tree.leaves((probe.dy, probe.fixed[1].mask)))}
+    return len(sizes) != 1 or sizes <= {(), (0,)} or any(is_inexact(x) and x.ndim < 2 for x in xs)
 
 
 def backward_of(layer: Any, args: tuple, fixed: Any, dy: Any) -> Any:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.arrays.checks import check_finite, describe
+from fnbp.arrays.checks import check_finite, check_is, describe
 from fnbp.comparison.numerics import as_numpy_32, first_line, index_of_largest, is_inexact, real_pairs
-from fnbp.comparison.plan import Plan, check_no_lists
+from fnbp.comparison.plan import Plan, check_no_lists, is_inside
 from fnbp.comparison.report import Row
 from fnbp.comparison.subject import Subject, subject_of_function
 
@@ -36,11 +36,14 @@ def plan_of_function(
     if reference is None and vjp is None and isinstance(f, (jax.custom_vjp, jax.custom_jvp)) and not f.nondiff_argnums:
         reference = f.fun
     check_function(f, args, reference, vjp)
-    name = name_of(f) if name is None else name
+    check_is("compare", "name", name or "", str)
+    name = name or name_of(f)
     args = as_numpy_32(args)
     check_arguments(name, args)
-    if domain is not None and not domain(*args):
+    if domain is not None and not is_inside(domain, args):
         raise ValueError(f"compare: the arguments of {name} lie outside of its domain")
+    if sizes is not None:
+        check_sizes(name, sizes, len(args))
     subject = subject_of_function(name, f, args, reference, vjp, sizes, domain)
     different = compare_forwards(subject, args) if reference is not None else []
     check_differentiable(subject, args)
@@ -62,12 +65,32 @@ def check_function(f: Any, args: tuple, reference: Callable | None, vjp: Callabl
     name = name_of(f)
     if (getattr(f, "__module__", None) or "").startswith("fnbp.layers"):
         raise TypeError(f"compare: {name} makes a layer; call it: {name}()")
-    if (reference is None) == (vjp is None):
+    if getattr(f, "nondiff_argnums", ()):
+        raise TypeError(
+            f"compare: {name} has nondiff_argnums: close over those arguments, as in "
+            f"compare(lambda x: {name}(x, 3), x, reference=plain)"
+        )
+    for what, given in (("reference", reference), ("vjp", vjp)):
+        if given is not None and not callable(given):
+            raise TypeError(f"compare: {what} must be a function, got {describe(given)}")
+    if reference is not None and vjp is not None:
+        raise TypeError(f"compare: {name} is given reference= and vjp=; give one of the two")
+    if reference is None and vjp is None:
         raise TypeError(
             f"compare: {name} has no backward to compare: give reference=plain for a jax.custom_vjp, or "
-            "vjp=backward, backward(args, cotangent) -> cotangents of args (one of the two)"
+            "vjp=backward, backward(args, cotangent) -> cotangents of args"
         )
     check_no_lists(name, args)
+
+
+def check_sizes(name: str, sizes: Any, n_args: int) -> None:
+    """TypeError unless sizes is a function of a size that returns as many arguments as were given."""
+    if not callable(sizes):
+        raise TypeError(f"compare: sizes must be a function, n -> the arguments at size n, got {describe(sizes)}")
+    made = sizes(2)
+    if not isinstance(made, (tuple, list)) or len(made) != n_args:
+        came = f"{len(made)} of them" if isinstance(made, (tuple, list)) else describe(made)
+        raise TypeError(f"compare: sizes must return a tuple of the {n_args} arguments of {name}, got {came}")
 
 
 def check_arguments(name: str, args: tuple) -> None:
@@ -79,7 +102,7 @@ def check_arguments(name: str, args: tuple) -> None:
     if not any(is_inexact(a) for a in leaves):
         found = ", ".join(map(describe, leaves)) or "none"
         raise ValueError(f"compare: {name} has no floating point argument to differentiate, got {found}")
-    check_finite("compare", f"the arguments of {name}", args)
+    check_finite("compare", f"what {name} is given", args)
 
 
 def check_differentiable(subject: Subject, args: tuple) -> None:
@@ -91,7 +114,11 @@ def check_differentiable(subject: Subject, args: tuple) -> None:
         zeros = [jnp.zeros(a.shape, a.dtype) if is_inexact(a) else np.zeros(a.shape, FLOAT0) for a in flat]
         return [d for d in jax.tree.leaves(pull(jax.tree.unflatten(tree, zeros))) if is_inexact(d)]
 
-    y = jax.eval_shape(lambda *args: subject.reference(args, subject.fixed), *args)
+    try:
+        y = jax.eval_shape(lambda *args: subject.reference(args, subject.fixed), *args)
+    except Exception as error:
+        error.add_note(f"compare: {subject.path} was called with {', '.join(map(describe, jax.tree.leaves(args)))}")
+        raise
     if not any(is_inexact(a) for a in jax.tree.leaves(y)):
         found = ", ".join(describe(a) for a in jax.tree.leaves(y)) or "nothing"
         raise TypeError(f"compare: {subject.path} must return a floating point array to be differentiated, got {found}")

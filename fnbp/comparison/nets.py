@@ -1,5 +1,6 @@
 """Compare a net: each of its layers and combinators by itself, its loss, and the whole backward pass."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,9 +65,17 @@ def net_arguments(
     check_finite("compare", "x", x)
     drawn = as_numpy_32(compiled_or_plain(net.init, key, x)) if params is None or state is None else (None, None)
     params = moved_a_tenth(drawn[0], rng) if params is None else as_numpy_32(params)
-    state = drawn[1] if state is None else as_numpy_32(state)
+    state = trained(net, params, drawn[1], x, ctx, key) if state is None else as_numpy_32(state)
     check_finite("compare", "params", params)
     return NetArguments(params, state, x, as_numpy_32(ctx), y)
+
+
+def trained(net: Layer, params: Any, state: Any, x: Any, ctx: Context, key: jax.Array) -> Any:
+    """The state after one forward in training: before any, batch_norm has no statistics."""
+    if not jax.tree.leaves(state):
+        return state
+    training = replace(ctx, key=key if ctx.key is None else ctx.key, train=True)
+    return as_numpy_32(compiled_or_plain(lambda *args: net.forward(*args)[1], params, state, x, as_numpy_32(training)))
 
 
 def prediction_of(net: Layer, at: NetArguments) -> Any:

@@ -13,6 +13,8 @@ from fnbp.comparison.probe import (
     At,
     Place,
     Rng,
+    both_signs,
+    cotangent,
     everything,
     flowing,
     half,
@@ -169,11 +171,14 @@ def numbers(subject: Subject, rng: Rng) -> list[At]:
     if not subject.numbers:
         return []
 
-    def at_numbers(a):
-        centre = rng.choice(np.asarray(subject.numbers), a.shape) * rng.choice([1, 1, -1], a.shape)
-        return centre * (1 + rng.choice([0, 2.0**-10, -(2.0**-10), 0.1, -0.1, 0.5, -0.5], a.shape))
+    def exactly(a):
+        return rng.choice(np.asarray(subject.numbers), a.shape)
 
-    return [x_with(subject, at_numbers), *parts_of(subject, at_numbers)]
+    def beside(a):
+        away = rng.choice([0, 2.0**-10, -(2.0**-10), 0.1, -0.1, 0.5, -0.5], a.shape)
+        return exactly(a) * rng.choice([1, 1, -1], a.shape) * (1 + away)
+
+    return [x_with(subject, exactly), x_with(subject, beside), *parts_of(subject, beside)]
 
 
 def totals(subject: Subject, rng: Rng) -> list[At]:
@@ -189,6 +194,20 @@ def totals(subject: Subject, rng: Rng) -> list[At]:
         return x_with(subject, lambda a: a * abs(c) / (np.max(abs(a), initial=0) or 1.0))
 
     return [of(1.25 * c) for c in subject.numbers[:MOST_TOTALS] for of in (with_sum, with_norm, with_largest)]
+
+
+def one_less(subject: Subject, rng: Rng) -> Place:
+    """Make the whole numbers of a function one less where they are all alike, as a power is; none falls below 0."""
+    if subject.layer is not None:
+        return None
+
+    def one(a):
+        alike = hasattr(a, "dtype") and np.issubdtype(a.dtype, np.integer) and a.size and np.min(a) == np.max(a) > 0
+        return np.asarray(a - 1, a.dtype) if alike else a
+
+    args = jax.tree.map(one, subject.args)
+    same = all(a is b for a, b in zip(jax.tree.leaves(args), jax.tree.leaves(subject.args), strict=True))
+    return None if same else At(args, subject.fixed)
 
 
 # --- other values of the parameters, the state, and each argument ---
@@ -268,9 +287,23 @@ def dy_one_hot(subject: Subject, rng: Rng) -> Place:
     return with_dy(subject, one)
 
 
-def dy_ones(subject: Subject, rng: Rng) -> Place:
-    """A cotangent of ones, as of a sum."""
-    return with_dy(subject, np.ones)
+def dy_ones(subject: Subject, rng: Rng) -> list[At]:
+    """A cotangent of ones, as of a sum, and one of their negatives."""
+    return both_signs(with_dy(subject, np.ones))
+
+
+def dy_one_output(subject: Subject, rng: Rng) -> list[At]:
+    """A cotangent that is 0 for all outputs but one, for each of several outputs."""
+    y = subject.shape_at(subject.args, subject.fixed)
+    flat, tree = jax.tree.flatten(y)
+    if len(flat) < 2:
+        return []
+
+    def alone(i):
+        dy = [cotangent(a, rng.standard_normal if i == k else np.zeros) for k, a in enumerate(flat)]
+        return At(subject.args, subject.fixed, jax.tree.unflatten(tree, dy), part=f"output {i}")
+
+    return [alone(i) for i, a in enumerate(flat) if is_inexact(a)]
 
 
 def dy_mixed(subject: Subject, rng: Rng) -> Place:
@@ -278,14 +311,14 @@ def dy_mixed(subject: Subject, rng: Rng) -> Place:
     return with_dy(subject, lambda shape: rng.standard_normal(shape) * 10 ** rng.uniform(-4, 4, shape))
 
 
-def dy_tiny(subject: Subject, rng: Rng) -> Place:
-    """A cotangent of size 1e-20, or 1e-4 in float16: it shows what a backward takes for 0."""
-    return with_dy(subject, lambda shape: rng.standard_normal(shape) * (1e-4 if half(subject) else 1e-20))
+def dy_tiny(subject: Subject, rng: Rng) -> list[At]:
+    """A cotangent of size 1e-20, or 1e-4 in float16, in both signs: it shows what a backward takes for 0."""
+    return both_signs(with_dy(subject, lambda shape: rng.standard_normal(shape) * (1e-4 if half(subject) else 1e-20)))
 
 
-def dy_huge(subject: Subject, rng: Rng) -> Place:
-    """A cotangent of size 1e20, or 1e3 in float16: it shows what a backward clips."""
-    return with_dy(subject, lambda shape: rng.standard_normal(shape) * (1e3 if half(subject) else 1e20))
+def dy_huge(subject: Subject, rng: Rng) -> list[At]:
+    """A cotangent of size 1e20, or 1e3 in float16, in both signs: it shows what a backward clips."""
+    return both_signs(with_dy(subject, lambda shape: rng.standard_normal(shape) * (1e3 if half(subject) else 1e20)))
 
 
 def dy_numbers(subject: Subject, rng: Rng) -> Place:
@@ -358,7 +391,8 @@ VALUES = (
     mixed,
     numbers,
     totals,
+    one_less,
 )
 PARTS = (each_mirrored, each_zero, each_one, each_small, each_large, each_far, all_mirrored, all_small, all_far)
-COTANGENTS = (dy_zero, dy_zero_rows, dy_one_hot, dy_ones, dy_mixed, dy_tiny, dy_huge, dy_numbers)
+COTANGENTS = (dy_zero, dy_zero_rows, dy_one_hot, dy_ones, dy_one_output, dy_mixed, dy_tiny, dy_huge, dy_numbers)
 CONTEXTS = (masked, other_mode, positions_masked)

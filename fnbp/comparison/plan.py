@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.arrays.checks import check_key
+from fnbp.arrays.checks import check_is, check_key, describe
 from fnbp.comparison.probes import LEVELS, PROBES
 from fnbp.comparison.report import Row
 from fnbp.comparison.subject import Subject
 from fnbp.comparison.transforms import ON_REQUEST, TRANSFORMS
+from fnbp.layer import Context
+
+LONGEST = 1e6  # seconds; a longer limit is none
 
 
 class Options(NamedTuple):
@@ -47,7 +50,8 @@ def options_of(
 
     Raises: ValueError for an unknown name, and for a limit that is not above 0; TypeError if key is not a random key.
     """
-    check_names("level", [level], LEVELS)
+    if not isinstance(level, str) or level not in LEVELS:
+        raise ValueError(f"compare: unknown level {level!r}; there are: {', '.join(LEVELS)}")
     probes = LEVELS[level] if probes is None else probes
     transforms = (() if level == "quick" else tuple(TRANSFORMS)) if transforms is None else transforms
     check_names("probe", probes, PROBES)
@@ -55,22 +59,26 @@ def options_of(
         raise ValueError("compare: the first probe must be 'given', the point that all others start from")
     check_names("transform", transforms, {**TRANSFORMS, **ON_REQUEST})
     check_key("compare", key)
-    if limit is not None and not limit > 0:
-        raise ValueError(f"compare: limit must be above 0 seconds, or None for no limit, got {limit}")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
+        raise ValueError(f"compare: limit must be above 0 seconds, or None for no limit, got {describe(limit)}")
+    limit = None if limit is None or limit > LONGEST else float(limit)
     seed = np.asarray(jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key)
     rng = np.random.default_rng(seed.ravel().tolist())
     return Options(tuple(probes), tuple(transforms), rng, limit, level == "quick", cost, level == "deep")
 
 
 def check_names(what: str, names: Sequence[str], table: Mapping[str, Any]) -> None:
-    """ValueError for a name that is not in the table."""
+    """TypeError unless names is a tuple or a list; ValueError for a name that is not in the table."""
+    if not isinstance(names, (tuple, list)):
+        raise TypeError(f"compare: {what}s must be a tuple of names, got {describe(names)}")
     for name in names:
-        if name not in table:
+        if not isinstance(name, str) or name not in table:
             raise ValueError(f"compare: unknown {what} {name!r}; there are: {', '.join(table)}")
 
 
-def check_for_layer(args: tuple, of_functions: dict[str, Any]) -> None:
-    """TypeError unless a Layer is given one x, and nothing that goes with a function."""
+def check_for_layer(args: tuple, ctx: Any, of_functions: dict[str, Any]) -> None:
+    """TypeError unless a Layer is given one x, a Context, and nothing that goes with a function."""
+    check_is("compare", "ctx", ctx, Context)
     if any(value is not None for value in of_functions.values()):
         raise TypeError(
             "compare: reference=, vjp=, sizes=, domain= and name= go with a function; a Layer has its backward in it"
@@ -79,9 +87,9 @@ def check_for_layer(args: tuple, of_functions: dict[str, Any]) -> None:
         raise TypeError(f"compare: a Layer is compared at one x, got {len(args)} positional arguments")
 
 
-def check_for_function(of_layers: dict[str, Any]) -> None:
+def check_for_function(of_layers: dict[str, Any], ctx: Any) -> None:
     """TypeError if a function is given what goes with a Layer."""
-    for name, value in of_layers.items():
+    for name, value in {**of_layers, "ctx": None if ctx == Context() else ctx}.items():
         if value is not None:
             raise TypeError(f"compare: {name}= goes with a Layer; a function takes all that it needs as arguments")
 
@@ -93,6 +101,16 @@ def check_no_lists(name: str, args: tuple) -> None:
         if isinstance(arg, (list, tuple)) and arg and of_numbers:
             kind = type(arg).__name__
             raise TypeError(f"compare: {name} is given a {kind} of numbers; give an array: jnp.asarray(...)")
+
+
+def is_inside(domain: Any, args: tuple) -> bool:
+    """What a domain says of arguments. TypeError unless it is a function that returns True or False; what it raises."""
+    if not callable(domain):
+        raise TypeError(f"compare: domain must be a function, args -> True or False, got {describe(domain)}")
+    said: Any = domain(*args)
+    if jnp.shape(said) or not jnp.issubdtype(getattr(said, "dtype", type(said)), np.bool_):
+        raise TypeError(f"compare: domain must return True or False, got {describe(said)}")
+    return bool(said)
 
 
 class Plan(NamedTuple):

@@ -70,7 +70,7 @@ def cotangent(y: Any, f: Callable[[tuple[int, ...]], Any]) -> np.ndarray:
 
 def with_values(tree: Any, f: Callable[[np.ndarray], Any]) -> Any:
     """Apply f to the numbers of every floating or complex leaf, in float64, and cast back to its dtype."""
-    return jax.tree.map(lambda a: with_numbers(f, a) if is_inexact(a) else a, tree)
+    return jax.tree.map(lambda a: with_numbers(f, a) if is_inexact(a) and a.size else a, tree)
 
 
 def on_x(subject: Subject, f: Callable[[Any], Any], args: tuple | None = None) -> tuple:
@@ -128,7 +128,7 @@ def shuffled(tree: Any, rng: Rng) -> Any:
     """Put the values of every leaf in another order, so that they stay in its domain; of integers and truth values."""
 
     def one(a):
-        if not of_numbers(a):
+        if not of_numbers(a) or not a.size:
             return a
         return rng.permutation(np.asarray(a).ravel()).reshape(a.shape)
 
@@ -144,6 +144,12 @@ def with_dy(subject: Subject, f: Callable[[tuple[int, ...]], Any]) -> At:
     """The given point with f(shape) for the cotangent of each output."""
     y = subject.shape_at(subject.args, subject.fixed)
     return At(subject.args, subject.fixed, jax.tree.map(lambda a: cotangent(a, f), y))
+
+
+def both_signs(place: At) -> list[At]:
+    """The place, and the same with its cotangent negated."""
+    negated = jax.tree.map(lambda d: np.asarray(-d, d.dtype) if is_inexact(d) else d, place.dy)
+    return [place, place._replace(dy=negated, part="the other sign")]
 
 
 def half(subject: Subject) -> bool:

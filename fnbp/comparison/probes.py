@@ -13,6 +13,7 @@ from fnbp.comparison.sizes import RESIZED
 from fnbp.comparison.subject import Subject
 
 OF_COMBINATORS = ("given", "another", "one_example")
+SMALL_OUTPUT = 1e-6  # no cotangent is drawn larger because an output is smaller
 SCALES = (-20, 0, 20)  # powers of 2 for the cotangents of draws, in turn
 
 
@@ -49,7 +50,7 @@ def probe_at(subject: Subject, rng: Rng, name: str, place: At, scale: int) -> Pr
 def pairs_of(subject: Subject, rng: Rng, probes: list[Probe]) -> Iterator[Probe]:
     """Every probe of x with every one of another part, or of dy: what is right at each alone may be wrong at both."""
     of_x = [p for p in probes if p.name in X_ALONE and not p.part]
-    others = [p for p in probes if p.part or p.name in DY_ALONE]
+    others = [p for p in probes if p.part in ("params", "state", *subject.names) or p.name in DY_ALONE]
     for one in of_x:
         for other in others:
             if other.name in DY_ALONE:
@@ -76,7 +77,8 @@ def draw_dy(subject: Subject, args: tuple, fixed: Any, rng: Rng, scale: int = 0)
 
     def one(a, size):
         least = 4 if a.dtype == np.float16 else 20
-        factor = 2.0 ** np.clip(scale, -least, least) / (size if np.isfinite(size) and size > 0 else 1.0)
+        over = max(size, SMALL_OUTPUT) if np.isfinite(size) and size > 0 else 1.0
+        factor = 2.0 ** np.clip(scale, -least, least) / over
         return cotangent(a, lambda shape: rng.standard_normal(shape) * factor)
 
     return jax.tree.unflatten(jax.tree.structure(y), list(map(one, jax.tree.leaves(y), sizes)))

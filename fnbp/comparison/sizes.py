@@ -70,6 +70,8 @@ def many_examples(subject: Subject, rng: Rng) -> Place:
 
 def prime_sizes(subject: Subject, rng: Rng) -> Place:
     """Make every axis of x a prime of its own, with parameters to match: square ones hide a transpose."""
+    if subject.sizes is not None:
+        return resized(subject, 31)
     if not resizable(subject):
         return prime_batch(subject, rng)
     (x,) = flowing(subject)
@@ -78,6 +80,8 @@ def prime_sizes(subject: Subject, rng: Rng) -> Place:
 
 def even_sizes(subject: Subject, rng: Rng) -> Place:
     """Make every axis of x even, and the last one 130, with parameters to match."""
+    if subject.sizes is not None:
+        return resized(subject, 30)
     if not resizable(subject):
         return None
     (x,) = flowing(subject)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.comparison.code import computes_narrow, has_rule, jaxpr_of, numbers_in
+from fnbp.comparison.code import computes_narrow, has_narrow_constant, has_rule, jaxpr_of, numbers_in
 from fnbp.comparison.numerics import arithmetic, in_dtype, is_complex, is_inexact
 from fnbp.contraction import contracted, total
 from fnbp.layer import Context, Layer, map_layers, rebuilt
@@ -88,6 +88,12 @@ class Subject:
         """True if the code of the reference, given float64, computes numbers of fewer bits; or if nobody can tell."""
         with arithmetic(np.float64):
             return computes_narrow(jaxpr_of(self.reference, *in_dtype((self.args, self.fixed), np.float64)))
+
+    @cached_property
+    def has_narrow_constant(self) -> bool:
+        """True if the code of the reference holds a constant that was rounded to float32."""
+        with arithmetic(np.float64):
+            return has_narrow_constant(jaxpr_of(self.reference, *in_dtype((self.args, self.fixed), np.float64)))
 
     @cached_property
     def has_rule(self) -> bool:

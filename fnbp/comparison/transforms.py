@@ -153,6 +153,8 @@ def sharded(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, expected:
         return [], "not tried: one device"
     if subject.take is None:
         return [], "not tried: no batch is known"
+    if not jax.tree.leaves(probe.dy)[0].size:
+        return [], "not tried: there is no example"
     repeated = np.arange(2 * n)
     args, fixed = subject.take(probe.args, probe.fixed, lambda a: a[repeated % len(a)])
     dy = jax.tree.map(lambda d: d[repeated % len(d)] if np.ndim(d) else d, probe.dy)

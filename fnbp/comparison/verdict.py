@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fnbp.comparison.differences import only_kinks
+from fnbp.comparison.differences import differences_prefer, only_kinks
 from fnbp.comparison.evaluation import RefusedError
 from fnbp.comparison.hints import Evidence, hint_of
 from fnbp.comparison.leaf import Sight
@@ -71,6 +71,31 @@ def narrow_reference(at: Sight) -> Sight | None:
     return at._replace(scale=at.scale.narrowed(), z=at.error / at.conditioning)
 
 
+def narrow_constant(at: Sight) -> Sight | None:
+    """Judge in float32 a subject whose forward holds a constant that was rounded to float32, as jnp.float32(0.1) is.
+
+    A backward may have the constant with all its digits; in the dtype of the arguments the two are the same.
+    """
+    of_one_rounding = at.error <= 4 * U32 and at.z > Z_LIMIT and at.scale.wide
+    if not (of_one_rounding and at.evaluator.subject.has_narrow_constant):
+        return None
+    return at._replace(scale=at.scale.narrowed(), z=at.error / at.conditioning)
+
+
+def slope_by_differences(at: Sight) -> Verdict | None:
+    """Excuse what differences of the forward confirm at an extreme probe, where they contradict autodiff.
+
+    Autodiff is wrong where kinks of its parts cancel, as in max(x, 0) + log(1 + e^-|x|) at 0. Differences that straddle
+    a kink, or that have too few digits to tell the two apart, confirm nothing.
+    """
+    if not (at.z > Z_LIMIT and at.scale.wide and at.probe.name not in ORDINARY):
+        return None
+    m, a = at.values.known()
+    if not differences_prefer(at.evaluator, at.probe, at.leaf.leaf, m, a, at.rng):
+        return None
+    return Verdict("convention", at, "differences of the forward agree with it, not with autodiff: kinks that cancel")
+
+
 def kink(at: Sight) -> Verdict | None:
     """Excuse a difference that is only at kinks and ties, where manual lies between the slopes on the two sides.
 
@@ -98,7 +123,9 @@ EXCUSES: tuple[Callable[[Sight], Sight | Verdict | None], ...] = (
     saturated,
     ill_conditioned,
     narrow_reference,
+    narrow_constant,
     kink,
+    slope_by_differences,
     rounding,
 )
 
