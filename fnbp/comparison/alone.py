@@ -16,7 +16,7 @@ from fnbp.comparison.numerics import U32, all_finite, first_line, relative, rms,
 from fnbp.comparison.plan import Options, is_inside
 from fnbp.comparison.precision import accuracy_at, accuracy_over_draws
 from fnbp.comparison.probe import ORDINARY, Probe
-from fnbp.comparison.probes import OFTEN_UNDEFINED, pairs_of, probes_of
+from fnbp.comparison.probes import COMPILED_ANEW, OFTEN_UNDEFINED, pairs_of, probes_of
 from fnbp.comparison.progress import saying
 from fnbp.comparison.report import SEVERITY, Findings, Row
 from fnbp.comparison.rounding import Z_LIMIT, noise, one_rounding_away, shaken, z_of
@@ -83,8 +83,8 @@ def inside(domain: Callable[..., Any], probe: Probe) -> bool:
 
 
 def dtypes_of(probe: Probe) -> tuple:
-    """In what a probe is evaluated in any case. One of another size is compiled anew: there float64 must be enough."""
-    return (np.float64,) if probe.name in SIZES else (None, np.float64)
+    """In what a probe is evaluated in any case. One that is compiled anew must do with float64."""
+    return (np.float64,) if probe.name in COMPILED_ANEW else (None, np.float64)
 
 
 def compare_alone(prepared: Prepared, options: Options) -> Findings:
@@ -125,7 +125,7 @@ def at_probes(prepared: Prepared, start: Start) -> tuple[list[Row], Scale]:
             prepared.notes.append(f"{path}: not tried at {probe.title!r}, after two probes that did not end")
             continue
         try:
-            if not scale.wide or probe.name not in SIZES:
+            if not scale.wide or probe.name not in COMPILED_ANEW:
                 prepared.evaluator.at(probe)
             prepared.evaluator.at(probe, scale.dtype)
         except FailedError as failed:
@@ -153,7 +153,7 @@ def at_probe(prepared: Prepared, probe: Probe, leaves: dict[str, Leaf], scale: S
     """Compare every leaf at one probe."""
     evaluator, rows = prepared.evaluator, []
     exact = evaluator.at(probe, scale.dtype)
-    working = exact if scale.wide and probe.name in SIZES else evaluator.at(probe)
+    working = exact if scale.wide and probe.name in COMPILED_ANEW else evaluator.at(probe)
     if not all_finite(working.expected_y) or not all_finite(exact.expected_y):
         if probe.name not in OFTEN_UNDEFINED:
             path = prepared.subject.path
@@ -199,7 +199,7 @@ def sight_of(prepared: Prepared, probe: Probe, leaf: Leaf, values: Values, exact
     """
     m, a = values.known()
     error, n, z = relative(m, a), U32, 0.0
-    at_hand = scale.working == np.float32 and probe.name not in SIZES
+    at_hand = scale.working == np.float32 and probe.name not in COMPILED_ANEW
     if error > Z_LIMIT * scale.roundoff or at_hand or probe.name == "given":
         n = noise(single_of(prepared.evaluator, probe, scale)().automatic[leaf.leaf], values.a64)
         if scale.wide and 0 < np.max(abs(a), initial=0) < SMALLEST:  # float32 flushes it to 0, and tells no noise
@@ -249,7 +249,7 @@ def judged(at: Sight) -> tuple[Verdict, list[Row]]:
     if said.kind in ("convention", "formula"):
         spot = worst_spot(at.values.m64, at.values.a64)
         return said, [leaf.row(said.kind, probe=at.probe.title, hint=said.hint, **spot)]
-    if said.kind == "unseen" or at.probe.name in SIZES:
+    if said.kind == "unseen" or at.probe.name in COMPILED_ANEW:
         return said, []
     accuracy = accuracy_at(at)
     leaf.pooled += [accuracy.pooled] if accuracy.pooled else []

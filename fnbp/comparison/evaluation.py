@@ -1,7 +1,7 @@
 """Both backwards of a subject at a probe, in the arithmetic that is asked for, and compiled if possible."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -169,17 +169,20 @@ class Evaluator:
         """Trace `run` for inputs of that shape. Returns: a function that compiles it."""
         return compiled(lambda arrays: self.run(*inputs.unflatten(arrays))).lower(inputs.arrays).compile
 
-    def prepare(self, probes: list[Probe], dtypes_of: Callable[[Probe], tuple]) -> dict[Any, Callable]:
-        """What is still to be compiled for these probes, by key."""
-        missing: dict[Any, Callable] = {}
-        for probe in probes:
-            for dtype in dtypes_of(probe):
-                with arithmetic(dtype):
-                    inputs = Inputs(probe, dtype)
-                    if inputs.key not in missing and inputs.key not in self.compiled:
-                        with suppress(Exception):  # evaluate meets the error again, and reports it
-                            missing[inputs.key] = self.lower(inputs)
-        return missing
+    def prepare(self, probes: list[Probe], dtypes_of: Callable[[Probe], tuple]) -> Iterator[tuple[Any, Callable]]:
+        """Trace what these probes still lack. Yields: the key, and a function that compiles it."""
+        known = set(self.compiled)
+        for probe, dtype in [(point, dtype) for point in probes for dtype in dtypes_of(point)]:
+            with arithmetic(dtype):
+                inputs = Inputs(probe, dtype)
+                if inputs.key in known:
+                    continue
+                known.add(inputs.key)
+                try:
+                    job = self.lower(inputs)
+                except Exception:  # evaluate meets the error again, and reports it
+                    continue
+            yield inputs.key, job
 
     def run(self, args: tuple, fixed: Any, dy: Any) -> tuple:
         """The forward, the reference and both backwards: the fields of Sides, and an Aside."""
@@ -239,17 +242,16 @@ def within(limit: float, call: Callable[[], Any]) -> Any:
 
 
 def compile_together(evaluators: list[Evaluator], probes: list[list[Probe]], dtypes_of: Callable) -> None:
-    """Trace what all evaluators need one after the other, and compile it in parallel: XLA releases Python's lock."""
-    jobs, seen = [], set()
-    for evaluator, points in zip(evaluators, probes, strict=True):
-        if id(evaluator.compiled) not in seen:  # of equal code, the first is enough
-            jobs += [(evaluator, key, job) for key, job in evaluator.prepare(points, dtypes_of).items()]
-        seen.add(id(evaluator.compiled))
+    """Trace what all evaluators need one after the other, and compile it beside: XLA releases Python's lock."""
 
-    def work(one):
-        evaluator, key, job = one
+    def work(evaluator, key, job):
         with suppress(Exception):
             evaluator.compiled[key] = job()
 
+    seen = set()
     with ThreadPoolExecutor() as pool:
-        list(pool.map(work, jobs))
+        for evaluator, points in zip(evaluators, probes, strict=True):
+            if id(evaluator.compiled) not in seen:  # of equal code, the first is enough
+                for key, job in evaluator.prepare(points, dtypes_of):
+                    pool.submit(work, evaluator, key, job)
+            seen.add(id(evaluator.compiled))

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 U64, U32 = 2.0**-53, 2.0**-24  # unit roundoff of float64 and float32
-FAST: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+FAST: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 FLOAT64_BACKENDS = ("cpu", "gpu", "cuda", "rocm")
 
 

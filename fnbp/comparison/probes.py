@@ -101,6 +101,7 @@ DY_ALONE = tuple(f.__name__ for f in COTANGENTS)
 PROBES: dict[str, Callable[[Subject, Rng], Place | list[At]]] = {
     f.__name__: f for f in (*AROUND_IT, *VALUES, *PARTS, *COTANGENTS, *CONTEXTS, *RESIZED)
 }
+COMPILED_ANEW = tuple(f.__name__ for f in (*RESIZED, *CONTEXTS))  # other shapes, or other static arguments
 OFTEN_UNDEFINED = (
     *(f.__name__ for f in (*VALUES, *PARTS) if f not in (zeros, ties, small)),
 )  # not finite there: no word
