@@ -163,6 +163,30 @@ def test_a_custom_jvp_is_tried_forwards_too():
     assert fnbp.compare(made(2), X, X + 1, level="quick", transforms=("forwards",)).checks["forwards"] == "WRONG"
 
 
+def test_random_programs_show_what_one_vmap_does_not():
+    def on_the_host(axes):
+        def cosine(x, dy):
+            if x.ndim > X.ndim + axes:
+                raise ValueError("more axes than it knows")
+            return np.cos(np.asarray(x)) * np.asarray(dy)
+
+        def backward(args, dy):
+            shape = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+            return (jax.pure_callback(cosine, shape, args[0], dy, vmap_method="broadcast_all"),)
+
+        return fnbp.compare(jnp.sin, X, vjp=backward, level="quick", transforms=("jit", "vmap", "programs"))
+
+    assert on_the_host(axes=9).checks == {"jit": "ok", "vmap": "ok", "programs": "ok"}
+    fault = on_the_host(axes=1).first_fault
+    assert fault.kind == "programs" and "under vmap of " in fault.hint and "more axes than it knows" in fault.hint
+
+
+def test_a_deep_comparison_tries_random_programs_and_others_do_not():
+    for level, tried in ("quick", False), ("full", False), ("deep", True):
+        report = fnbp.compare(jnp.sin, X, vjp=sine_backward, level=level, probes=("given",))
+        assert ("programs" in report.checks) is tried
+
+
 def test_the_second_order_is_compared_on_request():
     def stopped(args, dy):
         return (dy * jnp.cos(jax.lax.stop_gradient(args[0])),)

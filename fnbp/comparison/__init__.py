@@ -54,8 +54,9 @@ def compare(
     check autodiff itself. What is not given is drawn from key: params, moved off their initial
     zeros and ones, and cotangents.
 
-    Options: level: "quick", formulas at a few probes; "full"; or "deep", with more draws and probes in pairs.
-             probes and transforms name those to try in the place of the level's.
+    Options: level: "quick", formulas at a few probes; "full"; or "deep", with more draws, probes in pairs, and random
+             programs around the backward. probes and transforms name those to try in the place of the level's; the
+             transforms "programs" and "second_order", the backward's own derivative, are tried on request too.
              sizes: for a function, n -> its arguments at size n, so that other sizes are tried.
              domain: for a function, args -> True where it is defined; probes outside are not tried, and a note says so.
              limit: the seconds that one call may take; at a probe, what does not end is left behind, and noted.

@@ -127,9 +127,11 @@ def compiled_or_plain(f: Callable, *args: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of the message of an error."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else ""
+    """The first line of the message of an error; of one that a callback raised, the last line of its traceback."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return ""
+    return lines[-1] if "Traceback (most recent call last)" in lines[0] else lines[0]
 
 
 def rms(a: Any) -> float:

@@ -14,6 +14,7 @@ from fnbp.comparison.subject import Subject
 from fnbp.comparison.transforms import ON_REQUEST, TRANSFORMS
 from fnbp.layer import Context
 
+BY_LEVEL = {"quick": (), "full": tuple(TRANSFORMS), "deep": (*TRANSFORMS, "programs")}
 LONGEST = 1e6  # seconds; a longer limit is none
 
 
@@ -53,7 +54,7 @@ def options_of(
     if not isinstance(level, str) or level not in LEVELS:
         raise ValueError(f"compare: unknown level {level!r}; there are: {', '.join(LEVELS)}")
     probes = LEVELS[level] if probes is None else probes
-    transforms = (() if level == "quick" else tuple(TRANSFORMS)) if transforms is None else transforms
+    transforms = BY_LEVEL[level] if transforms is None else transforms
     check_names("probe", probes, PROBES)
     if list(probes[:1]) != ["given"]:
         raise ValueError("compare: the first probe must be 'given', the point that all others start from")

@@ -25,6 +25,7 @@ FAULTS = {  # the gravest first
     "precision": "it is right in float64, but less accurate than autodiff in the dtype of the arguments",
     "jit": "it differs, or fails, under jit",
     "vmap": "it differs, or fails, under vmap",
+    "programs": "it differs, or fails, within another program",
     "sharded": "it differs, or fails, when spread over devices",
     "one_argument": "it differs, or fails, if the other arguments are fixed",
     "forwards": "its rule forwards is not that of the gradient",

@@ -1,4 +1,4 @@
-"""Does the manual backward give the same under jit, under vmap, spread over devices, and by one argument alone?"""
+"""Does the manual backward give the same under jit, vmap, random programs, over devices, and by one argument alone?"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -49,12 +49,20 @@ def functions_of(subject: Subject, probe: Probe) -> Functions:
 
 
 def outcome(
-    name: str, evaluator: Evaluator, functions: Functions, transform: Callable, leaves: Leaves, expected: Gradients
+    name: str,
+    evaluator: Evaluator,
+    functions: Functions,
+    transform: Callable,
+    leaves: Leaves,
+    expected: Gradients,
+    title: str = "",
 ) -> Outcome:
     """Compare the transformed manual backward with what it is expected to return.
 
     It may move as far as autodiff does under the same transform, or as another order of summation makes it.
+    title is what the hint calls the transform, if not by its name.
     """
+    title = title or name
     evaluator.count(manual=1)
     try:
         found = evaluator.in_time(lambda: transform(functions.manual)(*functions.arrays))
@@ -65,7 +73,7 @@ def outcome(
             transform(functions.automatic)(*functions.arrays)
         except Exception:
             return [], f"not possible: its forward raises {type(error).__name__} there"
-        hint = f"under {name} the backward raises {type(error).__name__}: {first_line(error)}"
+        hint = f"under {title} the backward raises {type(error).__name__}: {first_line(error)}"
         return [leaf.row(name, hint=hint) for leaf in leaves.values()], "WRONG"
     rows, room = [], None
     for key, leaf in leaves.items():
@@ -79,7 +87,7 @@ def outcome(
         if error <= ROOM * room.get(key, 0.0):
             continue
         index = index_of_largest(abs(m - right))
-        hint = f"under {name} it differs from the plain result by {error:.1e}"
+        hint = f"under {title} it differs from the plain result by {error:.1e}"
         values = {"manual": float(m[index]), "automatic": float(right[index])}
         rows.append(leaf.row(name, index=index, hint=hint, **values))
     return rows, "WRONG" if rows else "ok"
@@ -185,6 +193,76 @@ def sharded(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, expected:
     return rows, "WRONG" if rows else word
 
 
+def in_batch(run: Callable, others: list[Any]) -> Callable:
+    """vmap of run over these arrays and others, of which the second are wanted."""
+    return lambda *arrays: second(jax.vmap(run)(*map(beside, others, arrays)))
+
+
+def in_scan(run: Callable, others: list[Any]) -> Callable:
+    """A loop of two turns, first at others, then at these arrays."""
+    return lambda *arrays: second(jax.lax.map(lambda one: run(*one), list(map(beside, others, arrays))))
+
+
+def in_loop(run: Callable, others: list[Any]) -> Callable:
+    """A loop that does not know its turns beforehand."""
+
+    def looped(*arrays):
+        nothing = jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype), jax.eval_shape(run, *arrays))
+        return jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, run(*arrays)), (0, nothing))[1]
+
+    return looped
+
+
+def in_branch(run: Callable, others: list[Any]) -> Callable:
+    """One of two branches; the other returns zeros."""
+
+    def branched(*arrays):
+        nothing = lambda *arrays: jax.tree.map(jnp.zeros_like, run(*arrays))  # noqa: E731
+        return jax.lax.cond(True, run, nothing, *arrays)
+
+    return branched
+
+
+def in_jit(run: Callable, others: list[Any]) -> Callable:
+    """A program within a program."""
+    return jax.jit(run)
+
+
+def beside(b: Any, a: Any) -> Any:
+    """Two arrays on a new axis, inside a program."""
+    return jnp.stack([b, a])
+
+
+def second(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The second of two cotangents, of every leaf."""
+    return {name: d[1] for name, d in found.items()}
+
+
+AROUND_A_BACKWARD = {"vmap": in_batch, "scan": in_scan, "while_loop": in_loop, "cond": in_branch, "jit": in_jit}
+PROGRAMS, DEPTHS = 8, (2, 5)  # how many programs, and of how many parts: 2, 3 or 4
+
+
+def programs(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, expected: Gradients) -> Outcome:
+    """Random programs around the backward: vmap, scan, while_loop, cond and jit inside one another."""
+    if evaluator.eager:
+        return [], "not tried: it cannot be traced"
+    rng, functions = np.random.default_rng(0), functions_of(evaluator.subject, probes[0])
+    alike = [p for p in probes[1:] if shapes_of(p) == shapes_of(probes[0])]
+    others = functions_of(evaluator.subject, (alike or probes)[0]).arrays
+    for _ in range(PROGRAMS):
+        names = [str(name) for name in rng.choice(list(AROUND_A_BACKWARD), rng.integers(*DEPTHS))]
+
+        def transform(run: Callable, names: list[str] = names) -> Callable:
+            for name in reversed(names):
+                run = AROUND_A_BACKWARD[name](run, others)
+            return compiled(run)
+
+        rows, word = outcome("programs", evaluator, functions, transform, leaves, expected, " of ".join(names))
+        if rows or word != "ok":
+            return rows, word
+    return [], "ok"
+
+
 Transform = Callable[[Evaluator, list[Probe], Leaves, Gradients], Outcome]
 TRANSFORMS: dict[str, Transform] = {
     "jit": under_jit,
@@ -193,4 +271,4 @@ TRANSFORMS: dict[str, Transform] = {
     "one_argument": fixed_in_turn,
     "forwards": forwards,
 }
-ON_REQUEST: dict[str, Transform] = {"second_order": second_order}
+ON_REQUEST: dict[str, Transform] = {"programs": programs, "second_order": second_order}
