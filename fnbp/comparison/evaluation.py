@@ -1,18 +1,24 @@
 """Both backwards of a subject at a probe, in the arithmetic that is asked for, and compiled if possible."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fnbp.comparison.numerics import arithmetic, as_jax, compiled, first_line, is_float0
+from fnbp.comparison.code import equations
+from fnbp.comparison.numerics import arithmetic, as_jax, first_line, is_float0, options
 from fnbp.comparison.probe import Probe
 from fnbp.comparison.subject import Mismatch, Subject, flatten
+
+LOOPS = ("conv_general_dilated",)  # XLA writes them as loops in float64, ten times as slow if not optimised
+OFTEN = 8  # runs, from which optimising these pays
 
 
 class FailedError(Exception):
@@ -165,24 +171,30 @@ class Evaluator:
         except Exception as error:
             raise FailedError(f"{type(error).__name__}: {first_line(error)}") from error
 
-    def lower(self, inputs: "Inputs") -> Callable:
-        """Trace `run` for inputs of that shape. Returns: a function that compiles it."""
-        return compiled(lambda arrays: self.run(*inputs.unflatten(arrays))).lower(inputs.arrays).compile
+    def lower(self, inputs: "Inputs", often: bool = False) -> Callable:
+        """Trace `run` for inputs of that shape. Returns: a function that compiles it, optimised if it pays."""
+        traced = jax.jit(lambda arrays: self.run(*inputs.unflatten(arrays))).trace(inputs.arrays)
+        pays = often and any(equation.primitive.name in LOOPS for equation in equations(traced.jaxpr))
+        return partial(traced.lower().compile, compiler_options=None if pays else options())
 
     def prepare(self, probes: list[Probe], dtypes_of: Callable[[Probe], tuple]) -> Iterator[tuple[Any, Callable]]:
         """Trace what these probes still lack. Yields: the key, and a function that compiles it."""
-        known = set(self.compiled)
+        first: dict[Any, tuple[Any, Inputs]] = {}
+        uses: Counter[Any] = Counter()
         for probe, dtype in [(point, dtype) for point in probes for dtype in dtypes_of(point)]:
             with arithmetic(dtype):
                 inputs = Inputs(probe, dtype)
-                if inputs.key in known:
-                    continue
-                known.add(inputs.key)
+            first.setdefault(inputs.key, (dtype, inputs))
+            uses[inputs.key] += 1
+        for key, (dtype, inputs) in first.items():
+            if key in self.compiled:
+                continue
+            with arithmetic(dtype):
                 try:
-                    job = self.lower(inputs)
+                    job = self.lower(inputs, often=uses[key] > OFTEN)
                 except Exception:  # evaluate meets the error again, and reports it
                     continue
-            yield inputs.key, job
+            yield key, job
 
     def run(self, args: tuple, fixed: Any, dy: Any) -> tuple:
         """The forward, the reference and both backwards: the fields of Sides, and an Aside."""

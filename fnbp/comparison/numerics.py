@@ -101,7 +101,12 @@ def as_jax(tree: Any) -> Any:
 
 def compiled(f: Callable) -> Any:
     """Compile f; on the CPU without optimizations, which take longer than they save."""
-    return jax.jit(f, compiler_options=fast_options() if jax.default_backend() == "cpu" else None)
+    return jax.jit(f, compiler_options=options())
+
+
+def options() -> dict[str, Any] | None:
+    """Options for XLA that compile fast on the CPU."""
+    return fast_options() if jax.default_backend() == "cpu" else None
 
 
 @cache
