@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 import fnbp
+from fnbp.comparison.probe import Probe
+from fnbp.comparison.probes import probes_of
+from fnbp.comparison.subject import subject_of_layer
+from fnbp.layer import Static
 
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
 Y = np.random.default_rng(1).standard_normal((4, 3)).astype(np.float32)
@@ -176,3 +180,31 @@ def test_other_refusals():
 @pytest.mark.parametrize("limit", [float("inf"), 1e12, 10**7])
 def test_a_limit_longer_than_any_is_none(limit):
     assert fnbp.compare(jnp.sin, X, vjp=sine_backward, level="quick", limit=limit).ok
+
+
+def test_a_mode_that_only_the_backward_sees_is_tried():
+    plain = fnbp.sigmoid()
+
+    def forward(params, state, x, ctx):
+        y, state, res = plain.forward(params, state, x, ctx)
+        return y, state, (res, Static(ctx.train))
+
+    def backward(params, res, dy):
+        factors, dx = plain.backward(params, res[0], dy)
+        return factors, 2 * dx if res[1].value else dx
+
+    fault = fnbp.compare(fnbp.replace_functions(plain, forward=forward, backward=backward), X).first_fault
+    assert fault.probe == "other_mode" and "factor 2" in fault.hint
+
+
+def test_another_mode_is_tried_only_where_something_differs():
+    def tried(layer):
+        x = jnp.asarray(X)
+        params, state = layer.init(jax.random.key(0), x)
+        subject = subject_of_layer(layer.name, layer, (params, x), (state, fnbp.Context()))
+        points = probes_of(subject, np.random.default_rng(0), ("given", "other_mode"))
+
+        return [point.name for point in points if isinstance(point, Probe)]
+
+    assert tried(fnbp.dense(3)) == tried(fnbp.relu()) == ["given"]
+    assert tried(fnbp.dropout(0.5)) == tried(fnbp.batch_norm()) == ["given", "other_mode"]

@@ -81,6 +81,16 @@ def has_rule(jaxpr: Any) -> bool:
 
 
 def reacts(f: Callable, one: tuple, other: tuple) -> bool:
-    """True if f is another code at other than at one: at another static context, for example."""
-    codes = [jaxpr_of(f, *at) for at in (one, other)]
-    return codes[1] is not None and str(codes[0]) != str(codes[1])
+    """True if f, at other than at one, is another code or returns another tree: as at another static context.
+
+    False if it cannot be traced at other.
+    """
+
+    def traced(at: tuple) -> Any:
+        try:
+            code, returned = jax.make_jaxpr(f, return_shape=True)(*at)
+        except Exception:
+            return None
+        return str(code), jax.tree.structure(returned)
+
+    return (there := traced(other)) is not None and traced(one) != there

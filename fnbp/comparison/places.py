@@ -28,6 +28,7 @@ from fnbp.comparison.probe import (
     with_values,
 )
 from fnbp.comparison.subject import Subject
+from fnbp.layer import Context
 
 MOST_TOTALS = 4  # numbers of the code that totals tries
 LARGE = 50.0  # root mean square of large logits: e^50 is near the end of float32
@@ -348,9 +349,9 @@ def other_mode(subject: Subject, rng: Rng) -> Place:
     """Train if the given context does not, and the other way round, for a layer that reacts to it."""
     if subject.layer is None:
         return None
-    state, ctx = subject.fixed
+    ctx = subject.fixed[1]
     key = jax.random.key(int(rng.integers(1 << 31))) if ctx.key is None else ctx.key
-    return when_it_reacts(subject, (state, replace(ctx, key=key, train=not ctx.train)))
+    return when_it_reacts(subject, replace(ctx, key=key, train=not ctx.train), replace(ctx, key=key))
 
 
 def positions_masked(subject: Subject, rng: Rng) -> Place:
@@ -360,16 +361,18 @@ def positions_masked(subject: Subject, rng: Rng) -> Place:
     xs = flowing(subject)
     if len(xs) != 1 or not of_numbers(xs[0]) or xs[0].ndim < (3 if is_inexact(xs[0]) else 2):
         return None
-    state, ctx = subject.fixed
+    ctx = subject.fixed[1]
     mask = rng.random(xs[0].shape[:2]) < 0.6
     mask[:, 0] = True
-    return when_it_reacts(subject, (state, replace(ctx, mask=mask)))
+    return when_it_reacts(subject, replace(ctx, mask=mask), ctx)
 
 
-def when_it_reacts(subject: Subject, fixed: Any) -> Place:
-    """The given point with another context, if the layer then computes something else; one that refuses it does not."""
-    at_both = (subject.args, subject.fixed), (subject.args, fixed)
-    return At(subject.args, fixed) if reacts(subject.forward, *at_both) else None
+def when_it_reacts(subject: Subject, other: Context, ctx: Context) -> Place:
+    """The given point in the other context, if the layer computes or saves something else there than in ctx."""
+    (params, x), (state, _), layer = subject.args, subject.fixed, subject.layer
+    assert layer is not None
+    reacting = reacts(layer.forward, (params, state, x, ctx), (params, state, x, other))
+    return At(subject.args, (state, other)) if reacting else None
 
 
 AROUND_IT = (given, another, nearby)
