@@ -40,6 +40,76 @@ def test_autodiff_is_outvoted_where_kinks_of_its_parts_cancel(name):
     assert not fnbp.compare(f, X, vjp=lambda a, dy: (jnp.where(a[0] == 0, 3 * dy, backward(a, dy)[0]),)).ok
 
 
+ZEROS = np.maximum(X, 0)  # as after a relu
+
+
+def test_a_kink_that_cancels_may_be_given():
+    f, backward = KINKS_THAT_CANCEL["softplus"]
+    for x in (ZEROS, ZEROS.astype(np.float16), X.astype(np.float16)):
+        assert fnbp.compare(f, x, vjp=backward).ok
+    assert not fnbp.compare(f, ZEROS, vjp=lambda a, dy: (jnp.where(a[0] == 0, 3 * dy, backward(a, dy)[0]),)).ok
+    stopped = fnbp.compare(lambda x: x * jax.lax.stop_gradient(x), X, vjp=lambda a, dy: (2 * a[0] * dy,))
+    assert stopped.first_fault.kind == "formula" and "ignores a stop_gradient" in stopped.first_fault.hint
+
+
+def softmax_in_float32(x):
+    return jax.nn.softmax(x.astype(jnp.float32), -1).astype(x.dtype)
+
+
+def softmax_in_float32_backward(args, dy):
+    p, dy = (a.astype(jnp.float32) for a in (softmax_in_float32(args[0].astype(jnp.float32)), dy))
+    return ((p * (dy - jnp.sum(p * dy, -1, keepdims=True))).astype(args[0].dtype),)
+
+
+def square_backward(factor):
+    return lambda args, dy: ((factor * args[0] * dy).astype(jnp.bfloat16),)
+
+
+def test_half_precision_around_float32_and_at_the_end_of_a_backward():
+    x = jnp.asarray(X, jnp.bfloat16)
+    assert fnbp.compare(softmax_in_float32, x, vjp=softmax_in_float32_backward).ok
+    assert fnbp.compare(jnp.square, x, vjp=square_backward(2.0)).ok
+    fault = fnbp.compare(jnp.square, x, vjp=square_backward(2.1)).first_fault
+    assert fault.kind == "formula" and "linear" not in fault.hint
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_published_formulas_that_cancel_in_small_elements_are_not_accused(dtype):
+    def gelu_backward(args, dy):
+        (x,) = args
+        return (dy * (0.5 * (1 + jax.lax.erf(x * 2**-0.5)) + x * jnp.exp(-(x**2) / 2) * (2 * np.pi) ** -0.5),)
+
+    for x in (X, 3 * X):
+        report = fnbp.compare(lambda x: jax.nn.gelu(x, approximate=False), jnp.asarray(x, dtype), vjp=gelu_backward)
+        assert report.ok, report
+
+
+def test_a_steep_slope_within_a_step_of_the_differences_is_no_fault():
+    def unit(x):
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+    def backward(args, dy):
+        n = jnp.linalg.norm(args[0], axis=1, keepdims=True)
+        m = jnp.maximum(n, 1e-12)
+        y = args[0] / m
+        return (jnp.where(n > 1e-12, (dy - y * jnp.sum(y * dy, 1, keepdims=True)) / m, dy / m),)
+
+    assert fnbp.compare(unit, X, vjp=backward).ok
+
+
+def test_softmax_saturated_beside_rows_that_are_not():
+    net = fnbp.serial(fnbp.dense(11), fnbp.softmax())
+    x = jnp.asarray(np.random.default_rng(82).standard_normal((2, 5)), jnp.float32)
+    params, state = net.init(jax.random.key(82), x)
+
+    def plain(params, x):
+        return fnbp.apply(net, params, state, x)
+
+    options = {"probes": ("given", "each_large"), "key": jax.random.key(82)}
+    report = fnbp.compare(fnbp.to_jax(net), params, x, reference=plain, **options)
+    assert report.ok, report
+
+
 @pytest.mark.parametrize("net", [fnbp.dense(3), fnbp.layer_norm()], ids=lambda net: net.name)
 @pytest.mark.parametrize("x", [X[0], X[:0]], ids=["one example without its axis", "no example"])
 def test_a_layer_without_a_batch_is_not_tried_by_example(net, x):
@@ -208,3 +278,38 @@ def test_another_mode_is_tried_only_where_something_differs():
 
     assert tried(fnbp.dense(3)) == tried(fnbp.relu()) == ["given"]
     assert tried(fnbp.dropout(0.5)) == tried(fnbp.batch_norm()) == ["given", "other_mode"]
+
+
+def test_functions_are_given_arrays_of_jax():
+    @jax.custom_vjp
+    def first_doubled(x):
+        return x.at[0].multiply(2)
+
+    first_doubled.defvjp(lambda x: (first_doubled(x), None), lambda _, dy: (dy.at[0].multiply(2),))
+    assert fnbp.compare(first_doubled, X, reference=lambda x: x.at[0].multiply(2)).ok
+
+
+def test_outputs_that_are_no_arrays_of_numbers_do_not_hinder():
+    def backward(args, dy):
+        return (2 * args[0] * dy[0],)
+
+    assert fnbp.compare(lambda x: (x**2, jax.random.key(0)), X, vjp=backward).ok
+    assert fnbp.compare(lambda x: (x**2, 1.0), X, vjp=backward).ok
+
+
+def test_numbers_beyond_float32_and_sizes_of_another_kind_are_named():
+    def backward(args, dy):
+        return (2 * args[0] * dy,)
+
+    with pytest.raises(ValueError, match=r"what square is given has numbers beyond float32, and jax_enable_x64 is off"):
+        fnbp.compare(jnp.square, np.full((3, 3), 1e300), vjp=backward, name="square")
+    with pytest.raises(TypeError, match=r"argument 0 of square is float32 .*, but sizes\(2\) returns int64"):
+        fnbp.compare(jnp.square, X, vjp=backward, name="square", sizes=lambda n: (np.ones((n, 3), int),))
+
+
+def test_a_random_key_among_the_arguments_loses_no_probe():
+    def f(x, key):
+        return x * jax.random.bernoulli(key, 0.5, x.shape)
+
+    report = fnbp.compare(f, X, jax.random.key(0), vjp=lambda a, dy: (f(dy, a[1]), None))
+    assert report.ok and not any("not tried at" in note for note in report.notes)

@@ -200,10 +200,13 @@ def check_finite(name: str, what: str, x: Any) -> None:
     for leaf in jax.tree.leaves(x):
         if not concrete(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        with jax.ensure_compile_time_eval():  # a constant of a jitted function has values too
+        # a constant of a jitted function has values too; float64 may overflow
+        with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
             finite = bool(jnp.isfinite(leaf).all())
         if not finite:
             bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
+            if not len(bad):  # float64 that JAX takes as float32
+                raise ValueError(f"{name}: {what} has numbers beyond float32, and jax_enable_x64 is off")
             first = tuple(int(i) for i in bad[0])
             value = np.asarray(leaf)[first]
             raise ValueError(f"{name}: {what} has {len(bad)} non-finite values, the first {value} at index {first}")

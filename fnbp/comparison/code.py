@@ -74,10 +74,9 @@ def computes_narrow(jaxpr: Any) -> bool:
     return any(jnp.issubdtype(d, jnp.inexact) and jnp.finfo(d).bits < 64 for d in dtypes)
 
 
-def has_rule(jaxpr: Any) -> bool:
-    """True if a code holds what differentiates by a rule of its own, and no stop_gradient: that is said openly."""
-    names = {e.primitive.name for e in equations(jaxpr)}
-    return bool(names & RULES) and "stop_gradient" not in names
+def rules_in(jaxpr: Any) -> set[str]:
+    """The operations of a code whose slope autodiff is told: "stop_gradient", which says so openly, and rules."""
+    return {e.primitive.name for e in equations(jaxpr)} & {*RULES, "stop_gradient"}
 
 
 def reacts(f: Callable, one: tuple, other: tuple) -> bool:

@@ -18,6 +18,7 @@ STEPS = tuple(2.0**-k for k in range(4, 28, 2))  # relative to the size of what 
 FIRST_STEPS = (2.0**-14, 2.0**-18)
 DIFFERS = 1e-4  # of the directional derivative; if autodiff is right, differences agree to about 1e-9
 KINK = 1e-3  # relative; one-sided slopes that differ by more meet in a kink
+FINER_AND_COARSER = (1.0, 2.0**-6, 2.0**-12, 2.0**12, 2.0**20, 2.0**26)  # steps beside large, and among tiny elements
 ELEMENTS = 6  # how many are tried for a kink: the worst, and as many at random
 
 
@@ -245,12 +246,13 @@ def against_differences(
     if not np.isfinite(near.middle).all():
         return None
     for i in rng.permutation(len(found))[: 2 * ELEMENTS]:
-        index = tuple(found[i])
+        index = tuple(map(int, found[i]))
         (low, high), further = near.slopes(index), near.slopes(index, steps=8)
         if not np.isfinite([low, high, *further]).all():
             continue
-        gap, size = high - low, max(abs(low), abs(high), abs(manual[index]))
-        steady = np.allclose((low, high), further, rtol=0, atol=0.1 * gap + KINK * size + near.rounding)
+        gap, slope = high - low, max(abs(low), abs(high))
+        steady = np.allclose((low, high), further, rtol=0, atol=0.1 * gap + KINK * slope + near.rounding)
+        size = max(slope, abs(manual[index]))
         room = 0.1 * gap + 10 * KINK * size + 10 * near.rounding
         if steady and not low - room <= manual[index] <= high + room:
             return index
@@ -271,13 +273,19 @@ def differences_prefer(
     near = one_leaf(evaluator, probe, leaf, np.float64)
     for i in worst_and_others(abs(manual - automatic)[tuple(wrong.T)], rng):
         index = tuple(wrong[i])
-        low, high = near.slopes(index)
-        room = KINK * max(abs(low), abs(high), abs(automatic[index])) + near.rounding
-        if high - low > room or not low - room <= manual[index] <= high + room:
-            return False
-        if low - 3 * room <= automatic[index] <= high + 3 * room:
+        if not any(
+            confirms(near, index, float(manual[index]), float(automatic[index]), steps) for steps in FINER_AND_COARSER
+        ):
             return False
     return right_together(near, wrong, manual)
+
+
+def confirms(near: OneLeaf, index: tuple[int, ...], manual: float, automatic: float, steps: float) -> bool:
+    """True if the forward, in steps of that size, is smooth at an element, and its slope is manual's alone."""
+    low, high = near.slopes(index, steps)
+    room = KINK * max(abs(low), abs(high), abs(automatic)) + near.rounding / steps
+    right = high - low <= room and low - room <= manual <= high + room
+    return right and not low - 3 * room <= automatic <= high + 3 * room
 
 
 def worst_and_others(apart: np.ndarray, rng: np.random.Generator) -> set[int]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from fnbp.comparison.code import equations
-from fnbp.comparison.numerics import arithmetic, as_jax, first_line, is_float0, options
+from fnbp.comparison.numerics import arithmetic, as_jax, first_line, is_float0, is_key, options
 from fnbp.comparison.probe import Probe
 from fnbp.comparison.subject import Mismatch, Subject, flatten
 
@@ -166,7 +166,7 @@ class Evaluator:
             for (y, pull), (args, _, dy) in zip(before, points, strict=True):
                 manual, _ = flatten(self.subject, args, pull(dy))
                 numbers = {name: np.asarray(a) for name, a in manual.items()}
-                found.append(StepByStep([np.asarray(a) for a in jax.tree.leaves(y)], numbers))
+                found.append(StepByStep([np.asarray(a) for a in numbers_of(y)], numbers))
             return found
         except Exception as error:
             raise FailedError(f"{type(error).__name__}: {first_line(error)}") from error
@@ -209,7 +209,7 @@ class Evaluator:
             aside = Aside(wrong=tuple(wrong))
         except Exception as error:
             aside = Aside(failed=f"{type(error).__name__}: {first_line(error)}")
-        return *map(jax.tree.leaves, (y, y_before, expected_y)), manual, automatic, aside
+        return *map(numbers_of, (y, y_before, expected_y)), manual, automatic, aside
 
     def sides_of(self, y: list, y_before: list, expected_y: list, manual: dict, automatic: dict, aside: Aside) -> Sides:
         """Sides of what `run` returned. Raises: FailedError if the manual backward raised."""
@@ -218,6 +218,11 @@ class Evaluator:
         y, y_before, expected_y = ([np.asarray(a) for a in side] for side in (y, y_before, expected_y))
         manual, automatic = ({name: np.asarray(a) for name, a in side.items()} for side in (manual, automatic))
         return Sides(y, y_before, expected_y, manual, automatic, aside.wrong)
+
+
+def numbers_of(y: Any) -> list[Any]:
+    """The leaves of an output; of random keys, their numbers."""
+    return [jax.random.key_data(a) if is_key(a) else a for a in jax.tree.leaves(y)]
 
 
 def within(limit: float, call: Callable[[], Any]) -> Any:

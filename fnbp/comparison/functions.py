@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.checks import check_finite, check_is, describe
-from fnbp.comparison.numerics import as_numpy_32, first_line, index_of_largest, is_inexact, real_pairs
+from fnbp.comparison.numerics import as_jax, as_numpy_32, first_line, index_of_largest, is_inexact, real_pairs
 from fnbp.comparison.plan import Plan, check_no_lists, is_inside
 from fnbp.comparison.report import Row
 from fnbp.comparison.subject import Subject, subject_of_function
@@ -38,12 +38,12 @@ def plan_of_function(
     check_function(f, args, reference, vjp)
     check_is("compare", "name", name or "", str)
     name = name or name_of(f)
-    args = as_numpy_32(args)
     check_arguments(name, args)
+    args = as_numpy_32(args)
     if domain is not None and not is_inside(domain, args):
         raise ValueError(f"compare: the arguments of {name} lie outside of its domain")
     if sizes is not None:
-        check_sizes(name, sizes, len(args))
+        check_sizes(name, sizes, args)
     subject = subject_of_function(name, f, args, reference, vjp, sizes, domain)
     different = compare_forwards(subject, args) if reference is not None else []
     check_differentiable(subject, args)
@@ -83,26 +83,31 @@ def check_function(f: Any, args: tuple, reference: Callable | None, vjp: Callabl
     check_no_lists(name, args)
 
 
-def check_sizes(name: str, sizes: Any, n_args: int) -> None:
-    """TypeError unless sizes is a function of a size that returns as many arguments as were given."""
+def check_sizes(name: str, sizes: Any, args: tuple) -> None:
+    """TypeError unless sizes is a function of a size that returns arguments as those that were given: as many, with
+    floating point numbers where they have some."""
     if not callable(sizes):
         raise TypeError(f"compare: sizes must be a function, n -> the arguments at size n, got {describe(sizes)}")
     made = sizes(2)
-    if not isinstance(made, (tuple, list)) or len(made) != n_args:
+    if not isinstance(made, (tuple, list)) or len(made) != len(args):
         came = f"{len(made)} of them" if isinstance(made, (tuple, list)) else describe(made)
-        raise TypeError(f"compare: sizes must return a tuple of the {n_args} arguments of {name}, got {came}")
+        raise TypeError(f"compare: sizes must return a tuple of the {len(args)} arguments of {name}, got {came}")
+    for i, (arg, other) in enumerate(zip(args, as_numpy_32(tuple(made)), strict=True)):
+        if list(map(is_inexact, jax.tree.leaves(arg))) != list(map(is_inexact, jax.tree.leaves(other))):
+            ours, theirs = (", ".join(map(describe, jax.tree.leaves(tree))) for tree in (arg, other))
+            raise TypeError(f"compare: argument {i} of {name} is {ours}, but sizes(2) returns {theirs} there")
 
 
-def check_arguments(name: str, args: tuple) -> None:
+def check_arguments(name: str, given: tuple) -> None:
     """TypeError or ValueError unless every argument is an array, one of them of floating point, and all are finite."""
-    leaves = jax.tree.leaves(args)
+    leaves = jax.tree.leaves(as_numpy_32(given))
     for i, leaf in enumerate(leaves):
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"compare: leaf {i} of the arguments of {name} is {describe(leaf)}: close over it instead")
     if not any(is_inexact(a) for a in leaves):
         found = ", ".join(map(describe, leaves)) or "none"
         raise ValueError(f"compare: {name} has no floating point argument to differentiate, got {found}")
-    check_finite("compare", f"what {name} is given", args)
+    check_finite("compare", f"what {name} is given", given)
 
 
 def check_differentiable(subject: Subject, args: tuple) -> None:
@@ -110,7 +115,7 @@ def check_differentiable(subject: Subject, args: tuple) -> None:
 
     def pulled(*args):
         y, pull = jax.vjp(lambda *a: subject.reference(a, subject.fixed), *args)
-        flat, tree = jax.tree.flatten(y)
+        flat, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, y))
         zeros = [jnp.zeros(a.shape, a.dtype) if is_inexact(a) else np.zeros(a.shape, FLOAT0) for a in flat]
         return [d for d in jax.tree.leaves(pull(jax.tree.unflatten(tree, zeros))) if is_inexact(d)]
 
@@ -142,7 +147,7 @@ def compare_forwards(subject: Subject, args: tuple) -> list[Row]:
         text = [", ".join(f"{dtype}{list(shape)}" for shape, dtype in side) for side in (ours, theirs)]
         raise ValueError(f"compare: {subject.path} returns {text[0]}, its reference {text[1]}; they must match")
     rows = []
-    y, expected = (jax.tree.leaves(f(args, subject.fixed)) for f in (subject.forward, subject.reference))
+    y, expected = (jax.tree.leaves(f(as_jax(args), subject.fixed)) for f in (subject.forward, subject.reference))
     for i, (a, b) in enumerate(zip(y, expected, strict=True)):
         a, b = real_pairs(a), real_pairs(b)
         eps = float(jnp.finfo(y[i].dtype).eps) if is_inexact(y[i]) else 0.0

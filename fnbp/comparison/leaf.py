@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from fnbp.comparison.evaluation import Evaluator, Sides
@@ -73,9 +74,15 @@ class Values(NamedTuple):
     aw: np.ndarray
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:
-        """m64 and a64 as float64, with 0 in both where a64 is not finite."""
+        """m64 and a64 as float64, with 0 in both where a64 is not finite.
+
+        Of a manual gradient that was cast to half precision, a64 is taken to be what it was cast from, if it can be.
+        """
         known = np.isfinite(self.a64)
         m, a = np.asarray(self.m64, np.float64), np.asarray(self.a64, np.float64)
+        if self.m64.dtype.itemsize == 2:
+            half = jnp.finfo(self.m64.dtype)
+            a = np.where(abs(m - a) <= 0.51 * (float(half.eps) * abs(a) + float(half.smallest_subnormal)), m, a)
         return np.where(known, m, 0), np.where(known, a, 0)
 
 

@@ -62,6 +62,11 @@ def is_float0(a: Any) -> bool:
     return getattr(a, "dtype", None) == jax.dtypes.float0
 
 
+def is_key(a: Any) -> bool:
+    """True for an array of random keys, which NumPy cannot hold."""
+    return hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jax.dtypes.extended)
+
+
 def as_numpy_32(tree: Any) -> Any:
     """Numbers as NumPy arrays, float64 as float32 unless JAX computes in 64 bits; random keys as they are."""
     wide = jnp.asarray(0.0).dtype == np.float64
@@ -69,16 +74,17 @@ def as_numpy_32(tree: Any) -> Any:
 
     def one(a):
         a = np.asarray(a) if isinstance(a, (float, int, bool, complex, np.generic)) else a
-        if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, jax.dtypes.extended) or is_float0(a):
+        if not hasattr(a, "dtype") or is_key(a) or is_float0(a):
             return a
-        return np.asarray(a, narrower.get(np.dtype(a.dtype), a.dtype))
+        with np.errstate(over="ignore"):  # what is infinite then is told by name
+            return np.asarray(a, narrower.get(np.dtype(a.dtype), a.dtype))
 
     return jax.tree.map(one, tree)
 
 
 def as_numpy(tree: Any) -> Any:
     """Arrays as NumPy arrays, random keys as they are."""
-    return jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jax.dtypes.extended) else np.asarray(a), tree)
+    return jax.tree.map(lambda a: a if is_key(a) else np.asarray(a), tree)
 
 
 def in_dtype(tree: Any, dtype: Any) -> Any:

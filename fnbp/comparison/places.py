@@ -98,8 +98,7 @@ def ones(subject: Subject, rng: Rng) -> Place:
 
 def all_equal(subject: Subject, rng: Rng) -> Place:
     """Set all of x to one number, and truth values to True."""
-    place = x_with(subject, lambda a: np.full(a.shape, rng.choice(a.ravel()) if a.size else 0))
-    return with_truth(place, np.ones_like)
+    return with_truth(x_with(subject, lambda a: np.full(a.shape, rng.choice(a.ravel()) if a.size else 0)), np.ones_like)
 
 
 def equal_rows(subject: Subject, rng: Rng) -> Place:
@@ -198,13 +197,13 @@ def totals(subject: Subject, rng: Rng) -> list[At]:
 
 
 def one_less(subject: Subject, rng: Rng) -> Place:
-    """Make the whole numbers of a function one less where they are all alike, as a power is; none falls below 0."""
+    """Make whole numbers of a function one less where they are all alike, as a power is; none falls below 0."""
     if subject.layer is not None:
         return None
 
     def one(a):
-        alike = hasattr(a, "dtype") and np.issubdtype(a.dtype, np.integer) and a.size and np.min(a) == np.max(a) > 0
-        return np.asarray(a - 1, a.dtype) if alike else a
+        whole = of_numbers(a) and a.size and np.issubdtype(a.dtype, np.integer)
+        return np.asarray(a - 1, a.dtype) if whole and np.min(a) == np.max(a) > 0 else a
 
     args = jax.tree.map(one, subject.args)
     same = all(a is b for a, b in zip(jax.tree.leaves(args), jax.tree.leaves(subject.args), strict=True))

@@ -11,6 +11,7 @@ from fnbp.comparison.probe import SAME_DIGITS, Probe
 Z_LIMIT = 64.0  # of thousands of right leaves the worst reached 44, most stay near 1
 SHAKES = 4
 FEW = 16.0  # roundings of the terms of a formula that cancels
+LOST = (1e-3, 0.1)  # relative; an element that is as far off in float32 alone has been lost there, the larger the surer
 SHAKE = 2.0**-36  # relative; far above the roundings of float64, far below any change of a formula
 STEP = 1e-13  # relative; too small for float32 to see
 SLACK = 256.0  # a rounding error in float32 over the same in float64 may differ from 2^29 by this factor
@@ -40,19 +41,15 @@ def z_of(m: np.ndarray, a: np.ndarray, conditioning: float, scale: Scale, exact:
 
 def size_beside_zero(exact: Sides, probe: Probe) -> float:
     """The size of the sums over dy whose rounding may appear beside an exact 0."""
-    dys = [real_pairs(d) for d in jax.tree.leaves(probe.dy) if not is_float0(d)]
+    dys = dys_of(probe)
     size = max([rms(a) for a in exact.automatic.values()] + [rms(d) for d in dys])
     return max(size * np.sqrt(max([d.size for d in dys], default=1)), np.finfo(np.float64).tiny)
 
 
 def one_rounding_away(evaluator: Evaluator, probe: Probe) -> Sides:
-    """The float32 gradients of arguments moved by one rounding: they show the noise if there is no float64."""
-    rng = np.random.default_rng(0)
-
-    def one(a):
-        return with_numbers(lambda n: n * (1 + 2 * U32 * rng.uniform(-1, 1, n.shape)), a) if is_inexact(a) else a
-
-    return evaluator.evaluate(probe.with_args(jax.tree.map(one, probe.args)), np.float32)
+    """The float32 gradients of args and dy moved by one rounding: they show the noise if there is no float64."""
+    args, _, dy = shaken(probe, 2 * U32).of(np.float64)
+    return evaluator.evaluate(probe.with_args(args, dy), np.float32)
 
 
 def shaken(probe: Probe, by: float, seed: int = 0) -> Probe:
@@ -106,27 +103,34 @@ def cancels(at: Sight) -> bool:
     """True if small elements are off by a few roundings of the large terms that leave them, as 1 - 1 / (1 + e^x) is.
 
     Such a formula shows itself between the roundings of both dtypes: elements of that size are right in float64, and
-    most of them are lost in float32. They are looked for here, and at smaller arguments. A wrong formula has the same
-    values in both.
+    most of them are lost in float32. The elements that are off are looked at here, and at smaller arguments, in steps
+    so small that what falls as e^-x of a product does not step over them. A wrong formula has the same values in both.
     """
     if np.max(abs(at.m - at.a)) > FEW * U64 * size_of_terms(at.exact.automatic[at.leaf.leaf], at.probe):
         return False
+    off = min(relative(at.m, at.a), 1.0) / 4
+    lost = np.clip(off, *LOST)
     args, _, dy = at.probe.of(np.float64)
-    for k in range(8):
-        probe = at.probe.with_args(jax.tree.map(lambda a, k=k: a * 2.0**-k if is_inexact(a) else a, args), dy)
+    for by in 2.0 ** -np.arange(0, 7.25, 0.25):
+        probe = at.probe.with_args(jax.tree.map(lambda a, by=by: a * by if is_inexact(a) else a, args), dy)
         exact, single = (at.evaluator.evaluate(probe, dtype) for dtype in (np.float64, np.float32))
         a, m, m32 = (np.asarray(g[at.leaf.leaf], np.float64) for g in (exact.automatic, exact.manual, single.manual))
         size = size_of_terms(a, probe)
-        between = (abs(a) > FEW * U64 * size) & (abs(a) < U32 * size / FEW) & (abs(m - a) < 0.1 * abs(a))
-        if between.any():
-            return bool(np.mean(abs(m32 - m)[between] > 0.1 * abs(m)[between]) > 0.5)
+        between = (abs(a) > FEW * U64 * size) & (abs(a) < U32 * size / FEW) & (abs(m - a) < lost * abs(a))
+        between &= abs(at.m - at.a) > off * abs(at.a)
+        if between.any() and np.mean(abs(m32 - m)[between] > lost * abs(m)[between]) > 0.5:
+            return True
     return False
 
 
 def size_of_terms(a: np.ndarray, probe: Probe) -> float:
     """The size of what may have been subtracted: the largest of a leaf and of dy."""
-    dys = [real_pairs(d) for d in jax.tree.leaves(probe.dy) if not is_float0(d)]
-    return float(max(np.max(abs(b), initial=0) for b in (np.asarray(a), *dys)))
+    return float(max(np.max(abs(b), initial=0) for b in (np.asarray(a), *dys_of(probe))))
+
+
+def dys_of(probe: Probe) -> list[np.ndarray]:
+    """The numbers of the cotangents of a probe."""
+    return [real_pairs(d) for d in jax.tree.leaves(probe.dy) if not is_float0(d)]
 
 
 def changes_when_shaken(at: Sight) -> bool:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.comparison.code import computes_narrow, has_narrow_constant, has_rule, jaxpr_of, numbers_in
+from fnbp.comparison.code import computes_narrow, has_narrow_constant, jaxpr_of, numbers_in, rules_in
 from fnbp.comparison.numerics import arithmetic, in_dtype, is_complex, is_inexact
 from fnbp.contraction import contracted, total
 from fnbp.layer import Context, Layer, map_layers, rebuilt
@@ -96,9 +96,9 @@ class Subject:
             return has_narrow_constant(jaxpr_of(self.reference, *in_dtype((self.args, self.fixed), np.float64)))
 
     @cached_property
-    def has_rule(self) -> bool:
-        """True if the reference is differentiated by a rule of its own, without a stop_gradient that says so."""
-        return has_rule(jaxpr_of(self.reference, self.args, self.fixed))
+    def rules(self) -> set[str]:
+        """What the reference holds whose slope autodiff is told: "stop_gradient", and rules of its own."""
+        return rules_in(jaxpr_of(self.reference, self.args, self.fixed))
 
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), np.dtype, type)

@@ -83,12 +83,13 @@ def narrow_constant(at: Sight) -> Sight | None:
 
 
 def slope_by_differences(at: Sight) -> Verdict | None:
-    """Excuse what differences of the forward confirm at an extreme probe, where they contradict autodiff.
+    """Excuse what differences of the forward confirm where they contradict autodiff.
 
     Autodiff is wrong where kinks of its parts cancel, as in max(x, 0) + log(1 + e^-|x|) at 0. Differences that straddle
-    a kink, or that have too few digits to tell the two apart, confirm nothing.
+    a kink, or that have too few digits to tell the two apart, confirm nothing. At an ordinary probe a forward with a
+    rule of its own, or a stop_gradient, means what autodiff says of it.
     """
-    if not (at.z > Z_LIMIT and at.scale.wide and at.probe.name not in ORDINARY):
+    if not (at.z > Z_LIMIT and at.scale.wide) or (at.probe.name in ORDINARY and at.evaluator.subject.rules):
         return None
     m, a = at.values.known()
     if not differences_prefer(at.evaluator, at.probe, at.leaf.leaf, m, a, at.rng):
@@ -157,7 +158,8 @@ def hint_at(at: Sight) -> str:
     others = {name: b for name, b in at.exact.automatic.items() if name != at.leaf.leaf}
     more = probe.with_args(args, jax.tree.map(lambda d: d if is_float0(d) else 3 * d, dy))
     try:
-        thrice = at.seen(at.evaluator.evaluate(more, at.scale.dtype).manual)
+        found = at.evaluator.evaluate(more, at.scale.dtype).manual
+        thrice = None if found[at.leaf.leaf].dtype.itemsize == 2 else at.seen(found)  # half precision rounds too much
     except Exception:  # a missing hint is better than a crash
         thrice = None
     return hint_of(Evidence(at.leaf.leaf, at.m, at.a, others, arrays, thrice, subject.path))
