@@ -36,7 +36,9 @@ KINKS_THAT_CANCEL = {
 def test_autodiff_is_outvoted_where_kinks_of_its_parts_cancel(name):
     f, backward = KINKS_THAT_CANCEL[name]
     report = fnbp.compare(f, X, vjp=backward)
-    assert report.ok and any("differences of the forward agree with it" in row.hint for row in report.conventions)
+    told = any("differences of the forward agree with it" in row.hint for row in report.conventions)
+    right = np.allclose(jax.vjp(f, np.zeros_like(X))[1](X)[0], backward((np.zeros_like(X),), X)[0])  # in newer versions
+    assert report.ok and told != right
     assert not fnbp.compare(f, X, vjp=lambda a, dy: (jnp.where(a[0] == 0, 3 * dy, backward(a, dy)[0]),)).ok
 
 
