@@ -27,6 +27,9 @@ QUICK = {  # one of each class in the quick suite; all of them are slow
     "right: FlashAttention's backward, draw 1",
     "right: (x + 1e4) - 1e4",
     "a batch of 7 taken for granted",
+    "dx is clipped",
+    "a scale, clipped",
+    "token 0 is padding",
 }
 
 

@@ -1,5 +1,6 @@
 """Wrong backwards by what must be tried, or compared, to see them, and right ones that look suspicious."""
 
+from experiments.attacks import of_conditions as conditions
 from experiments.attacks import of_functions as functions
 from experiments.attacks import of_layers as layers
 from experiments.attacks import of_rounding as rounding
@@ -19,4 +20,9 @@ ATTACKS: tuple[Attack, ...] = (
     *layers.STATE,
     *rounding.ROUNDING,
     *layers.TRANSFORMS,
+    *conditions.VALUES,
+    *conditions.PARAMETERS,
+    *conditions.SIZES,
+    *conditions.COMBINATORS,
+    *conditions.DRAWS,
 )

@@ -66,9 +66,8 @@ def prepare(subjects: list[Subject], options: Options) -> list[Prepared]:
             left_out = set(map(id, outside))
             probes = [p for p in probes if id(p) not in left_out]
             notes.append(f"{subject.path}: not tried at {len(outside)} probes that lie outside of its domain")
-        joins = subject.layer is not None and bool(subject.layer.parts)  # its parts are tried in full
         compiled = known.setdefault(subject.kind, {})
-        brief = repeats or joins or options.quick
+        brief = repeats or subject.joins or options.quick
         found.append(Prepared(Evaluator(subject, options.limit, compiled), probes, notes, rng, brief))
     compile_together([one.evaluator for one in found], [one.probes for one in found], dtypes_of)
     return found
@@ -159,7 +158,7 @@ def at_probe(prepared: Prepared, probe: Probe, leaves: dict[str, Leaf], scale: S
             path = prepared.subject.path
             prepared.notes.append(f"{path}: not judged at {probe.title!r}, its forward is not finite there")
         return [], scale
-    rows += of_forwards(evaluator, probe, exact, scale)
+    rows += of_forwards(evaluator, probe, exact, working, scale)
     for name, leaf in leaves.items():
         if name not in exact.manual or name not in working.manual:
             wrong = next((m for m in exact.wrong + working.wrong if m.leaf in (name, "params")), None)
@@ -202,6 +201,9 @@ def sight_of(prepared: Prepared, probe: Probe, leaf: Leaf, values: Values, exact
     at_hand = scale.working == np.float32 and probe.name not in COMPILED_ANEW
     if error > Z_LIMIT * scale.roundoff or at_hand or probe.name == "given":
         n = noise(single_of(prepared.evaluator, probe, scale)().automatic[leaf.leaf], values.a64)
+        if scale.wide and n > 0.1 and prepared.evaluator.subject.draws:  # float32 draws other numbers
+            moved = prepared.evaluator.evaluate(shaken(probe, 2 * U32), np.float64).automatic[leaf.leaf]
+            n = noise(moved, values.a64)
         if scale.wide and 0 < np.max(abs(a), initial=0) < SMALLEST:  # float32 flushes it to 0, and tells no noise
             moved = prepared.evaluator.evaluate(shaken(probe, 2 * U32), np.float64).automatic[leaf.leaf]
             n = max(relative(moved, values.a64), U32)

@@ -39,7 +39,7 @@ def numbers_in(*codes: Any) -> tuple[float, ...]:
     others: dict[float, None] = {}
     for code in codes:
         for equation, value in constants(code):
-            if value and np.isfinite(value) and 1e-300 < abs(value) < 1e38:
+            if value and np.isfinite(value) and 1e-300 < abs(value) < 3.5e38:
                 (compared if equation in COMPARING else others)[value] = None
     return tuple(dict.fromkeys([*compared, *others]))[:MOST]
 

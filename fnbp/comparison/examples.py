@@ -1,6 +1,6 @@
 """What factors make of each example, beside jax.vjp of the forward at that example alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from fnbp.contraction import closed, contract_leaf, contracted, is_open, per_exa
 from fnbp.factor import Factor, Mixed
 from fnbp.layer import Context, drawing, map_layers, mixing, tied_leaves
 
+BESIDE = ("dy_zero_rows", "other_mode")
 SLACK = 16.0  # times Z_LIMIT: the total and the single ones are summed in other orders
 
 
@@ -27,7 +28,8 @@ def by_example(
 ) -> tuple[list[Row], dict[str, str]]:
     """Compare per_example, sq_norms, and the total of weighted factors with the gradients of single examples.
 
-    A sum over examples may be right though its terms are not. At the draw nearest to the given point.
+    A sum over examples may be right though its terms are not. At the draw nearest to the given point, with rows of
+    zeros in dy, and in the other mode.
     """
     subject, probe = evaluator.subject, next((p for p in probes if p.name == "another"), probes[0])
     if subject.layer is None or not jax.tree.leaves(subject.args[0]):
@@ -36,11 +38,18 @@ def by_example(
         refused = why_not(evaluator, probe)
         if refused:
             return [], {"examples": f"not tried: {refused}"}
-        rows = list(differing(evaluator, probe, leaves, scale))
+        others = [p for p in probes if p.name in BESIDE and not why_not(evaluator, p)]
+        both = both_of(evaluator)
+        rows = first_rows(differing(evaluator, p, leaves, scale, both) for p in (probe, *others))
     except Exception as error:
         hint = f"what its factors make of each example raises {type(error).__name__}: {first_line(error)}"
         return [leaf.row("example", probe=probe.title, hint=hint) for leaf in leaves.values()], {"examples": "WRONG"}
     return rows, {"examples": "WRONG" if rows else "ok"}
+
+
+def first_rows(of_probes: Iterable[Iterator[Row]]) -> list[Row]:
+    """The rows of the first probe that has some."""
+    return next((rows for rows in map(list, of_probes) if rows), [])
 
 
 def why_not(evaluator: Evaluator, probe: Probe) -> str:
@@ -77,10 +86,12 @@ def backward_of(layer: Any, args: tuple, fixed: Any, dy: Any) -> Any:
     return layer.backward(args[0], res, dy)[0]
 
 
-def differing(evaluator: Evaluator, probe: Probe, leaves: Mapping[str, Leaf], scale: Scale) -> Iterator[Row]:
+def differing(
+    evaluator: Evaluator, probe: Probe, leaves: Mapping[str, Leaf], scale: Scale, both: Callable
+) -> Iterator[Row]:
     """A row for each leaf of params that is wrong example by example, and one if an example is another alone."""
     evaluator.count(manual=1, automatic=1)
-    exact = both_in(scale.dtype, evaluator, probe)
+    exact = both(probe, scale.dtype)
     single = None
     for name, leaf in leaves.items():
         if name not in exact[0]:
@@ -90,7 +101,7 @@ def differing(evaluator: Evaluator, probe: Probe, leaves: Mapping[str, Leaf], sc
             error = relative(m, a)
             if not np.isfinite(a).all() or error <= SLACK * Z_LIMIT * scale.roundoff:
                 continue
-            single = both_in(np.float32, evaluator, probe) if single is None else single
+            single = both(probe, np.float32) if single is None else single
             n = max(relative(single[1][name][what], a), U32)
             if error > SLACK * Z_LIMIT * scale.roundoff * n / U32 and error > 1e3 * leaf.error:
                 hint = f"{what} of its factor is off by {error:.1e}"
@@ -98,21 +109,24 @@ def differing(evaluator: Evaluator, probe: Probe, leaves: Mapping[str, Leaf], sc
                 break
 
 
-def both_in(dtype: Any, evaluator: Evaluator, probe: Probe) -> Any:
-    """By leaf and contraction, what the factors make, and what jax.vjp makes of each example alone."""
-    subject = evaluator.subject
-    layer = subject.layer
+def both_of(evaluator: Evaluator) -> Callable[[Probe, Any], Any]:
+    """(probe, dtype) -> by leaf and contraction, what the factors make, and what jax.vjp makes of single examples."""
+    layer = evaluator.subject.layer
     assert layer is not None
-    with arithmetic(dtype):
-        args, fixed, dy = probe.of(dtype)
-        m = jax.tree.leaves(args[1])[0].shape[0]
-        weights = np.random.default_rng(0).standard_normal(m).astype(dtype)
 
-        def run(args, fixed, dy, weights):
-            return manual_of(layer, args, fixed, dy, weights), automatic_of(layer, args, fixed, dy, weights)
+    def run(args, fixed, dy, weights):
+        return manual_of(layer, args, fixed, dy, weights), automatic_of(layer, args, fixed, dy, weights)
 
-        call = run if evaluator.eager else compiled(run)
-        return as_numpy(evaluator.in_time(lambda: call(*as_jax((args, fixed, dy, weights)))))
+    call = run if evaluator.eager else compiled(run)
+
+    def both(probe: Probe, dtype: Any) -> Any:
+        with arithmetic(dtype):
+            args, fixed, dy = probe.of(dtype)
+            m = jax.tree.leaves(args[1])[0].shape[0]
+            weights = np.random.default_rng(0).standard_normal(m).astype(dtype)
+            return as_numpy(evaluator.in_time(lambda: call(*as_jax((args, fixed, dy, weights)))))
+
+    return both
 
 
 def manual_of(layer: Any, args: tuple, fixed: Any, dy: Any, weights: Any) -> dict[str, dict[str, Any]]:

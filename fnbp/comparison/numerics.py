@@ -62,6 +62,16 @@ def is_float0(a: Any) -> bool:
     return getattr(a, "dtype", None) == jax.dtypes.float0
 
 
+def is_truth(a: Any) -> bool:
+    """True for an array of truth values."""
+    return hasattr(a, "dtype") and a.dtype == np.dtype(bool)
+
+
+def is_integer(a: Any) -> bool:
+    """True for an array of whole numbers."""
+    return hasattr(a, "dtype") and not is_key(a) and np.issubdtype(a.dtype, np.integer)
+
+
 def is_key(a: Any) -> bool:
     """True for an array of random keys, which NumPy cannot hold."""
     return hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jax.dtypes.extended)

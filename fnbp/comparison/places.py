@@ -1,34 +1,27 @@
-"""Where backwards go wrong: other values of x, of each part, other cotangents, and other contexts."""
+"""Where backwards go wrong: other values of x, and of each part."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from fnbp.comparison.code import reacts
-from fnbp.comparison.numerics import is_floating, is_inexact, rms
+from fnbp.comparison.numerics import is_complex, is_floating, is_inexact, is_integer, is_truth, rms
 from fnbp.comparison.probe import (
     At,
     Place,
     Rng,
-    both_signs,
-    cotangent,
     everything,
     flowing,
-    half,
     moved_a_tenth,
     of_numbers,
     on_params,
     on_x,
     parts_of,
     shuffled,
-    with_dy,
     with_values,
 )
 from fnbp.comparison.subject import Subject
-from fnbp.layer import Context
 
 MOST_TOTALS = 4  # numbers of the code that totals tries
 LARGE = 50.0  # root mean square of large logits: e^50 is near the end of float32
@@ -66,7 +59,7 @@ def mirrored(subject: Subject, rng: Rng) -> Place:
 
 def with_truth(place: At, f: Callable[[np.ndarray], Any]) -> At:
     """The place with f applied to the truth values among its args."""
-    return place._replace(args=jax.tree.map(lambda a: f(a) if getattr(a, "dtype", None) in (bool,) else a, place.args))
+    return place._replace(args=jax.tree.map(lambda a: f(a) if is_truth(a) else a, place.args))
 
 
 def positive(subject: Subject, rng: Rng) -> Place:
@@ -99,6 +92,51 @@ def ones(subject: Subject, rng: Rng) -> Place:
 def all_equal(subject: Subject, rng: Rng) -> Place:
     """Set all of x to one number, and truth values to True."""
     return with_truth(x_with(subject, lambda a: np.full(a.shape, rng.choice(a.ravel()) if a.size else 0)), np.ones_like)
+
+
+def offset(subject: Subject, rng: Rng) -> Place:
+    """Move x far off 0: its mean is 30 times its spread."""
+    return x_with(subject, lambda a: a + 30 * (rms(a) or 1.0))
+
+
+def real_line(subject: Subject, rng: Rng) -> Place:
+    """Make complex numbers of x real, and a third of them exactly 1."""
+    if not any(map(is_complex, flowing(subject))):
+        return None
+
+    def one(a):
+        return np.asarray(np.where(rng.random(a.shape) < 1 / 3, 1, np.real(a)), a.dtype) if is_complex(a) else a
+
+    return At(on_x(subject, lambda x: jax.tree.map(one, x)), subject.fixed)
+
+
+def tokens_zero(subject: Subject, rng: Rng) -> Place:
+    """Set a third of the integers of x to 0, the number of the first token or class."""
+    xs = flowing(subject)
+    if not any(is_integer(x) and x.ndim for x in xs):
+        return None
+
+    def one(a):
+        return np.asarray(np.where(rng.random(a.shape) < 1 / 3, 0, a), a.dtype) if is_integer(a) else a
+
+    return At(on_x(subject, lambda x: jax.tree.map(one, x)), subject.fixed)
+
+
+def truth_rows(subject: Subject, rng: Rng) -> Place:
+    """Make the first row of truth values False, and the second True."""
+    if not any(is_truth(x) and x.ndim for x in flowing(subject)):
+        return None
+
+    def rows(a):
+        row = np.arange(len(a)).reshape(-1, *[1] * (a.ndim - 1)) if a.ndim else 2
+        return np.where(row == 0, False, np.where(row == 1, True, a))
+
+    return with_truth(At(subject.args, subject.fixed), rows)
+
+
+def twin_rows(subject: Subject, rng: Rng) -> Place:
+    """Make the second row of x the same as the first, and so on."""
+    return x_with(subject, lambda a: a[np.arange(len(a)) // 2 * 2] if a.ndim else a)
 
 
 def equal_rows(subject: Subject, rng: Rng) -> Place:
@@ -243,6 +281,16 @@ def each_far(subject: Subject, rng: Rng) -> list[At]:
     return parts_of(subject, lambda a: 10 * (rms(a) or 1.0) * rng.standard_normal(a.shape))
 
 
+def each_zeros(subject: Subject, rng: Rng) -> list[At]:
+    """Set a third of each part alone to 0, as pruning does."""
+    return parts_of(subject, lambda a: np.where(rng.random(a.shape) < 1 / 3, 0, a))
+
+
+def each_ties(subject: Subject, rng: Rng) -> list[At]:
+    """Fill each part alone with only three of its values."""
+    return parts_of(subject, lambda a: rng.choice(rng.choice(a.ravel(), 3), a.shape))
+
+
 def all_mirrored(subject: Subject, rng: Rng) -> At | None:
     """Flip the sign of everything together."""
     return everything(subject, np.negative)
@@ -258,122 +306,6 @@ def all_far(subject: Subject, rng: Rng) -> At | None:
     return everything(subject, lambda a: 3 * (rms(a) or 1.0) * rng.standard_normal(a.shape))
 
 
-# --- other cotangents ---
-
-
-def dy_zero(subject: Subject, rng: Rng) -> Place:
-    """A cotangent of 0: every gradient is 0."""
-    return with_dy(subject, np.zeros)
-
-
-def dy_zero_rows(subject: Subject, rng: Rng) -> Place:
-    """A cotangent that is 0 in every second row."""
-
-    def rows(shape):
-        keep = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)) % 2 if shape else 1
-        return keep * rng.standard_normal(shape)
-
-    return with_dy(subject, rows)
-
-
-def dy_one_hot(subject: Subject, rng: Rng) -> Place:
-    """A cotangent of a single 1."""
-
-    def one(shape):
-        flat = np.zeros(int(np.prod(shape)))
-        flat[rng.integers(max(flat.size, 1)) if flat.size else slice(0)] = 1
-        return flat.reshape(shape)
-
-    return with_dy(subject, one)
-
-
-def dy_ones(subject: Subject, rng: Rng) -> list[At]:
-    """A cotangent of ones, as of a sum, and one of their negatives."""
-    return both_signs(with_dy(subject, np.ones))
-
-
-def dy_one_output(subject: Subject, rng: Rng) -> list[At]:
-    """A cotangent that is 0 for all outputs but one, for each of several outputs."""
-    y = subject.shape_at(subject.args, subject.fixed)
-    flat, tree = jax.tree.flatten(y)
-    if len(flat) < 2:
-        return []
-
-    def alone(i):
-        dy = [cotangent(a, rng.standard_normal if i == k else np.zeros) for k, a in enumerate(flat)]
-        return At(subject.args, subject.fixed, jax.tree.unflatten(tree, dy), part=f"output {i}")
-
-    return [alone(i) for i, a in enumerate(flat) if is_inexact(a)]
-
-
-def dy_mixed(subject: Subject, rng: Rng) -> Place:
-    """A cotangent whose elements are each of a power of their own, 10^-4 to 10^4."""
-    return with_dy(subject, lambda shape: rng.standard_normal(shape) * 10 ** rng.uniform(-4, 4, shape))
-
-
-def dy_tiny(subject: Subject, rng: Rng) -> list[At]:
-    """A cotangent of size 1e-20, or 1e-4 in float16, in both signs: it shows what a backward takes for 0."""
-    return both_signs(with_dy(subject, lambda shape: rng.standard_normal(shape) * (1e-4 if half(subject) else 1e-20)))
-
-
-def dy_huge(subject: Subject, rng: Rng) -> list[At]:
-    """A cotangent of size 1e20, or 1e3 in float16, in both signs: it shows what a backward clips."""
-    return both_signs(with_dy(subject, lambda shape: rng.standard_normal(shape) * (1e3 if half(subject) else 1e20)))
-
-
-def dy_numbers(subject: Subject, rng: Rng) -> Place:
-    """A cotangent of the numbers that stand in the code of both sides, and just beside each."""
-    if not subject.numbers:
-        return None
-
-    def at_numbers(shape):
-        return rng.choice(subject.numbers, shape) * rng.choice([1.0, -1.0], shape) * rng.uniform(0.5, 1.5, shape)
-
-    return with_dy(subject, at_numbers)
-
-
-# --- another context ---
-
-
-def masked(subject: Subject, rng: Rng) -> Place:
-    """Mask the whole first example."""
-    ctx = subject.fixed[1] if subject.layer is not None else None
-    if ctx is None or ctx.mask is None:
-        return None
-    mask = jax.tree.map(lambda m: np.where(np.arange(len(m)).reshape(-1, *[1] * (m.ndim - 1)) == 0, False, m), ctx.mask)
-    return At(subject.args, (subject.fixed[0], replace(ctx, mask=mask)))
-
-
-def other_mode(subject: Subject, rng: Rng) -> Place:
-    """Train if the given context does not, and the other way round, for a layer that reacts to it."""
-    if subject.layer is None:
-        return None
-    ctx = subject.fixed[1]
-    key = jax.random.key(int(rng.integers(1 << 31))) if ctx.key is None else ctx.key
-    return when_it_reacts(subject, replace(ctx, key=key, train=not ctx.train), replace(ctx, key=key))
-
-
-def positions_masked(subject: Subject, rng: Rng) -> Place:
-    """Mask some positions, for a layer that reacts to it, if no mask was given."""
-    if subject.layer is None or subject.fixed[1].mask is not None:
-        return None
-    xs = flowing(subject)
-    if len(xs) != 1 or not of_numbers(xs[0]) or xs[0].ndim < (3 if is_inexact(xs[0]) else 2):
-        return None
-    ctx = subject.fixed[1]
-    mask = rng.random(xs[0].shape[:2]) < 0.6
-    mask[:, 0] = True
-    return when_it_reacts(subject, replace(ctx, mask=mask), ctx)
-
-
-def when_it_reacts(subject: Subject, other: Context, ctx: Context) -> Place:
-    """The given point in the other context, if the layer computes or saves something else there than in ctx."""
-    (params, x), (state, _), layer = subject.args, subject.fixed, subject.layer
-    assert layer is not None
-    reacting = reacts(layer.forward, (params, state, x, ctx), (params, state, x, other))
-    return At(subject.args, (state, other)) if reacting else None
-
-
 AROUND_IT = (given, another, nearby)
 VALUES = (
     mirrored,
@@ -384,7 +316,12 @@ VALUES = (
     ones,
     all_equal,
     equal_rows,
+    twin_rows,
+    offset,
+    real_line,
+    truth_rows,
     ties,
+    tokens_zero,
     large,
     huge,
     small,
@@ -395,6 +332,16 @@ VALUES = (
     totals,
     one_less,
 )
-PARTS = (each_mirrored, each_zero, each_one, each_small, each_large, each_far, all_mirrored, all_small, all_far)
-COTANGENTS = (dy_zero, dy_zero_rows, dy_one_hot, dy_ones, dy_one_output, dy_mixed, dy_tiny, dy_huge, dy_numbers)
-CONTEXTS = (masked, other_mode, positions_masked)
+PARTS = (
+    each_mirrored,
+    each_zero,
+    each_zeros,
+    each_ties,
+    each_one,
+    each_small,
+    each_large,
+    each_far,
+    all_mirrored,
+    all_small,
+    all_far,
+)

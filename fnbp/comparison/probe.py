@@ -1,6 +1,6 @@
 """A probe: a point at which a subject is tried, and what may be changed of the given one to make it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,9 @@ from fnbp.comparison.subject import Subject
 AROUND = ("another", "nearby")  # drawn around the given point
 ORDINARY = ("given", *AROUND)  # the others are extremes
 SAME_DIGITS = ("given", "another")  # where float64 starts from the same digits as the working dtype
+
+
+MOST_PARTS = 8  # of more, none is tried alone
 
 
 class Probe(NamedTuple):
@@ -92,21 +95,32 @@ def flowing(subject: Subject) -> list[Any]:
 
 
 def parts_of(subject: Subject, f: Callable[[np.ndarray], Any]) -> list[At]:
-    """Places where one part is changed by f and the others stay: the params, the state, or one of several arguments."""
+    """Places where one part is changed by f and the others stay: the params, each leaf of them, the state, or one of
+    several arguments."""
     places = []
     if subject.layer is not None:
         state, ctx = subject.fixed
-        params = subject.args[0]
-        if any(map(is_inexact, jax.tree.leaves(params))):
-            places.append(At(on_params(subject, lambda p: with_values(p, f)), subject.fixed, part="params"))
+        places += of_params(subject, f)
         if any(map(is_inexact, jax.tree.leaves(state))):
             places.append(At(subject.args, (with_values(state, f), ctx), part="state"))
         return places
     moving = [i for i, arg in enumerate(subject.args) if any(map(is_inexact, jax.tree.leaves(arg)))]
-    for i in moving if 1 < len(subject.args) and len(moving) <= 8 else ():
+    for i in moving if 1 < len(subject.args) and len(moving) <= MOST_PARTS else ():
         args = (*subject.args[:i], with_values(subject.args[i], f), *subject.args[i + 1 :])
         places.append(At(args, subject.fixed, part=subject.names[i]))
     return places
+
+
+def of_params(subject: Subject, f: Callable[[np.ndarray], Any]) -> Iterator[At]:
+    """Places where f is applied to the params of a layer: to all of them, and to each of several leaves alone."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(subject.args[0])
+    moving = [i for i, (_, a) in enumerate(flat) if is_inexact(a)]
+    alone = [[i] for i in moving] if 1 < len(moving) <= MOST_PARTS else []
+    for chosen in [moving, *alone] if moving else []:
+        params = jax.tree.unflatten(tree, [with_values(a, f) if i in chosen else a for i, (_, a) in enumerate(flat)])
+        name = jax.tree_util.keystr(flat[chosen[0]][0], simple=True, separator=".")
+        part = "params" if chosen is moving else f"params.{name}"
+        yield At((params, *subject.args[1:]), subject.fixed, part=part)
 
 
 def everything(subject: Subject, f: Callable[[np.ndarray], Any]) -> At | None:

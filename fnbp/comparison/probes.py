@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from fnbp.comparison.contexts import CONTEXTS
+from fnbp.comparison.cotangents import COTANGENTS
 from fnbp.comparison.numerics import compiled_or_plain, first_line, is_floating, is_inexact, rms, with_numbers
-from fnbp.comparison.places import AROUND_IT, CONTEXTS, COTANGENTS, PARTS, VALUES, small, ties, zeros
+from fnbp.comparison.places import AROUND_IT, PARTS, VALUES, small, ties, zeros
 from fnbp.comparison.probe import AROUND, ORDINARY, At, Place, Probe, Rng, cotangent
 from fnbp.comparison.sizes import RESIZED
 from fnbp.comparison.subject import Subject
@@ -20,11 +22,11 @@ SCALES = (-20, 0, 20)  # powers of 2 for the cotangents of draws, in turn
 def probes_of(subject: Subject, rng: Rng, wanted: Iterable[str]) -> Iterator[Probe | str]:
     """Build the wanted probes that suit this subject, in order; a line of text in the place of one that fails.
 
-    A combinator only joins what its parts do, so only the parts are tried at extremes.
+    A combinator of fnbp only joins what its parts do, so only the parts are tried at extremes.
     """
     draws = 0
     for name in wanted:
-        if subject.layer is not None and subject.layer.parts and name not in OF_COMBINATORS:
+        if subject.joins and name not in OF_COMBINATORS:
             continue
         draws += name in AROUND
         scale = SCALES[draws % len(SCALES)] if name in AROUND else 0
@@ -50,7 +52,7 @@ def probe_at(subject: Subject, rng: Rng, name: str, place: At, scale: int) -> Pr
 def pairs_of(subject: Subject, rng: Rng, probes: list[Probe]) -> Iterator[Probe]:
     """Every probe of x with every one of another part, or of dy: what is right at each alone may be wrong at both."""
     of_x = [p for p in probes if p.name in X_ALONE and not p.part]
-    others = [p for p in probes if p.part in ("params", "state", *subject.names) or p.name in DY_ALONE]
+    others = [p for p in probes if p.part.split(".")[0] in ("params", "state", *subject.names) or p.name in DY_ALONE]
     for one in of_x:
         for other in others:
             if other.name in DY_ALONE:

@@ -9,6 +9,7 @@ from fnbp.comparison.probe import At, Place, Rng, flowing, moved_a_tenth
 from fnbp.comparison.subject import Subject
 
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
+MORE_SIZES = (3, 5, 6, 32, 64, 100, 257)
 ELEMENTS = 1 << 16  # of x: no larger sizes are tried
 
 
@@ -58,9 +59,9 @@ def two_examples(subject: Subject, rng: Rng) -> Place:
     return resized(subject, 2, 130)
 
 
-def eight_examples(subject: Subject, rng: Rng) -> Place:
-    """A batch of 8: even, and a power of two; of one position."""
-    return resized(subject, 8, 1)
+def sixteen_examples(subject: Subject, rng: Rng) -> Place:
+    """A batch of 16: even, and a power of two; of one position."""
+    return resized(subject, 16, 1)
 
 
 def many_examples(subject: Subject, rng: Rng) -> Place:
@@ -79,13 +80,19 @@ def prime_sizes(subject: Subject, rng: Rng) -> Place:
 
 
 def even_sizes(subject: Subject, rng: Rng) -> Place:
-    """Make every axis of x even, and the last one 130, with parameters to match."""
+    """Make every axis of x even, and the last one 144, with parameters to match."""
     if subject.sizes is not None:
         return resized(subject, 30)
     if not resizable(subject):
         return None
     (x,) = flowing(subject)
-    return reshaped(subject, rng, (*(4 + 2 * i for i in range(x.ndim - 1)), 130))
+    return reshaped(subject, rng, (*(4 + 4 * i for i in range(x.ndim - 1)), 144))
+
+
+def more_sizes(subject: Subject, rng: Rng) -> list[At]:
+    """For a function with sizes: small ones, powers of two, and beyond 64 and 128."""
+    made = [resized(subject, n) for n in MORE_SIZES] if subject.sizes is not None else []
+    return [place._replace(part=f"size {n}") for n, place in zip(MORE_SIZES, made, strict=False) if place is not None]
 
 
 def reshaped(subject: Subject, rng: Rng, shape: tuple[int, ...]) -> Place:
@@ -116,12 +123,11 @@ def prime_batch(subject: Subject, rng: Rng) -> Place:
 
 
 def resizable(subject: Subject) -> bool:
-    """True for a layer that has parameters but no state, and takes one floating x without a mask."""
+    """True for a layer that has no state, and takes one floating x without a mask."""
     if subject.layer is None or subject.layer.parts or subject.fixed[1].mask is not None:
         return False
     xs = flowing(subject)
-    stateless = jax.tree.leaves(subject.args[0]) and not jax.tree.leaves(subject.fixed[0])
-    return bool(stateless) and len(xs) == 1 and is_floating(xs[0])
+    return not jax.tree.leaves(subject.fixed[0]) and len(xs) == 1 and is_floating(xs[0]) and xs[0].ndim > 0
 
 
 def batch_of(subject: Subject) -> int | None:
@@ -130,5 +136,5 @@ def batch_of(subject: Subject) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-RESIZED = (one_example, two_examples, eight_examples, many_examples, prime_sizes, even_sizes)
+RESIZED = (one_example, two_examples, sixteen_examples, many_examples, prime_sizes, even_sizes, more_sizes)
 SIZES = tuple(f.__name__ for f in RESIZED)

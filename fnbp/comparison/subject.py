@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.comparison.code import computes_narrow, has_narrow_constant, jaxpr_of, numbers_in, rules_in
+from fnbp.comparison.code import computes_narrow, equations, has_narrow_constant, jaxpr_of, numbers_in, rules_in
 from fnbp.comparison.numerics import arithmetic, in_dtype, is_complex, is_inexact
 from fnbp.contraction import contracted, total
-from fnbp.layer import Context, Layer, map_layers, rebuilt
+from fnbp.layer import Context, Layer, drawing, map_layers, rebuilt
 from fnbp.losses.loss import Loss, losses_of
 
 
@@ -94,6 +94,20 @@ class Subject:
         """True if the code of the reference holds a constant that was rounded to float32."""
         with arithmetic(np.float64):
             return has_narrow_constant(jaxpr_of(self.reference, *in_dtype((self.args, self.fixed), np.float64)))
+
+    @cached_property
+    def joins(self) -> bool:
+        """True for a combinator of fnbp, which only joins what its parts do: they are tried in full, it is not."""
+        layer = self.layer
+        return layer is not None and bool(layer.parts) and getattr(layer.rebuild, "__module__", "").startswith("fnbp.")
+
+    @cached_property
+    def draws(self) -> bool:
+        """True if the reference draws random numbers, in training at least: they differ from dtype to dtype."""
+        if self.layer is not None and drawing(self.layer):
+            return True
+        names = {e.primitive.name for e in equations(jaxpr_of(self.reference, self.args, self.fixed))}
+        return any(name.startswith(("random_", "threefry")) for name in names)
 
     @cached_property
     def rules(self) -> set[str]:
