@@ -201,12 +201,10 @@ def sight_of(prepared: Prepared, probe: Probe, leaf: Leaf, values: Values, exact
     at_hand = scale.working == np.float32 and probe.name not in COMPILED_ANEW
     if error > Z_LIMIT * scale.roundoff or at_hand or probe.name == "given":
         n = noise(single_of(prepared.evaluator, probe, scale)().automatic[leaf.leaf], values.a64)
-        if scale.wide and n > 0.1 and prepared.evaluator.subject.draws:  # float32 draws other numbers
-            moved = prepared.evaluator.evaluate(shaken(probe, 2 * U32), np.float64).automatic[leaf.leaf]
-            n = noise(moved, values.a64)
-        if scale.wide and 0 < np.max(abs(a), initial=0) < SMALLEST:  # float32 flushes it to 0, and tells no noise
-            moved = prepared.evaluator.evaluate(shaken(probe, 2 * U32), np.float64).automatic[leaf.leaf]
-            n = max(relative(moved, values.a64), U32)
+        flushed = 0 < np.max(abs(a), initial=0) < SMALLEST  # by float32, to 0, which tells no noise
+        redrawn = n > 0.1 and prepared.evaluator.subject.draws  # float32 draws other numbers
+        if scale.wide and (flushed or redrawn):
+            n = noise(prepared.evaluator.evaluate(shaken(probe, 2 * U32), np.float64).automatic[leaf.leaf], values.a64)
         z = z_of(m, a, n, scale, exact, probe)
     return Sight(prepared.evaluator, probe, leaf, values, m, a, n, error, z, exact, scale, prepared.rng)
 

@@ -123,25 +123,18 @@ def under_jit(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, expecte
 
 def under_vmap(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, expected: Gradients) -> Outcome:
     """vmap over everything: this probe, stacked with another one of the same shapes."""
-    functions = functions_of(evaluator.subject, probes[0])
-    alike = [p for p in probes[1:] if shapes_of(p) == shapes_of(probes[0])]
-    beside = functions_of(evaluator.subject, (alike or probes)[0]).arrays
+    others = arrays_beside(evaluator.subject, probes)
 
     def transform(run: Callable) -> Callable:
-        def both(*arrays):
-            stacked = [stack(b, a) for a, b in zip(arrays, beside, strict=True)]
-            return {key: d[1] for key, d in compiled_if_possible(jax.vmap(run), evaluator)(*stacked).items()}
+        return compiled_if_possible(in_batch(run, others), evaluator)
 
-        return both
-
-    return outcome("vmap", evaluator, functions, transform, leaves, expected)
+    return outcome("vmap", evaluator, functions_of(evaluator.subject, probes[0]), transform, leaves, expected)
 
 
-def stack(b: Any, a: Any) -> Any:
-    """Two arrays, or two random keys, on a new axis."""
-    if jnp.issubdtype(a.dtype, jax.dtypes.extended):
-        return jnp.stack([b, a])
-    return jnp.asarray(np.stack([np.asarray(b), np.asarray(a)]))
+def arrays_beside(subject: Subject, probes: list[Probe]) -> list[Any]:
+    """The arrays of another probe of the same shapes as the first; of the first itself, if there is none."""
+    alike = [p for p in probes[1:] if shapes_of(p) == shapes_of(probes[0])]
+    return functions_of(subject, (alike or probes)[0]).arrays
 
 
 def compiled_if_possible(f: Callable, evaluator: Evaluator) -> Callable:
@@ -229,7 +222,7 @@ def in_jit(run: Callable, others: list[Any]) -> Callable:
 
 
 def beside(b: Any, a: Any) -> Any:
-    """Two arrays on a new axis, inside a program."""
+    """Two arrays, or two random keys, on a new axis."""
     return jnp.stack([b, a])
 
 
@@ -247,8 +240,7 @@ def programs(evaluator: Evaluator, probes: list[Probe], leaves: Leaves, expected
     if evaluator.eager:
         return [], "not tried: it cannot be traced"
     rng, functions = np.random.default_rng(0), functions_of(evaluator.subject, probes[0])
-    alike = [p for p in probes[1:] if shapes_of(p) == shapes_of(probes[0])]
-    others = functions_of(evaluator.subject, (alike or probes)[0]).arrays
+    others = arrays_beside(evaluator.subject, probes)
     for _ in range(PROGRAMS):
         names = [str(name) for name in rng.choice(list(AROUND_A_BACKWARD), rng.integers(*DEPTHS))]
 

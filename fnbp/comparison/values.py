@@ -1,6 +1,7 @@
 """What a custom_vjp returns, by itself and before its backward, beside its reference."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,13 +38,7 @@ def differing_as_given(evaluator: Evaluator, probe: Probe, exact: Sides, working
         room = ROOM * max(one_rounding, relative(y, exact.y[i]), relative(expected, exact.expected_y[i]))
         error = relative(before, y)
         if error > room:
-            leaf = "y" if len(working.y) == 1 else f"y[{i}]"
-            hint = WAYS["y_before"].format(error) + f" in {y.dtype}"
-            spot = worst_spot(real_pairs(before), real_pairs(y))
-            yield Row(
-                evaluator.subject.path, leaf, y.shape, str(y.dtype), "forward", error, probe=probe.title, hint=hint,
-                **spot,
-            )  # fmt: skip
+            yield row_of(evaluator, probe, output(i, working), before, y, error, WAYS["y_before"] + f" in {y.dtype}")
 
 
 def differing(evaluator: Evaluator, probe: Probe, exact: Sides, scale: Scale) -> Iterator[Row]:
@@ -56,21 +51,20 @@ def differing(evaluator: Evaluator, probe: Probe, exact: Sides, scale: Scale) ->
                 is_inexact(y) and explained(evaluator, probe, way, i, error, scale)
             ):
                 continue
-            leaf = "y" if len(exact.expected_y) == 1 else f"y[{i}]"
-            spot = worst_spot(real_pairs(y), real_pairs(expected))
-            hint = text.format(error)
-            yield Row(
-                evaluator.subject.path,
-                leaf,
-                y.shape,
-                str(y.dtype),
-                "forward",
-                error,
-                probe=probe.title,
-                hint=hint,
-                **spot,
-            )
+            yield row_of(evaluator, probe, output(i, exact), y, expected, error, text)
             break
+
+
+def output(i: int, sides: Sides) -> str:
+    """The name of an output: "y", or "y[1]" of several."""
+    return "y" if len(sides.y) == 1 else f"y[{i}]"
+
+
+def row_of(evaluator: Evaluator, probe: Probe, leaf: str, y: Any, right: Any, error: float, text: str) -> Row:
+    """The row of an output that is off by that error."""
+    spot, hint = worst_spot(real_pairs(y), real_pairs(right)), text.format(error)
+    path = evaluator.subject.path
+    return Row(path, leaf, y.shape, str(y.dtype), "forward", error, probe=probe.title, hint=hint, **spot)
 
 
 def explained(evaluator: Evaluator, probe: Probe, way: str, i: int, error: float, scale: Scale) -> bool:
