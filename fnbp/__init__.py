@@ -12,6 +12,7 @@ from fnbp.combinators.serial import *
 from fnbp.combinators.tie import *
 from fnbp.combinators.wrappers import *
 from fnbp.comparison import *
+from fnbp.construction import *
 from fnbp.contraction import *
 from fnbp.factor import *
 from fnbp.interop import *

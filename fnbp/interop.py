@@ -23,6 +23,7 @@ from fnbp.arrays.masks import RULES, Rule, refused
 from fnbp.arrays.placement import each_example, of_param, varying
 from fnbp.arrays.sums import wide
 from fnbp.backpropagation import check_batch, conform
+from fnbp.construction import constructor
 from fnbp.contraction import contracted, total
 from fnbp.factor import CHUNK, Factor, Mixed, along_examples, register_factor
 from fnbp.layer import (
@@ -159,6 +160,7 @@ class Automatic(Factor):
         return x, ctx.mask, self.d
 
 
+@constructor
 def from_jax(
     apply: Layer | Callable,
     init: Callable | None = None,
@@ -217,6 +219,7 @@ def from_jax(
     return Layer(layer.init, forward, backward, label, traits=traits)
 
 
+@constructor
 def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, reduce: str = "examples") -> Loss:
     """Make a Loss whose backward is jax.vjp, of a function f(prediction, target) -> losses (m,), as optax has them.
 

@@ -21,6 +21,7 @@ from fnbp.arrays.checks import (
     describe,
 )
 from fnbp.arrays.masks import RULES, Rule, kept, refused
+from fnbp.construction import Made, call_of, hashed, is_alike, is_other, itself, reduced
 
 __all__ = [
     "Context",
@@ -94,6 +95,7 @@ class Layer(NamedTuple):
         parts    the child layers of a combinator, () for a leaf
         rebuild  parts -> the same combinator over other parts, None for a leaf
         traits   what it does with a mask, whether it mixes examples, whether it draws: see Traits
+        made     the call that made it, see fnbp.constructor: by it layers are equal, hashed, pickled and printed
 
     fnbp.replace_functions gives a layer other functions; fnbp.map_layers rebuilds a combinator over other parts.
 
@@ -107,6 +109,11 @@ class Layer(NamedTuple):
     parts: tuple["Layer", ...] = ()
     rebuild: Callable[..., "Layer"] | None = None
     traits: Traits = Traits()
+    made: Made | None = None
+
+    __eq__, __ne__, __hash__ = is_alike, is_other, hashed
+    __repr__, __reduce__ = call_of, reduced
+    __copy__ = __deepcopy__ = itself
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """TypeError: a Layer is a value that holds functions."""
@@ -300,14 +307,16 @@ def child(path: str, i: int, part: Layer) -> str:
 def map_layers(f: Callable[[str, Layer], Layer], net: Layer) -> Layer:
     """Replace every leaf of a net by f(path, leaf).
 
-    Paths read "serial[3].dense(17)". The combinators are rebuilt around the new leaves, so whatever f adds to a
+    Paths read "serial[3].dense(17)". The combinators are rebuilt around new leaves, so whatever f adds to a
     backward runs inside their loops. Contraction, tracing, freezing and other rules are all such maps.
     """
 
     def at(path: str, layer: Layer) -> Layer:
         if layer.rebuild is None:
             return f(path, layer)
-        return rebuilt(layer, tuple(at(child(path, i, part), part) for i, part in enumerate(layer.parts)))
+        parts = tuple(at(child(path, i, part), part) for i, part in enumerate(layer.parts))
+        same = all(new is old for new, old in zip(parts, layer.parts, strict=True))
+        return layer if same else rebuilt(layer, parts)
 
     return at(net.name, net)
 

@@ -13,12 +13,14 @@ from fnbp.arrays.placement import varying, zeros_beside
 from fnbp.arrays.sums import like
 from fnbp.combinators.factors import over_depth, over_time
 from fnbp.combinators.parts import at_path, one_part, placed
+from fnbp.construction import constructor
 from fnbp.contraction import is_open
 from fnbp.layer import Context, Layer, Static, mask_of, shape_of, traits_of
 
 __all__ = ["repeat", "scan"]
 
 
+@constructor
 def repeat(layer: Layer, n: int) -> Layer:
     """Apply a layer n times, each time with weights of its own, compiled once.
 
@@ -73,6 +75,7 @@ def repeat(layer: Layer, n: int) -> Layer:
     return one_part(name, layer, forward, backward, lambda layer: repeat(layer, n), init, traits, check_turns)
 
 
+@constructor
 def scan(cell: Layer, reverse: bool = False) -> Layer:
     """Turn a cell once for every position, first to last or back: recurrence, and its backward through time.
 

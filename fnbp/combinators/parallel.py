@@ -12,11 +12,13 @@ from fnbp.arrays.checks import check_each, choose
 from fnbp.arrays.masks import Rule
 from fnbp.arrays.sums import like
 from fnbp.combinators.parts import inits, placed, turns
+from fnbp.construction import constructor
 from fnbp.layer import Layer, Traits, mask_behind, shape_of
 
 __all__ = ["parallel"]
 
 
+@constructor
 def parallel(*layers: Layer, join: str = "sum") -> Layer:
     """Apply several layers to the same input, and join what they return.
 

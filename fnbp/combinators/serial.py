@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 from fnbp.arrays.checks import check_each, check_name, describe
 from fnbp.arrays.masks import Rule
 from fnbp.combinators.parts import inits, placed, turns
+from fnbp.construction import constructor
 from fnbp.layer import Layer, Traits, mask_behind, shape_of
 
 __all__ = ["serial"]
 
 
+@constructor
 def serial(*layers: Layer, name: str = "serial") -> Layer:
     """Compose layers, the first one first.
 

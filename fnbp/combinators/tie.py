@@ -4,11 +4,13 @@ from typing import Any
 
 from fnbp.arrays.checks import check_is, shown
 from fnbp.combinators.parts import one_part, placed
+from fnbp.construction import constructor
 from fnbp.layer import Around, Keys, Layer, mask_of, traits_of
 
 __all__ = ["tie"]
 
 
+@constructor
 def tie(net: Layer, source: Keys, target: Keys) -> Layer:
     """Use one parameter of a net in two places: the target becomes the source.
 

@@ -13,6 +13,7 @@ from fnbp.arrays.masks import check_mask, kept
 from fnbp.arrays.sums import like
 from fnbp.combinators.factors import Cast
 from fnbp.combinators.parts import at_path, one_part, placed
+from fnbp.construction import constructor
 from fnbp.contraction import Contracted, is_open
 from fnbp.factor import Factor
 from fnbp.layer import Layer, counting, map_layers, mask_behind, mask_of, shape_of, traits_of
@@ -20,6 +21,7 @@ from fnbp.layer import Layer, counting, map_layers, mask_behind, mask_of, shape_
 __all__ = ["cast", "freeze", "ragged", "remat", "skip"]
 
 
+@constructor
 def skip(layer: Layer) -> Layer:
     """Add a path around a layer.
 
@@ -58,6 +60,7 @@ def skip(layer: Layer) -> Layer:
     return one_part("skip", layer, *functions, skip, init)
 
 
+@constructor
 def remat(layer: Layer) -> Layer:
     """Save only the input of a layer, and compute again what its backward needs.
 
@@ -85,6 +88,7 @@ def remat(layer: Layer) -> Layer:
     return one_part("remat", layer, forward, backward, remat)
 
 
+@constructor
 def cast(layer: Layer, dtype: Any) -> Layer:
     """Compute a layer in another dtype: bfloat16 inside, float32 weights and neighbours outside.
 
@@ -143,6 +147,7 @@ def to_dtypes_of(like: Any, tree: Any) -> Any:
     return jax.tree.map(lambda a, b: None if b is None else b.astype(a.dtype), like, tree, is_leaf=lambda a: a is None)
 
 
+@constructor
 def ragged(layer: Layer) -> Layer:
     """Apply a layer to sequences of different lengths, each filled up at its end.
 
@@ -229,6 +234,7 @@ def check_lengths(x: Any) -> tuple[Any, Any]:
     return x, lengths
 
 
+@constructor
 def freeze(layer: Layer) -> Layer:
     """Take the weights of a layer out of training: they stand in the state, where no optimizer sees them.
 

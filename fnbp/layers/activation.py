@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from fnbp.arrays.checks import check_is, check_last_axis, check_number, choose
 from fnbp.arrays.sums import log_total
+from fnbp.construction import constructor
 from fnbp.layer import Layer, parameterless
 from fnbp.layers.widening import in_wide
 
@@ -30,6 +31,7 @@ __all__ = [
 X = Float[Array, "*s"]
 
 
+@constructor
 def identity() -> Layer:
     """Return the input as it is.
 
@@ -47,6 +49,7 @@ def identity() -> Layer:
     return parameterless(forward, backward, "identity", "elementwise")
 
 
+@constructor
 def sigmoid() -> Layer:
     """The logistic function.
 
@@ -67,6 +70,7 @@ def sigmoid() -> Layer:
     return parameterless(forward, backward, "sigmoid", "elementwise")
 
 
+@constructor
 def tanh() -> Layer:
     """The hyperbolic tangent.
 
@@ -87,6 +91,7 @@ def tanh() -> Layer:
     return parameterless(forward, backward, "tanh", "elementwise")
 
 
+@constructor
 def relu() -> Layer:
     """The rectified linear unit.
 
@@ -108,6 +113,7 @@ def relu() -> Layer:
     return parameterless(forward, backward, "relu", "elementwise")
 
 
+@constructor
 def leaky_relu(slope: float = 0.01) -> Layer:
     """The rectified linear unit with a slope below zero.
 
@@ -130,6 +136,7 @@ def leaky_relu(slope: float = 0.01) -> Layer:
     return parameterless(forward, backward, f"leaky_relu({slope:g})", "elementwise")
 
 
+@constructor
 def elu(alpha: float = 1.0) -> Layer:
     """The exponential linear unit.
 
@@ -153,6 +160,7 @@ def elu(alpha: float = 1.0) -> Layer:
     return parameterless(forward, backward, f"elu({alpha:g})", "elementwise")
 
 
+@constructor
 def softplus() -> Layer:
     """The smooth rectified linear unit.
 
@@ -171,6 +179,7 @@ def softplus() -> Layer:
     return parameterless(forward, backward, "softplus", "elementwise")
 
 
+@constructor
 def silu() -> Layer:
     """The sigmoid linear unit, also called swish.
 
@@ -191,6 +200,7 @@ def silu() -> Layer:
     return parameterless(*in_wide(forward, backward, x=0), "silu", "elementwise")
 
 
+@constructor
 def gelu(approximate: bool = False) -> Layer:
     """The Gaussian error linear unit, exact or in its tanh form.
 
@@ -238,6 +248,7 @@ def gelu_tanh() -> Layer:
     return parameterless(*in_wide(forward, backward, x=0), "gelu(approximate)", "elementwise")
 
 
+@constructor
 def log_softmax() -> Layer:
     """The logarithm of softmax, over the last axis.
 
@@ -259,6 +270,7 @@ def log_softmax() -> Layer:
     return parameterless(*in_wide(forward, backward, x=0), "log_softmax", "position")
 
 
+@constructor
 def softmax() -> Layer:
     """Turn scores into a distribution over the last axis.
 

@@ -13,6 +13,7 @@ from fnbp.arrays.checks import check_floating, check_is, check_key, check_params
 from fnbp.arrays.masks import check_mask, kept
 from fnbp.arrays.placement import reshaped
 from fnbp.arrays.sums import wide
+from fnbp.construction import constructor
 from fnbp.factor import Outer, Sum
 from fnbp.layer import Layer, Static, Traits, counting
 from fnbp.layers.initializers import initializer_of
@@ -27,6 +28,7 @@ Weights = Float[Array, "m kv g t s"]
 Seen = Bool[Array, "#m 1 1 #t s"]
 
 
+@constructor
 def attention(
     heads: int,
     kv_heads: int | None = None,

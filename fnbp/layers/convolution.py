@@ -13,6 +13,7 @@ from fnbp.arrays.checks import check_size
 from fnbp.arrays.masks import Rule, by_position
 from fnbp.arrays.placement import each_example, over_examples
 from fnbp.arrays.sums import wide
+from fnbp.construction import constructor
 from fnbp.factor import Factor, Outer, Sum, along_examples, register_factor
 from fnbp.layer import Layer, stateless
 from fnbp.layers.initializers import initializer_of
@@ -139,6 +140,7 @@ def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -
     return jnp.swapaxes(dW, 0, -1)
 
 
+@constructor
 def conv(
     n_out: int,
     kernel: Sizes,
@@ -213,6 +215,7 @@ def a_window_for_each(over: Callable) -> Rule:
     return rule
 
 
+@constructor
 def conv_transpose(
     n_out: int,
     kernel: Sizes,
@@ -266,6 +269,7 @@ def conv_transpose(
     return stateless(init, forward, backward, name, alone=True)
 
 
+@constructor
 def bias(b: str | Callable = "zeros") -> Layer:
     """Add one number to each channel.
 

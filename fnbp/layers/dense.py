@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from fnbp.arrays.checks import check_size
+from fnbp.construction import constructor
 from fnbp.factor import Outer, Sum
 from fnbp.layer import Layer, stateless
 from fnbp.layers.initializers import initializer_of
@@ -14,6 +15,7 @@ from fnbp.layers.parameters import Shapes, add_bias, due, optional, weights
 __all__ = ["dense"]
 
 
+@constructor
 def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | None = "zeros") -> Layer:
     """Multiply the features by a matrix and add a bias: the fully connected layer.
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from fnbp.arrays.checks import check_key, check_params, check_rate
 from fnbp.arrays.masks import elementwise
+from fnbp.construction import constructor
 from fnbp.layer import Layer, Traits, counting
 
 __all__ = ["drop_path", "dropout"]
@@ -16,6 +17,7 @@ __all__ = ["drop_path", "dropout"]
 X = Float[Array, "*s"]
 
 
+@constructor
 def dropout(rate: float) -> Layer:
     """During training, zero each number with probability rate and rescale the rest. At inference, the identity.
 
@@ -32,6 +34,7 @@ def dropout(rate: float) -> Layer:
     return dropping(f"dropout({rate})", rate, lambda shape: shape)
 
 
+@constructor
 def drop_path(rate: float) -> Layer:
     """During training, zero whole examples with probability rate and rescale the rest. At inference, the identity.
 

@@ -22,6 +22,7 @@ from fnbp.arrays.checks import (
 )
 from fnbp.arrays.placement import by_example, each_example, over_examples
 from fnbp.arrays.sums import wide
+from fnbp.construction import constructor
 from fnbp.factor import Factor, along_examples, chunked, register_factor
 from fnbp.layer import Layer, parameterless, stateless
 from fnbp.layers.initializers import initializer_of
@@ -102,6 +103,7 @@ class Lookup(Factor):
         return Lookup(along_examples(c, self.d), self.x, self.size)
 
 
+@constructor
 def embedding(size: int, width: int, E: str | Callable = "normal", dtype: Any = None) -> Layer:
     """Look up a row of E for every token.
 
@@ -158,6 +160,7 @@ def check_tokens(name: str, x: Any, size: int) -> None:
             raise ValueError(f"{name}: token {x[tuple(first)]} at index {first} is outside 0..{size - 1}")
 
 
+@constructor
 def positions(length: int, P: str | Callable = "normal") -> Layer:
     """Add a learned row to every position.
 
@@ -189,6 +192,7 @@ def positions(length: int, P: str | Callable = "normal") -> Layer:
     return stateless(init, forward, backward, name, mask="position", alone=True)
 
 
+@constructor
 def sinusoids(base: float = 10_000.0) -> Layer:
     """Add sines and cosines of the position, of many wavelengths, to the features.
 

@@ -21,6 +21,7 @@ from fnbp.arrays.checks import (
 from fnbp.arrays.masks import by_position, of_positions
 from fnbp.arrays.placement import in_shard_map, reshaped
 from fnbp.arrays.sums import centre, left, mean, wide
+from fnbp.construction import constructor
 from fnbp.factor import Mixed, Product, Sum
 from fnbp.layer import Layer, Static, Traits, counting, mask_aware, stateless
 from fnbp.layers.initializers import initializer
@@ -39,6 +40,7 @@ def gain_and_shift(x: Any) -> Shapes:
     return {"gamma": x.shape[-1:], "beta": x.shape[-1:]}
 
 
+@constructor
 def layer_norm(eps: float = 1e-5) -> Layer:
     """Normalise the features of each position to mean 0 and variance 1, then scale and shift them.
 
@@ -72,6 +74,7 @@ def layer_norm(eps: float = 1e-5) -> Layer:
     return stateless(init, *in_wide(forward, backward), "layer_norm", mask="position", alone=True)
 
 
+@constructor
 def rms_norm(eps: float = 1e-6) -> Layer:
     """Normalise the features of each position to mean square 1, then scale them.
 
@@ -106,6 +109,7 @@ def rms_norm(eps: float = 1e-6) -> Layer:
     return stateless(init, *in_wide(forward, backward), "rms_norm", mask="position", alone=True)
 
 
+@constructor
 def group_norm(groups: int, eps: float = 1e-5) -> Layer:
     """Normalise each group of channels of an example to mean 0 and variance 1, then scale and shift its channels.
 
@@ -207,6 +211,7 @@ def of_state(state: dict) -> tuple[tuple, jax.Array, None, dict]:
     return (state["mean"], zero), jnp.where(state["count"] > 0, state["var"], jnp.nan), None, state
 
 
+@constructor
 def batch_norm(momentum: float = 0.1, eps: float = 1e-5) -> Layer:
     """Normalise each channel to mean 0 and variance 1, then scale and shift it.
 

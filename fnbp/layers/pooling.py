@@ -11,6 +11,7 @@ from fnbp.arrays.checks import check_is, check_key, check_params, shown
 from fnbp.arrays.masks import by_position, check_mask, of_positions
 from fnbp.arrays.placement import reshaped
 from fnbp.arrays.sums import like, wide
+from fnbp.construction import constructor
 from fnbp.layer import Layer, Traits, mask_aware, parameterless
 from fnbp.layers.widening import in_wide
 from fnbp.layers.windows import Padding, Sizes, Sliding, Windows
@@ -31,6 +32,7 @@ def covered(name: str, at: Windows, x: Any) -> Windows:
     return at
 
 
+@constructor
 def max_pool(kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VALID") -> Layer:
     """Take the largest number of every window, channel by channel.
 
@@ -70,6 +72,7 @@ def max_pool(kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VAL
     return parameterless(forward, backward, name)
 
 
+@constructor
 def avg_pool(
     kernel: Sizes, stride: Sizes | None = None, padding: Padding = "VALID", count_padding: bool = False
 ) -> Layer:
@@ -105,6 +108,7 @@ def avg_pool(
     return parameterless(*in_wide(forward, backward, x=0), name)
 
 
+@constructor
 def global_avg_pool() -> Layer:
     """Take the mean of each channel over all positions.
 
@@ -146,6 +150,7 @@ def positions_end(name: str, x: Any, mask: Any) -> None:
     by_position(name, x, mask)
 
 
+@constructor
 def last() -> Layer:
     """Take the features at the last position of a sequence that counts.
 
@@ -185,6 +190,7 @@ def along(here: jax.Array, x: jax.Array) -> jax.Array:
     return here.reshape(*here.shape, *[1] * (x.ndim - 2))
 
 
+@constructor
 def reshape(*shape: int) -> Layer:
     """Reshape each example, its numbers in the same order.
 
@@ -225,6 +231,7 @@ def reshaping(name: str, shape: tuple[int, ...]) -> Layer:
     return parameterless(forward, backward, name)
 
 
+@constructor
 def flatten() -> Layer:
     """Reshape each example to one row.
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from fnbp.arrays.checks import check_floating, check_params, check_size, describe
 from fnbp.arrays.placement import zeros_beside
+from fnbp.construction import constructor
 from fnbp.factor import Outer, Sum
 from fnbp.layer import Layer, stateless
 from fnbp.layers.initializers import initializer, initializer_of
@@ -21,6 +22,7 @@ Y = Float[Array, "m n"]
 sigma = jax.nn.sigmoid
 
 
+@constructor
 def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "orthogonal") -> Layer:
     """Elman's cell: tanh of a dense layer of the input and the last output.
 
@@ -54,6 +56,7 @@ def rnn_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
     return stateless(init_of(name, n, 1, W, U), forward, backward, name)
 
 
+@constructor
 def lstm_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "orthogonal") -> Layer:
     """Long short-term memory: gates that decide what a cell s keeps, adds and shows.
 
@@ -99,6 +102,7 @@ def lstm_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = 
     return stateless(init_of(name, n, 4, W, U), forward, backward, name)
 
 
+@constructor
 def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "orthogonal") -> Layer:
     """The gated recurrent unit.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from fnbp.arrays.checks import check_floating, check_is
 from fnbp.arrays.placement import by_example
 from fnbp.arrays.sums import complement, like, log_total, wide
+from fnbp.construction import constructor
 from fnbp.losses.loss import Loss, of_pairs
 from fnbp.losses.reduction import check_options, check_weights, counted, only, share, shares, summed_up
 from fnbp.losses.targets import (
@@ -26,6 +27,7 @@ from fnbp.losses.targets import (
 __all__ = ["binary_cross_entropy", "softmax_cross_entropy"]
 
 
+@constructor
 def softmax_cross_entropy(
     ignore_index: int | None = None,
     weights: Any = None,
@@ -135,6 +137,7 @@ def at_label(a: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.take_along_axis(a, y[..., None], -1, mode="fill", fill_value=jnp.nan)[..., 0]
 
 
+@constructor
 def binary_cross_entropy(
     from_logits: bool = False,
     pos_weight: Any = None,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from fnbp.arrays.checks import check_floating, describe
 from fnbp.arrays.masks import check_truth, of_queries
 from fnbp.arrays.sums import wide
+from fnbp.construction import Made, call_of, hashed, is_alike, is_other, itself, reduced
 from fnbp.losses.reduction import counted, only, share, shares, summed_up
 
 __all__ = ["Loss"]
@@ -23,6 +24,7 @@ class Loss(NamedTuple):
         name        reports name the loss by it
         check       (prediction, target) -> None: raises if they do not fit; prediction may be a jax.ShapeDtypeStruct
         takes_mask  True if forward and check take a third argument: the mask of the prediction's positions, or None
+        made        the call that made it, see fnbp.constructor
 
     fnbp.backprop takes the mean over the m examples. If a prediction has positions (time, outputs), the loss of an
     example is the mean over its positions that count.
@@ -33,6 +35,11 @@ class Loss(NamedTuple):
     name: str = "loss"
     check: Callable[..., None] = lambda prediction, target: None
     takes_mask: bool = False
+    made: Made | None = None
+
+    __eq__, __ne__, __hash__ = is_alike, is_other, hashed
+    __repr__, __reduce__ = call_of, reduced
+    __copy__ = __deepcopy__ = itself
 
 
 def losses_of(loss: Loss, prediction: Any, target: Any, mask: Any = None) -> tuple[jax.Array, Any]:

@@ -1,11 +1,13 @@
 """Squared errors."""
 
+from fnbp.construction import constructor
 from fnbp.losses.loss import Loss, of_pairs
 from fnbp.losses.reduction import check_reduce
 
 __all__ = ["half_squared_error", "mean_squared_error"]
 
 
+@constructor
 def mean_squared_error(reduce: str = "examples") -> Loss:
     """The mean over outputs of the squared difference between prediction and target.
 
@@ -20,6 +22,7 @@ def mean_squared_error(reduce: str = "examples") -> Loss:
     return of_pairs("mean_squared_error", lambda p, t: (p - t) ** 2, lambda p, t: 2 * (p - t), reduce)
 
 
+@constructor
 def half_squared_error() -> Loss:
     """Half the sum over outputs of the squared difference between prediction and target: the quadratic cost.
 

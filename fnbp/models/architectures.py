@@ -9,6 +9,7 @@ from fnbp.arrays.checks import check_rate, check_size, choose, located
 from fnbp.combinators.loops import repeat
 from fnbp.combinators.serial import serial
 from fnbp.combinators.tie import tie
+from fnbp.construction import constructor
 from fnbp.layer import Layer
 from fnbp.layers.activation import ACTIVATIONS, relu
 from fnbp.layers.convolution import conv
@@ -23,6 +24,7 @@ from fnbp.models.blocks import residual, stacked, transformer_block
 __all__ = ["gpt", "gru_classifier", "lenet", "lstm_classifier", "mlp", "resnet"]
 
 
+@constructor
 @located("mlp")
 def mlp(*widths: int, activation: str = "relu", W: str | Callable = "he_normal") -> Layer:
     """Dense layers with an activation between each two.
@@ -41,6 +43,7 @@ def mlp(*widths: int, activation: str = "relu", W: str | Callable = "he_normal")
     return serial(*layers[:-1], name="mlp")
 
 
+@constructor
 @located("lenet")
 def lenet(classes: int = 10, activation: str = "relu", pool: Callable[[int], Layer] = max_pool) -> Layer:
     """LeNet-5: two convolutions, each followed by pooling, then three dense layers.
@@ -67,6 +70,7 @@ def lenet(classes: int = 10, activation: str = "relu", pool: Callable[[int], Lay
     return serial(*features, flatten(), *scores, name="lenet")
 
 
+@constructor
 @located("resnet")
 def resnet(depth: int = 20, classes: int = 10, width: int = 16) -> Layer:
     """The residual network for small images: three stages of residual blocks, each at half the size of the last.
@@ -91,6 +95,7 @@ def resnet(depth: int = 20, classes: int = 10, width: int = 16) -> Layer:
     return serial(*stem, *stages, global_avg_pool(), dense(classes), name=f"resnet({depth})")
 
 
+@constructor
 @located("lstm_classifier")
 def lstm_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0) -> Layer:
     """LSTM layers over a sequence, then scores from its last position.
@@ -107,6 +112,7 @@ def lstm_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0
     return classifier("lstm_classifier", lstm_cell, units, classes, layers, rate)
 
 
+@constructor
 @located("gru_classifier")
 def gru_classifier(units: int, classes: int, layers: int = 1, rate: float = 0.0) -> Layer:
     """GRU layers over a sequence, then scores from its last position.
@@ -130,6 +136,7 @@ def classifier(name: str, cell: Callable[[int], Layer], units: int, classes: int
     return serial(stacked(*(cell(units) for _ in range(layers)), rate=rate), last(), dense(classes), name=name)
 
 
+@constructor
 @located("gpt")
 def gpt(vocabulary: int, length: int, layers: int, heads: int, width: int, rate: float = 0.0) -> Layer:
     """A transformer that scores the token after each position, from that position and those before it.

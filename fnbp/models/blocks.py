@@ -7,6 +7,7 @@ from fnbp.combinators.loops import scan
 from fnbp.combinators.parallel import parallel
 from fnbp.combinators.serial import serial
 from fnbp.combinators.wrappers import skip
+from fnbp.construction import constructor
 from fnbp.layer import Layer
 from fnbp.layers.activation import gelu, identity, relu, silu
 from fnbp.layers.attention import attention
@@ -20,6 +21,7 @@ __all__ = ["bidirectional", "gelu_mlp", "residual", "stacked", "swiglu", "transf
 Maker = str | Callable
 
 
+@constructor
 @located("residual")
 def residual(n_out: int, stride: int = 1, project: bool | None = None) -> Layer:
     """Two convolutions and a shortcut around them.
@@ -42,6 +44,7 @@ def residual(n_out: int, stride: int = 1, project: bool | None = None) -> Layer:
     return serial(parallel(f, s), relu(), name=name)
 
 
+@constructor
 @located("gelu_mlp")
 def gelu_mlp(
     hidden: int, n_out: int, W: Maker = "glorot_uniform", b: Maker | None = "zeros", W_out: Maker | None = None
@@ -60,6 +63,7 @@ def gelu_mlp(
     )
 
 
+@constructor
 @located("swiglu")
 def swiglu(hidden: int, n_out: int, W: Maker = "glorot_uniform", W_out: Maker | None = None) -> Layer:
     """A gated layer and a dense layer after it.
@@ -75,6 +79,7 @@ def swiglu(hidden: int, n_out: int, W: Maker = "glorot_uniform", W_out: Maker | 
     return serial(both, dense(n_out, W if W_out is None else W_out, None), name=f"swiglu({hidden}, {n_out})")
 
 
+@constructor
 @located("transformer_block")
 def transformer_block(
     width: int,
@@ -119,6 +124,7 @@ def transformer_block(
     return serial(*branches, name=f"transformer_block({width}, {heads})")
 
 
+@constructor
 @located("bidirectional")
 def bidirectional(cell: Layer, back: Layer | None = None) -> Layer:
     """One cell run from first to last and one from last to first, side by side.
@@ -132,6 +138,7 @@ def bidirectional(cell: Layer, back: Layer | None = None) -> Layer:
     return parallel(scan(cell), scan(cell if back is None else back, reverse=True), join="concat")
 
 
+@constructor
 @located("stacked")
 def stacked(*cells: Layer, rate: float = 0.0) -> Layer:
     """Recurrent layers, each of which reads the output of the one below.
