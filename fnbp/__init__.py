@@ -32,6 +32,7 @@ from fnbp.losses.loss import *
 from fnbp.losses.squared import *
 from fnbp.measurement import *
 from fnbp.models.blocks import *
+from fnbp.naming import *
 from fnbp.rendering.tables import *
 from fnbp.training.fit import *
 

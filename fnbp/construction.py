@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 __all__ = ["constructor"]
 
@@ -99,7 +100,7 @@ def frozen(value: Any) -> Any:
         return type(value), *map(frozen, value)
     if isinstance(value, dict):
         return dict, *((frozen(key), frozen(one)) for key, one in value.items())
-    if isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, Tracer):
         array = np.asarray(value)
         return np.ndarray, array.dtype, array.shape, array.tobytes()
     if is_dtype(value):
@@ -121,13 +122,13 @@ def written(value: Any) -> str:
     """An argument as it is written in a call."""
     if is_dtype(value):
         return repr(np.dtype(value).name)
-    if callable(value) and not hasattr(value, "made"):
-        return getattr(value, "__name__", type(value).__name__)
     if isinstance(value, (np.ndarray, jax.Array)):
         return f"{value.dtype}{list(value.shape)}"
-    if type(value) in (tuple, list):
+    if isinstance(value, (tuple, list)) and not hasattr(value, "made"):
         inside = ", ".join(map(written, value))
         return f"[{inside}]" if isinstance(value, list) else f"({inside},)" if len(value) == 1 else f"({inside})"
+    if callable(value) and not hasattr(value, "made"):
+        return getattr(value, "__name__", type(value).__name__)
     return repr(value)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fnbp.arrays.checks import check_array, check_is, choose, describe
 from fnbp.layer import Context, Layer, child, map_layers
+from fnbp.naming import leaf_name
 
 __all__ = ["NetTable", "tabulate"]
 
@@ -168,5 +169,4 @@ def nodes_of(net: Layer, params: Any, outputs: Mapping[str, Any], notes: Mapping
 def parameters_of(held: Any) -> dict[str, tuple[int, ...]]:
     """The shape of each array of a tree, by its keys: {"W": (3, 5)}, {"0.W": (3, 5)}."""
     found = jax.tree_util.tree_flatten_with_path(held)[0]
-    names = (".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys) for keys, _ in found)
-    return {name: tuple(leaf.shape) for name, (_, leaf) in zip(names, found, strict=True)}
+    return {leaf_name(keys): tuple(leaf.shape) for keys, leaf in found}
