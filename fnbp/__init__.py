@@ -29,11 +29,13 @@ from fnbp.layers.pooling import *
 from fnbp.layers.recurrent import *
 from fnbp.losses.entropy import *
 from fnbp.losses.loss import *
+from fnbp.losses.metrics import *
 from fnbp.losses.squared import *
 from fnbp.measurement import *
 from fnbp.models.blocks import *
 from fnbp.naming import *
 from fnbp.rendering.tables import *
+from fnbp.training.evaluation import *
 from fnbp.training.fit import *
 
 from . import factors, models, testing

@@ -1,0 +1,166 @@
+"""A net at work: predictions batch by batch, and figures of them on held-out data."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnbp.arrays.checks import as_arrays, check_is, check_size, describe
+from fnbp.arrays.placement import placement, summed
+from fnbp.layer import Context, Layer, mask_behind
+from fnbp.losses.loss import Loss, check_target, losses_of
+from fnbp.losses.metrics import Metric, as_metrics
+from fnbp.training.loop import once
+
+__all__ = ["evaluate", "predict"]
+
+BATCH = 1024  # examples at once
+
+
+def predict(net: Layer, params: Any, state: Any, x: Any, *, batch_size: int = BATCH) -> Any:
+    """Apply a net to many examples, batch_size at once, as at inference.
+
+        y = net.forward(params, state, x, Context())      but in parts, each on the device
+
+    x may be larger than the device's memory, a NumPy array mapped from a file for example; so may y, which comes back
+    as NumPy arrays.
+
+    Shapes: x (n, ...), or a tree of such arrays; y (n, ...).
+    Raises: TypeError if net is not a Layer, or x holds what is no array; ValueError if batch_size is below 1, x has no
+            example, or does not fit.
+    """
+    check_is("predict", "net", net, Layer)
+    check_size("predict", "batch_size", batch_size)
+    n = examples_of("predict", x)
+    params = as_arrays("predict", "params", params)
+    run = once(predictor, net)
+    checked(net, params, state, as_arrays("predict", "x", next(cut(x, n, batch_size))))
+    parts = [jax.device_get(run(params, state, as_arrays("predict", "x", part))) for part in cut(x, n, batch_size)]
+    return jax.tree.map(lambda *each: np.concatenate(each), *parts)
+
+
+def predictor(net: Layer) -> Callable[..., Any]:
+    """(params, state, x) -> y, compiled."""
+    return jax.jit(lambda params, state, x: net.forward(params, state, x, Context())[0])
+
+
+def evaluate(
+    net: Layer,
+    loss: Loss,
+    params: Any,
+    state: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    metrics: Any = None,
+    batch_size: int = BATCH,
+) -> dict[str, Any]:
+    """Measure a net on data, as at inference: the mean loss, and more.
+
+        {"loss": J, "accuracy": ...} = evaluate(net, loss, params, state, x, y, metrics=fnbp.accuracy())
+
+    Each example counts once, in the last batch too.
+
+    Options: x, y: arrays, of NumPy too, mapped from a file for example; or x an iterable of batches (x, y), without y.
+             metrics: a Metric, several in a row, or a dict of them: accuracy, top_k, perplexity, confusion, or a
+             function (prediction, target) -> (m,), whose mean is taken. batch_size: how many at once, of arrays.
+    Raises:  ValueError or TypeError if data do not fit the net or the loss, there is no batch, or a metric is none.
+    """
+    check_is("evaluate", "net", net, Layer)
+    check_is("evaluate", "loss", loss, Loss)
+    check_size("evaluate", "batch_size", batch_size)
+    wanted = as_metrics("evaluate", metrics)
+    params = as_arrays("evaluate", "params", params)
+    return figures(net, loss, wanted, params, state, batches("evaluate", x, y, batch_size))
+
+
+def figures(
+    net: Layer, loss: Loss, metrics: dict[str, Metric], params: Any, state: Any, data: Iterator[tuple[Any, Any]]
+) -> dict[str, Any]:
+    """The mean loss and the metrics over batches. ValueError if there is no batch."""
+    run = once(adder, net, loss, tuple(metrics.values()))
+    totals, examples, seen = None, 0, {}
+    for x, y in data:
+        form = str(jax.tree.map(jax.typeof, x))
+        if form not in seen:
+            seen[form] = checked(net, params, state, x)
+        check_target(loss, seen[form], y, mask_behind(net, x, None))  # outside jit, where labels have values
+        here = run(params, state, x, y)
+        totals = here if totals is None else jax.tree.map(jnp.add, totals, here)
+        examples += jax.tree.leaves(x)[0].shape[0]
+    if totals is None:
+        raise ValueError("evaluate: there is no batch to measure")
+    J, *others = jax.device_get(totals)
+    found = {"loss": float(J / examples)}
+    for (name, metric), total in zip(metrics.items(), others, strict=True):
+        found[name] = plain(metric.finish(total, examples))
+    return found
+
+
+def checked(net: Layer, params: Any, state: Any, x: Any) -> Any:
+    """The shape of the prediction, without computing it; layers check the values of x: tokens, lengths."""
+    return jax.eval_shape(lambda params: net.forward(params, state, x, Context())[0], params)
+
+
+def plain(figure: Any) -> Any:
+    """A figure as Python and NumPy have it: a number, or an array."""
+    return jax.tree.map(lambda a: np.asarray(a).item() if np.ndim(a) == 0 else np.asarray(a), figure)
+
+
+def adder(net: Layer, loss: Loss, metrics: tuple[Metric, ...]) -> Callable[..., Any]:
+    """(params, state, x, y) -> the sum of the losses, and of each metric, over a batch; compiled."""
+
+    def sums(params, state, x, y):
+        prediction = net.forward(params, state, x, Context())[0]
+        mask = mask_behind(net, x, None)
+        losses, _ = losses_of(loss, prediction, y, mask)
+        return jnp.sum(losses), *(metric.total(prediction, y, losses, mask) for metric in metrics)
+
+    return jax.jit(functools.partial(summed, sums))
+
+
+# --- batches ---
+
+
+def batches(name: str, x: Any, y: Any, size: int) -> Iterator[tuple[Any, Any]]:
+    """Pairs (x, y) of at most size examples, as JAX arrays."""
+    if y is None and hasattr(x, "__iter__") and not hasattr(x, "dtype"):
+        for i, pair in enumerate(x):
+            yield of_pair(name, i, pair)
+        return
+    if y is None:
+        raise ValueError(f"{name}: give x and y, or as x an iterable of pairs (x, y), got {describe(x)} alone")
+    n = examples_of(name, (x, y))
+    if any(placement(jnp.asarray(a)) is not None for a in jax.tree.leaves((x, y)) if isinstance(a, jax.Array)):
+        size = n  # an array split over Explicit axes cannot be cut where no device ends
+    for part in cut((x, y), n, size):
+        yield as_arrays(name, "x", part[0]), as_arrays(name, "y", part[1])
+
+
+def of_pair(name: str, i: int, pair: Any) -> tuple[Any, Any]:
+    """A batch of an iterable. TypeError if it is not a pair of arrays."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"{name}: batch {i} must be a pair (x, y), got {describe(pair)}")
+    examples_of(f"{name}: batch {i}", tuple(pair))
+    return as_arrays(name, "x", pair[0]), as_arrays(name, "y", pair[1])
+
+
+def examples_of(name: str, tree: Any) -> int:
+    """The number of examples. ValueError if there is none, or arrays differ; TypeError if a leaf is no array."""
+    leaves = jax.tree.leaves(tree)
+    for leaf in leaves or [tree]:
+        if not hasattr(leaf, "shape") or not leaf.shape:
+            raise TypeError(f"{name}: expected arrays with the examples as first axis, got {describe(leaf)}")
+    sizes = {leaf.shape[0] for leaf in leaves}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"{name}: expected equally many examples, at least 1; got {sorted(sizes)}")
+    return sizes.pop()
+
+
+def cut(tree: Any, n: int, size: int) -> Iterator[Any]:
+    """Parts of at most size examples."""
+    for start in range(0, n, size):
+        yield jax.tree.map(lambda a, start=start: a[start : start + size], tree)
