@@ -84,7 +84,7 @@ def train(
         key=key_fit,
         batch_size=settings.batch_size,
         epochs=settings.epochs,
-        on_epoch=lambda step, params, state: accuracies.append(measure(params, state, *test)),
+        on_epoch=lambda so_far: accuracies.append(measure(so_far.params, so_far.state, *test)),
     )
     return np.asarray(accuracies), fitted, time.perf_counter() - began, params
 

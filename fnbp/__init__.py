@@ -37,6 +37,7 @@ from fnbp.naming import *
 from fnbp.rendering.tables import *
 from fnbp.training.evaluation import *
 from fnbp.training.fit import *
+from fnbp.training.steps import *
 
 from . import factors, models, testing
 

@@ -257,7 +257,7 @@ def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, r
         pull, at, ones = res
         return pull(share(at, ones))[0]
 
-    return Loss(forward, backward, label, takes_mask=True)
+    return Loss(forward, backward, label, takes_mask=True, of_batch=reduce == "tokens")
 
 
 def name_of(f: Callable) -> str | None:

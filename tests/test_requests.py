@@ -87,7 +87,7 @@ def test_a_resumed_fit_keeps_its_best_and_its_patience(monkeypatch):
 
     def run(values, **options):
         values = iter(values)
-        monkeypatch.setattr(fnbp.training.fit, "evaluation", lambda *_: lambda params, state: next(values))
+        monkeypatch.setattr(fnbp.training.fit, "validation_of", lambda *_: lambda *_: {"loss": next(values)})
         return fit(validation=HELD_OUT, patience=3, **options)
 
     straight = run(measured, epochs=6)

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import fnbp
 import fnbp.training.drive
+import fnbp.training.evaluation
 import fnbp.training.fit
 import fnbp.training.loop
 import fnbp.training.progress
@@ -72,7 +73,7 @@ STATE = ({}, {}, {"n": 0}, {})
 
 
 def fit(net=NET, loss=LOSS, params=PARAMS, state=STATE, x=X, y=Y, **options):
-    given = {"optimizer": optax.adam(0.02), "key": KEY, "batch_size": BATCH, "progress": False}
+    given = {"optimizer": optax.adam(0.02), "key": KEY, "batch_size": BATCH, "progress": False, "drop_last": True}
     return fnbp.fit(net, loss, params, state, x, y, **(given | options))
 
 
@@ -183,7 +184,7 @@ def test_a_threshold_that_is_not_reached_does_not_stop():
 def scripted(monkeypatch, values):
     """Validation losses by script."""
     values = iter(values)
-    monkeypatch.setattr(fnbp.training.fit, "evaluation", lambda *args: lambda params, state: next(values))
+    monkeypatch.setattr(fnbp.training.fit, "validation_of", lambda *args: lambda *_: {"loss": next(values)})
 
 
 def test_patience_stops_after_so_many_validations_without_a_new_least(monkeypatch):
@@ -230,11 +231,11 @@ def test_validation_is_the_mean_loss_out_of_training():
 
 @pytest.mark.parametrize("examples", [3, 11, 22, 25])
 def test_validation_in_batches_is_the_mean_of_the_whole(monkeypatch, examples):
-    monkeypatch.setattr(fnbp.training.loop, "EVALUATED", 11)
+    monkeypatch.setattr(fnbp.training.evaluation, "BATCH", 11)
     loss = fnbp.mean_squared_error()
     x, y = X[:examples], X[:examples, :2]
     net = fnbp.stateless(lambda key, x: {}, lambda params, x: (x[:, 1:], ()), lambda p, res, dy: ({}, dy), "cut")
-    measured = fnbp.training.loop.evaluation(net, loss, x, y)({}, {})
+    measured = fnbp.training.evaluation.validation_of(net, loss, {}, x, y)({}, {})["loss"]
     np.testing.assert_allclose(measured, np.mean((x[:, 1:] - y) ** 2), rtol=1e-6)
 
 
@@ -421,12 +422,22 @@ def test_the_callback_hears_the_step_and_its_loss_between_calls():
     assert heard == [(step, losses[step - 1]) for step in (1, 3, 7, 15, 21)]
 
 
-def test_on_epoch_sees_step_params_and_state_after_each_epoch():
+def test_on_epoch_sees_the_fit_so_far_after_each_epoch():
     seen = []
-    fit(steps=17, on_epoch=lambda step, params, state: seen.append((step, jax.tree.map(np.array, (params, state)))))
-    assert [step for step, _ in seen] == [7, 14, 17]
-    for step, (params, state) in seen[:2]:
-        assert same((params, state), (plain(step).params, plain(step).state))
+    last = fit(steps=17, on_epoch=seen.append, validation=VALID)
+    assert [found.step for found in seen] == [7, 14, 17]
+    for found in seen[:2]:
+        assert same(found[:3], plain(found.step)[:3]), "it is of that step still when training is over"
+        assert found.history.validation_step.tolist() == [7, 14][: found.step // 7]
+        assert same(found.history.loss, last.history.loss[: found.step])
+        again = fit(params=found.params, state=found.state, resume=found, steps=17 - found.step)
+        assert same(again[:3], last[:3])
+
+
+def test_on_epoch_may_ask_for_the_end():
+    found = fit(steps=100, on_epoch=lambda so_far: so_far.step >= 14)
+    assert (found.stopped, found.step, found.message) == ("asked", 14, "on_epoch asked for the end, at step 14")
+    assert same(found[:3], plain(14)[:3])
 
 
 def test_manual_and_automatic_gradients_train_alike():
@@ -634,9 +645,9 @@ def test_patience_runs_out_at_the_same_step_wherever_a_run_was_resumed(monkeypat
     script = {7: 3.0, 14: 2.0, 21: 2.5, 28: 2.2, 35: 2.1}  # within an epoch: 1, the least of all
 
     def measured(*args):
-        return lambda params, state: script.get(int(state[2]["n"]), 1.0)
+        return lambda params, state: {"loss": script.get(int(state[2]["n"]), 1.0)}
 
-    monkeypatch.setattr(fnbp.training.fit, "evaluation", measured)
+    monkeypatch.setattr(fnbp.training.fit, "validation_of", measured)
     whole = fit(epochs=50, validation=VALID, patience=2)
     assert (whole.stopped, whole.step, whole.waited, whole.least) == ("patience", 28, 2, 2.0)
     second = resumed(fit(steps=middle, validation=VALID, patience=2), epochs=50, validation=VALID, patience=2)

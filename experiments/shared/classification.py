@@ -111,16 +111,9 @@ def train(
     gradient: Callable,
 ) -> Run:
     """Train by Adam, and measure the accuracy on the test part after each epoch."""
-    measure, accuracies = report.accuracy(net), []
     steps = settings.epochs * (len(loaded.train_y) // settings.batch_size)
     up = int(settings.warmup * steps)
     rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, up, max(steps, 1))
-
-    def on_epoch(step, params, state):
-        starts = range(0, len(loaded.test_y), CHUNK)
-        parts = [(loaded.test_x[i : i + CHUNK], loaded.test_y[i : i + CHUNK]) for i in starts]
-        right = sum(len(y) * float(measure(params, state, x, y)) for x, y in parts)
-        accuracies.append(right / len(loaded.test_y))
 
     fitted = fnbp.fit(
         net,
@@ -134,9 +127,11 @@ def train(
         batch_size=settings.batch_size,
         epochs=settings.epochs,
         gradient=gradient,
-        on_epoch=on_epoch,
+        drop_last=True,
+        validation=(loaded.test_x, loaded.test_y),
+        metrics=fnbp.accuracy(),
     )
-    return Run(fitted, np.asarray(accuracies))
+    return Run(fitted, fitted.history.metrics["accuracy"])
 
 
 def apart(one: Run, other: Run) -> float:

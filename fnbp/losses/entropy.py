@@ -87,7 +87,7 @@ def softmax_cross_entropy(
         da = jnp.where(is_good(y_hat, y)[..., None], da, jnp.nan)
         return share(at, da).astype(like_a.dtype)
 
-    return Loss(forward, backward, name, check, takes_mask=True)
+    return Loss(forward, backward, name, check, takes_mask=True, of_batch=reduce == "tokens")
 
 
 def weighed(y_hat: jax.Array, y: jax.Array, w: np.ndarray | None, e: float) -> jax.Array | None:

@@ -24,6 +24,7 @@ class Loss(NamedTuple):
         name        reports name the loss by it
         check       (prediction, target) -> None: raises if they do not fit; prediction may be a jax.ShapeDtypeStruct
         takes_mask  True if forward and check take a third argument: the mask of the prediction's positions, or None
+        of_batch    True if each loss is a share of the whole batch, as for reduce="tokens"
         made        the call that made it, see fnbp.constructor
 
     fnbp.backprop takes the mean over the m examples. If a prediction has positions (time, outputs), the loss of an
@@ -35,6 +36,7 @@ class Loss(NamedTuple):
     name: str = "loss"
     check: Callable[..., None] = lambda prediction, target: None
     takes_mask: bool = False
+    of_batch: bool = False
     made: Made | None = None
 
     __eq__, __ne__, __hash__ = is_alike, is_other, hashed
@@ -115,4 +117,4 @@ def of_pairs(
         p, t, at = res
         return share(at, dloss(wide(p), t)).astype(p.dtype)
 
-    return Loss(forward, backward, name, check, takes_mask=True)
+    return Loss(forward, backward, name, check, takes_mask=True, of_batch=reduce == "tokens")

@@ -54,16 +54,16 @@ def drive(
             reached.hold(kept[0])
             carry, order, got, is_finite = run(*at, data, np.int32(limit), jnp.asarray(rule.threshold, float))
             at, done = (carry, order), int(carry.step)
-            losses = np.asarray(got)[: done - step]
-            final, step, asked = float(losses[-1]), done, limit - step
+            logs = {name: np.asarray(values)[: done - step] for name, values in got.items()}
+            final, step, asked = float(logs["loss"][-1]), done, limit - step
             if not (is_finite and np.isfinite(final)):
                 at, stopped = last_finite(run, kept, data, done), "non-finite"
-            reached.advance(at[0], int(at[0].step), losses)
+            reached.advance(at[0], int(at[0].step), logs)
             if not stopped:
                 stopped = "threshold" if final <= rule.threshold else ""
                 if step % rule.batches == 0 or step == rule.last:
-                    out_of_patience = end_of_epoch(watch, rule, reached)  # the epoch that stops is measured too
-                    stopped = stopped or out_of_patience
+                    ended = end_of_epoch(watch, rule, reached)  # the epoch that stops is measured too
+                    stopped = stopped or ended
             show(step, final, reached.validations)
             if watch.callback is not None:
                 watch.callback(step, final)
@@ -74,12 +74,14 @@ def drive(
 
 
 def end_of_epoch(watch: Watch, rule: Rule, reached: Reached) -> str:
-    """Show and measure what an epoch has brought; "patience" if that has run out, else ""."""
-    (params, state, _), step, _ = reached.now
-    stopped = validate(watch, rule, reached)  # before on_epoch, whose exception would lose it
-    if watch.on_epoch is not None:
-        watch.on_epoch(step, params, state)
-    return stopped
+    """Measure and show what an epoch has brought; why to stop here: "patience", "asked", or ""."""
+    stopped = validate(watch, rule, reached)  # before on_epoch, which sees it, and whose exception would lose it
+    if watch.on_epoch is None:
+        return stopped
+    so_far = reached.fit("", "")
+    params, state, opt_state = copy(so_far[:3])  # the next step overwrites those that are at hand
+    asked = watch.on_epoch(so_far._replace(params=params, state=state, opt_state=opt_state))
+    return stopped or ("asked" if asked is True else "")
 
 
 def validate(watch: Watch, rule: Rule, reached: Reached) -> str:
@@ -99,6 +101,7 @@ def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> st
         "": "",
         "steps": f"all {step - rule.start} steps done, the last loss is {final:.6g}",
         "threshold": f"the loss of step {step} is {final:.6g}, at most the threshold {rule.threshold:.6g}",
+        "asked": f"on_epoch asked for the end, at step {step}",
         "patience": f"no new least validation loss in {rule.patience} validations, at step {step}",
         "non-finite": f"step {broken} is not finite, {cause}; these parameters are of step {ended}",
     }[stopped]

@@ -81,7 +81,7 @@ def figures(
     net: Layer, loss: Loss, metrics: dict[str, Metric], params: Any, state: Any, data: Iterator[tuple[Any, Any]]
 ) -> dict[str, Any]:
     """The mean loss and the metrics over batches. ValueError if there is no batch."""
-    run = once(adder, net, loss, tuple(metrics.values()))
+    run = once(adder, net, loss, tuple(metrics.values()), None)
     totals, examples, seen = None, 0, {}
     for x, y in data:
         form = str(jax.tree.map(jax.typeof, x))
@@ -93,11 +93,24 @@ def figures(
         examples += jax.tree.leaves(x)[0].shape[0]
     if totals is None:
         raise ValueError("evaluate: there is no batch to measure")
+    return finished(metrics, totals, examples)
+
+
+def finished(metrics: dict[str, Metric], totals: Any, examples: int) -> dict[str, Any]:
+    """The mean loss and the metrics, of their sums over all examples."""
     J, *others = jax.device_get(totals)
     found = {"loss": float(J / examples)}
     for (name, metric), total in zip(metrics.items(), others, strict=True):
         found[name] = plain(metric.finish(total, examples))
     return found
+
+
+def validation_of(
+    net: Layer, loss: Loss, metrics: dict[str, Metric], x: Any, y: Any
+) -> Callable[[Any, Any], dict[str, Any]]:
+    """(params, state) -> the mean loss and the metrics over arrays on the device, in one compiled call."""
+    run, examples = once(adder, net, loss, tuple(metrics.values()), BATCH), examples_of("fit", x)
+    return lambda params, state: finished(metrics, run(params, state, x, y), examples)
 
 
 def checked(net: Layer, params: Any, state: Any, x: Any) -> Any:
@@ -110,8 +123,11 @@ def plain(figure: Any) -> Any:
     return jax.tree.map(lambda a: np.asarray(a).item() if np.ndim(a) == 0 else np.asarray(a), figure)
 
 
-def adder(net: Layer, loss: Loss, metrics: tuple[Metric, ...]) -> Callable[..., Any]:
-    """(params, state, x, y) -> the sum of the losses, and of each metric, over a batch; compiled."""
+def adder(net: Layer, loss: Loss, metrics: tuple[Metric, ...], batch: int | None) -> Callable[..., Any]:
+    """(params, state, x, y) -> the sum of the losses, and of each metric; compiled.
+
+    batch: how many examples at once; None: all.
+    """
 
     def sums(params, state, x, y):
         prediction = net.forward(params, state, x, Context())[0]
@@ -119,7 +135,19 @@ def adder(net: Layer, loss: Loss, metrics: tuple[Metric, ...]) -> Callable[..., 
         losses, _ = losses_of(loss, prediction, y, mask)
         return jnp.sum(losses), *(metric.total(prediction, y, losses, mask) for metric in metrics)
 
-    return jax.jit(functools.partial(summed, sums))
+    def in_batches(params, state, x, y):
+        examples = jax.tree.leaves(x)[0].shape[0]
+        full = examples // batch * batch
+        parts = []
+        if full:
+            whole = jax.tree.map(lambda a: a[:full].reshape(-1, batch, *a.shape[1:]), (x, y))
+            each = jax.lax.map(lambda xy: sums(params, state, *xy), whole)
+            parts.append(jax.tree.map(lambda a: jnp.sum(a, 0), each))
+        if full < examples:
+            parts.append(sums(params, state, *jax.tree.map(lambda a: a[full:], (x, y))))
+        return jax.tree.map(lambda *each: sum(each[1:], each[0]), *parts)
+
+    return jax.jit(functools.partial(summed, sums if batch is None else in_batches))
 
 
 # --- batches ---

@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnbp.arrays.checks import check_finite
+from fnbp.arrays.checks import check_finite, check_is
 from fnbp.backpropagation import value_and_grad
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
+from fnbp.losses.metrics import as_metrics
 from fnbp.training.drive import Rule, Watch, drive
+from fnbp.training.evaluation import validation_of
 from fnbp.training.loop import (
     CAPACITY,
+    Batching,
     Carry,
     Data,
     compiled_loop,
     copy,
-    evaluation,
     is_finite_by_leaf,
     once,
     permutation,
@@ -28,6 +30,7 @@ from fnbp.training.progress import stoppable
 from fnbp.training.reached import Fit, History, Reached, Resumed, ended, nothing_lost
 from fnbp.training.requests import (
     arrays_of,
+    check_augmented,
     check_data,
     check_functions,
     check_opt_state,
@@ -36,6 +39,7 @@ from fnbp.training.requests import (
     check_threshold,
     check_traced,
 )
+from fnbp.training.steps import as_record
 
 __all__ = ["Fit", "History", "fit"]
 
@@ -60,27 +64,35 @@ def fit(
     start: int = 0,
     resume: Fit | None = None,
     gradient: Callable = value_and_grad,
+    augment: Callable[[jax.Array, Any], Any] | None = None,
+    drop_last: bool = False,
+    metrics: Any = None,
+    record: Any = None,
     progress: bool = True,
     callback: Callable[[int, float], None] | None = None,
-    on_epoch: Callable[[int, Any, Any], None] | None = None,
+    on_epoch: Callable[[Fit], bool | None] | None = None,
 ) -> Fit:
     """Minimise the mean loss over x, y until the first stopping condition.
 
         params := params + optimizer(gradient of J on the next batch)
 
-    An epoch is a fresh permutation of the examples, drawn on the device from key; it leaves out the examples that do
-    not fill the last batch. Many steps run in one compiled call. Nothing is compiled again after the first call, nor in
-    a later fit of the same net, loss, optimizer and gradient.
+    An epoch is a fresh permutation of the examples, drawn on the device from key. If they do not fill its last batch,
+    examples of the epoch's front fill it up, which do not count in the loss. Many steps run in one compiled call.
+    Nothing is compiled again after the first call, nor in a later fit of an equal net, loss, optimizer and gradient.
 
     Stops:   the steps (or epochs) are done; the loss of a batch is at most threshold; patience epochs in a row bring no
-             new least validation loss; something is not finite (the last finite parameters are returned); Ctrl-C or
-             SIGTERM. An exception, of a callback for example, carries what was reached in its attribute fit.
+             new least validation loss; on_epoch returns True; something is not finite (the last finite parameters are
+             returned); Ctrl-C or SIGTERM. An exception, of a callback for example, carries what was reached in its
+             attribute fit.
     Options: steps, epochs: how many to do, in addition to those done before; give one of the two. validation: a pair
-             (x, y), measured after each epoch and at the end. resume: an earlier Fit, from which opt_state, start,
-             best, waited and least are taken; params and state are usually its own. opt_state, start: only these two,
-             given by hand. gradient: another maker of gradients, such as fnbp.automatic_value_and_grad.
-             callback: called between compiled calls with the step and its loss. on_epoch: called after each epoch with
-             the step, the params and the state. The next step overwrites these: measure them, or copy them.
+             (x, y), measured after each epoch and at the end; metrics: of it, as in fnbp.evaluate. resume: an earlier
+             Fit, from which opt_state, start, best, waited and least are taken; params and state are usually its own.
+             opt_state, start: only these two, given by hand. gradient: another maker of gradients, such as
+             fnbp.automatic_value_and_grad; what its function returns behind J and state is Step.more. augment: (key,
+             (x, y)) -> (x, y), applied to each batch on the device. drop_last: leave out what does not fill the last
+             batch. record: functions of a fnbp.Step, one, several or a dict of them, such as fnbp.gradient_norm: a
+             number of each step, in history.recorded. callback: called between compiled calls with the step and its
+             loss. on_epoch: called after each epoch with a Fit, what was reached so far.
     Memory:  the data, and twice params, state and opt_state: one set is kept to go back to.
     Source:  fnbp/README.md, B1 to B6, one pass a step.
     Raises:  ValueError or TypeError before the first step if sizes, targets, keys or data do not fit; the values of
@@ -89,31 +101,54 @@ def fit(
     with stoppable() as stop, nothing_lost(Reached(params, state, opt_state, start), stop) as reached:
         check_traced(params, state, x, y, key, opt_state, validation)
         check_request(net, loss, params, key, batch_size, patience, validation)
-        check_functions(optimizer, gradient=gradient, callback=callback, on_epoch=on_epoch)
+        check_functions(optimizer, gradient=gradient, callback=callback, on_epoch=on_epoch, augment=augment)
+        check_is("fit", "drop_last", drop_last, bool)
+        measures, logged = measures_of(metrics, validation), as_record(record)
         begun = resumed(resume, opt_state, start)
-        data, held_out = data_of(net, loss, params, state, (x, y), validation, key, batch_size)
-        rule = rule_of(begun.step, steps, epochs, threshold, patience, examples_of(data[0]) // batch_size)
-        run = once(compiled_loop, net, loss, gradient, optimizer, int(batch_size), rule.batches, CAPACITY)
+        data, held_out = data_of(net, loss, params, state, (x, y), validation, key, batch_size, augment)
+        batching = batching_of(examples_of(data[0]), int(batch_size), drop_last, augment)
+        rule = rule_of(begun.step, steps, epochs, threshold, patience, batching.number)
+        run = once(compiled_loop, net, loss, gradient, optimizer, batching, logged, CAPACITY)
         at, data = set_out(params, state, optimizer, begun, data, key, rule)
         reached.begin(at[0], begun)
-        evaluate = None if held_out is None else evaluation(net, loss, *held_out)
+        evaluate = None if held_out is None else validation_of(net, loss, measures, *held_out)
         watch = Watch(evaluate, on_epoch, callback, progress, is_owed(resume, rule.batches))
         found = drive(run, at, data, rule, watch, reached, stop)
     return ended(found, stop.reason)
 
 
 def data_of(
-    net: Layer, loss: Loss, params: Any, state: Any, data: Any, validation: Any, key: Any, batch_size: int
+    net: Layer, loss: Loss, params: Any, state: Any, data: Any, validation: Any, key: Any, batch_size: int, augment: Any
 ) -> tuple[Any, Any]:
     """The data and those held out, as arrays that fit net and loss."""
     x, y = arrays_of("training data", *data)
-    examples = check_data("training data", net, loss, params, state, x, y, Context(key, train=True))
+    ctx = Context(key, train=True)
+    if augment is None:
+        examples = check_data("training data", net, loss, params, state, x, y, ctx)
+    else:
+        examples = check_augmented(net, loss, params, state, x, y, ctx, augment)
     if batch_size > examples:
         raise ValueError(f"fit: batch_size {batch_size} is more than the {examples} examples")
     if validation is not None:
         validation = at, due = arrays_of("validation data", *validation)
         check_data("validation data", net, loss, params, state, at, due, Context())
     return (x, y), validation
+
+
+def batching_of(examples: int, size: int, drop_last: bool, augment: Callable | None) -> Batching:
+    """How batches are taken of so many examples."""
+    left_over = examples % size
+    return Batching(
+        size, examples // size + bool(left_over and not drop_last), bool(left_over) and not drop_last, augment
+    )
+
+
+def measures_of(metrics: Any, validation: Any) -> dict[str, Any]:
+    """The metrics by name; ValueError if there are some, and nothing to measure."""
+    found = as_metrics("fit", metrics)
+    if found and validation is None:
+        raise ValueError("fit: metrics need validation=(x, y)")
+    return found
 
 
 def examples_of(x: Any) -> int:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnbp.arrays.placement import rows_of, summed
+from fnbp.arrays.placement import rows_of
 from fnbp.layer import Context, Layer, mask_behind
 from fnbp.losses.loss import Loss, losses_of
+from fnbp.losses.weights import counting_some
+from fnbp.training.steps import Record, Step, recorded
 
 CAPACITY = 1 << 14  # the most steps of one call
-EVALUATED = 1024  # examples at once in a validation
 
 
 class Carry(NamedTuple):
@@ -38,6 +39,20 @@ class Data(NamedTuple):
     key_order: jax.Array
     key_layers: jax.Array
     must: jax.Array
+
+
+class Batching(NamedTuple):
+    """How batches are taken of the examples.
+
+    size     examples of a batch            number  of batches in an epoch
+    partial  True if the last batch of an epoch is filled up with examples that do not count
+    augment  (key, (x, y)) -> (x, y), or None
+    """
+
+    size: int
+    number: int
+    partial: bool
+    augment: Callable | None
 
 
 def permutation(key: jax.Array, epoch: jax.Array | int, examples: int) -> jax.Array:
@@ -75,16 +90,17 @@ def losses_at(net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, c
 
 
 def one_step(
-    net: Layer, loss: Loss, gradient_of: Callable, transformation: Any, batch_size: int, batches: int
+    net: Layer, loss: Loss, gradient_of: Callable, transformation: Any, augment: Callable | None, record: Record
 ) -> Callable:
-    """(carry, order, data) -> carry, J: the next batch, its gradient, the update."""
+    """(carry, x, y, key_layers) -> carry, logs: the gradient of a batch, the update, and what is recorded of them."""
     gradient, optimizer = gradient_of(net, loss), optax.with_extra_args_support(transformation)
 
-    def step(carry, order, data):
-        rows = jax.lax.dynamic_slice_in_dim(order, carry.step % batches * batch_size, batch_size)
-        x, y = jax.tree.map(lambda a: rows_of(a, rows), (data.x, data.y))
-        ctx = Context(jax.random.fold_in(data.key_layers, carry.step), train=True)
-        (J, state), grads = gradient(carry.params, carry.state, x, y, ctx)
+    def step(carry, x, y, key_layers):
+        key = jax.random.fold_in(key_layers, carry.step)
+        if augment is not None:
+            x, y = augmented(augment, key, x, y)
+        ctx = Context(key, train=True)
+        (J, state, *more), grads = gradient(carry.params, carry.state, x, y, ctx)
         updates, opt_state = optimizer.update(
             grads,
             carry.opt_state,
@@ -94,21 +110,59 @@ def one_step(
             value_fn=lambda params: jnp.mean(losses_at(net, loss, params, carry.state, x, y, ctx)),
         )
         params = optax.apply_updates(carry.params, updates)
-        return Carry(params, state, opt_state, carry.step + 1), J
+        seen = Step(J, carry.params, grads, updates, opt_state, *more)
+        return Carry(params, state, opt_state, carry.step + 1), {"loss": J, **recorded(record, seen)}
 
     return step
 
 
+def augmented(augment: Callable, key: jax.Array, x: Any, y: Any) -> tuple[Any, Any]:
+    """The batch as augment returns it; the marks of examples that count stay beside their y."""
+    key = jax.random.fold_in(key, 1)
+    if isinstance(y, Marked):
+        x, target = augment(key, (x, y.target))
+        return x, Marked(target, y.counts)
+    return augment(key, (x, y))
+
+
+class Marked(NamedTuple):
+    """A target, and which examples count."""
+
+    target: Any
+    counts: jax.Array
+
+
+def batch_of(data: Data, order: jax.Array, step: jax.Array, batching: Batching) -> tuple[Any, Any]:
+    """The examples of a step: a part of the epoch's order. The last one begins again at its front, which is Marked."""
+    first = step % batching.number * batching.size
+    if not batching.partial:
+        rows = jax.lax.dynamic_slice_in_dim(order, first, batching.size)
+        return jax.tree.map(lambda a: rows_of(a, rows), (data.x, data.y))
+    at, examples = first + jnp.arange(batching.size), order.shape[0]
+    x, y = jax.tree.map(lambda a: rows_of(a, order[at % examples]), (data.x, data.y))
+    return x, Marked(y, at < examples)
+
+
 def compiled_loop(
-    net: Layer, loss: Loss, gradient_of: Callable, transformation: Any, batch_size: int, batches: int, capacity: int
+    net: Layer,
+    loss: Loss,
+    gradient_of: Callable,
+    transformation: Any,
+    batching: Batching,
+    record: Record,
+    capacity: int,
 ) -> Callable:
-    """(carry, order, data, limit, threshold) -> carry, order, losses (capacity,), is everything finite.
+    """(carry, order, data, limit, threshold) -> carry, order, logs, is everything finite.
+
+    logs: the loss of each step, and what is recorded of it, each (capacity,).
 
     Runs steps up to limit, at most capacity of them, and stops behind a loss that is not finite or at most threshold.
     carry and order, the epoch's permutation, are donated. params and state must be finite, and those leaves of
     opt_state that data.must names.
     """
-    step = one_step(net, loss, gradient_of, transformation, batch_size, batches)
+    loss = counting_some(loss) if batching.partial else loss
+    step = one_step(net, loss, gradient_of, transformation, batching.augment, record)
+    batches = batching.number
 
     def run(carry, order, data, limit, threshold):
         first, examples = carry.step, order.shape[0]
@@ -119,29 +173,32 @@ def compiled_loop(
             return (carry.step < limit) & (fine | (carry.step == first))
 
         def epoch(loop):
-            (carry, losses, J), order = loop
+            (carry, logs, J), order = loop
             number = carry.step // batches
             order = jax.lax.cond(
                 carry.step % batches == 0, lambda: permutation(data.key_order, number, examples), lambda: order
             )
 
             def one(loop):
-                carry, losses, _ = loop
+                carry, logs, _ = loop
                 at = carry.step - first
-                carry, J = step(carry, order, data)
-                return carry, losses.at[at].set(J), J.astype(losses.dtype)
+                x, y = batch_of(data, order, carry.step, batching)
+                carry, now = step(carry, x, y, data.key_layers)
+                now = jax.tree.map(lambda a, b: a.astype(b.dtype), now, logs)
+                return carry, jax.tree.map(lambda kept, a: kept.at[at].set(a), logs, now), now["loss"]
 
             def within(loop):
                 return goes_on(loop) & (loop[0].step // batches == number)
 
-            return jax.lax.while_loop(within, one, (carry, losses, J)), order
+            return jax.lax.while_loop(within, one, (carry, logs, J)), order
 
-        losses = jnp.full(capacity, jnp.nan, jnp.result_type(float))
-        loop, order = jax.lax.while_loop(lambda loop: goes_on(loop[0]), epoch, ((carry, losses, losses[0]), order))
-        carry, losses, _ = loop
+        empty = jnp.full(capacity, jnp.nan, jnp.result_type(float))
+        logs = {"loss": empty, **{name: empty for name, _ in record}}
+        loop, order = jax.lax.while_loop(lambda loop: goes_on(loop[0]), epoch, ((carry, logs, empty[0]), order))
+        carry, logs, _ = loop
         moments = zip(data.must, jax.tree.leaves(carry.opt_state), strict=True)
         fine = [~must | finite(leaf) for must, leaf in moments]
-        return carry, order, losses, jnp.all(jnp.asarray([finite((carry.params, carry.state)), *fine]))
+        return carry, order, logs, jnp.all(jnp.asarray([finite((carry.params, carry.state)), *fine]))
 
     return jax.jit(run, donate_argnums=(0, 1))
 
@@ -155,27 +212,6 @@ def finite(tree: Any) -> jax.Array:
 def is_finite_by_leaf(tree: Any) -> tuple[bool, ...]:
     """For each leaf, whether it is finite everywhere."""
     return tuple(bool(finite(leaf)) for leaf in jax.tree.leaves(tree))
-
-
-def evaluation(net: Layer, loss: Loss, x: Any, y: Any) -> Callable[[Any, Any], float]:
-    """(params, state) -> J over x, y, in batches of at most EVALUATED examples."""
-    evaluate = once(evaluator, net, loss, EVALUATED)
-    return lambda params, state: float(evaluate(params, state, x, y))
-
-
-def evaluator(net: Layer, loss: Loss, batch: int) -> Callable:
-    """(params, state, x, y) -> J, compiled."""
-
-    def evaluate(params, state, x, y):
-        examples = jax.tree.leaves(x)[0].shape[0]
-        full = examples // batch * batch
-        of = lambda x, y: jnp.sum(losses_at(net, loss, params, state, x, y, Context()))  # noqa: E731
-        whole = jax.tree.map(lambda a: a[:full].reshape(-1, batch, *a.shape[1:]), (x, y))
-        rest = jax.tree.map(lambda a: a[full:], (x, y))
-        sums = jnp.sum(jax.lax.map(lambda xy: of(*xy), whole)) if full else 0
-        return (sums + (of(*rest) if full < examples else 0)) / examples
-
-    return jax.jit(functools.partial(summed, evaluate))
 
 
 def last_finite(run: Callable, kept: tuple[Carry, jax.Array], data: Data, reached: int) -> tuple[Carry, jax.Array]:

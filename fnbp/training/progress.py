@@ -56,7 +56,7 @@ def bar(start: int, last: int, shown: bool) -> Iterator[Callable]:
 
         def show(step, loss, validations):
             rate = f"{(step - start) / (time.perf_counter() - began):,.0f} steps/s"
-            measured = f" validation {validations[-1][1]:.4f}" if validations else ""
+            measured = f" validation {validations[-1][1]['loss']:.4f}" if validations else ""
             progress.update(task, completed=step - start, description=f"loss {loss:.4f}{measured}", rate=rate)
 
         yield show

@@ -1,7 +1,7 @@
 """What training has reached: a Fit at its end, and at any moment before, so that nothing computed is lost."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,12 +17,39 @@ class History(NamedTuple):
     loss             J of each step's batch, (steps,); where one was not finite, it is the last
     validation_step  after how many steps validation_loss was measured, (validations,)
     seconds          wall time of the whole, compilation included
+    metrics          by name, each as measured with validation_loss, (validations, ...)
+    recorded         by name, what record made of each step, (steps,)
     """
 
     loss: np.ndarray
     validation_step: np.ndarray
     validation_loss: np.ndarray
     seconds: float
+    metrics: dict[str, np.ndarray] = {}  # noqa: RUF012, never written to
+    recorded: dict[str, np.ndarray] = {}  # noqa: RUF012
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it: lists of numbers, None where one is not finite."""
+        return {name: as_json(value) for name, value in self._asdict().items()}
+
+    def steps(self) -> dict[str, np.ndarray]:
+        """Columns of a table with a row a step: pandas.DataFrame(history.steps())."""
+        return {"loss": self.loss, **self.recorded}
+
+    def validations(self) -> dict[str, np.ndarray]:
+        """Columns of a table with a row a validation, of the metrics that are numbers."""
+        plain = {name: values for name, values in self.metrics.items() if values.ndim == 1}
+        return {"step": self.validation_step, "loss": self.validation_loss, **plain}
+
+
+def as_json(value: Any) -> Any:
+    """Arrays and dicts of them as lists, with None for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: as_json(one) for name, one in value.items()}
+    if isinstance(value, np.ndarray):
+        return [as_json(one) for one in value]
+    number = value.item() if isinstance(value, np.generic) else value
+    return number if np.isfinite(number) else None
 
 
 class Best(NamedTuple):
@@ -39,7 +66,8 @@ class Fit(NamedTuple):
 
     params, state, opt_state   as reached, all finite; opt_state may hold infinities that it began with
     step      how many updates were made of them
-    stopped   "steps", "threshold", "patience", "non-finite", "interrupt" (Ctrl-C), "terminated" (SIGTERM), or "error"
+    stopped   "steps", "threshold", "patience", "asked" (by on_epoch), "non-finite", "interrupt" (Ctrl-C), "terminated"
+              (SIGTERM), or "error"
     message   the same in a sentence
     best      of the validations, or None without validation
     waited    how many epochs in a row, up to the last, brought no new least validation loss
@@ -78,8 +106,8 @@ class Reached:
             start,
             0,
         )  # values; their step; how many calls brought them
-        self.losses: list[np.ndarray] = []
-        self.validations: list[tuple[int, float]] = []
+        self.logs: list[dict[str, np.ndarray]] = []
+        self.validations: list[tuple[int, dict[str, Any]]] = []
         self.best: Best | None = None
         self.waited, self.least = 0, np.inf
 
@@ -92,35 +120,48 @@ class Reached:
     def step(self) -> int:
         return self.now[1]
 
-    def advance(self, carry: Carry, step: int, losses: np.ndarray) -> None:
+    def advance(self, carry: Carry, step: int, logs: dict[str, np.ndarray]) -> None:
         """A call is over. now changes in one piece, so that an exception finds the one or the other."""
-        self.losses.append(losses)
-        self.now = ((carry.params, carry.state, carry.opt_state), step, len(self.losses))
+        self.logs.append(logs)
+        self.now = ((carry.params, carry.state, carry.opt_state), step, len(self.logs))
 
     def hold(self, carry: Carry) -> None:
         """The same values in other buffers: those that were handed out are about to be donated."""
         self.now = ((carry.params, carry.state, carry.opt_state), *self.now[1:])
 
-    def measure(self, measured: float, whole: bool) -> None:
+    def measure(self, figures: dict[str, Any], whole: bool) -> None:
         """A validation is over. Only one at the end of a whole epoch counts for patience, as an uninterrupted run has
         it: patience then runs out at the same step, however often a run was resumed."""
         (params, state, _), step, _ = self.now
+        measured = figures["loss"]
         finite = bool(np.isfinite(measured))
         if finite and (self.best is None or measured < self.best.loss):
             self.best = Best(copy(params), copy(state), step, measured)
         if whole:
             new = finite and measured < self.least
             self.waited, self.least = (0, measured) if new else (self.waited + 1, self.least)
-        self.validations.append((step, measured))
+        self.validations.append((step, figures))
 
     def fit(self, stopped: str, message: str) -> Fit:
         """All of it, as it is handed back."""
         (params, state, opt_state), step, calls = self.now
-        steps, measured = zip(*self.validations, strict=True) if self.validations else ((), ())
-        losses = np.concatenate(self.losses[:calls]) if calls else np.zeros(0, np.float32)
-        seconds = time.perf_counter() - self.began
-        history = History(losses, np.asarray(steps, int), np.asarray(measured, float), seconds)
-        return Fit(params, state, opt_state, step, history, stopped, message, self.best, self.waited, self.least)
+        return Fit(
+            params, state, opt_state, step, self.history(calls), stopped, message, self.best, self.waited, self.least
+        )
+
+    def history(self, calls: int) -> History:
+        """What happened until then."""
+        steps = np.asarray([step for step, _ in self.validations], int)
+        measured = together([figures for _, figures in self.validations], np.asarray)
+        recorded = together(self.logs[:calls], np.concatenate)
+        validation_loss = np.asarray(measured.pop("loss", ()), float)
+        losses = recorded.pop("loss", np.zeros(0, np.float32))
+        return History(losses, steps, validation_loss, time.perf_counter() - self.began, measured, recorded)
+
+
+def together(rows: list[dict[str, Any]], join: Callable[[list[Any]], np.ndarray]) -> dict[str, np.ndarray]:
+    """Dicts of the same names as one dict of what join makes of each."""
+    return {name: join([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
 @contextmanager

@@ -167,6 +167,26 @@ def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: An
     return sizes.pop()[0]
 
 
+def check_augmented(
+    net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context, augment: Callable
+) -> int:
+    """As check_data, for x and y as augment returns them: their shapes, and the values of those that it is given."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((x, y))}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(f"fit: training data need equally many examples, at least 1; got {sorted(sizes)}")
+    check_finite("fit", "training data: x", x)
+    check_finite("fit", "training data: y", y)
+    made = jax.eval_shape(augment, ctx.key, (x, y))
+    if not isinstance(made, (tuple, list)) or len(made) != 2:
+        raise TypeError(f"fit: augment must return (x, y), got {describe(made)}")
+    after = {leaf.shape[:1] for leaf in jax.tree.leaves(made)}
+    if after != sizes:
+        raise ValueError(f"fit: augment must return as many examples as it is given, {sizes.pop()[0]}; got {after}")
+    prediction = jax.eval_shape(lambda p, x: net.forward(p, state, x, ctx)[0], params, made[0])
+    jax.eval_shape(lambda p, t: loss.forward(p, t)[0], prediction, made[1])
+    return sizes.pop()[0]
+
+
 def check_functions(optimizer: Any, **functions: Callable | None) -> None:
     """TypeError unless optimizer is one, and each of the others a function or None."""
     check_optimizer(optimizer)

@@ -1,0 +1,38 @@
+"""A loss of which some examples do not count: those that fill up the last batch of an epoch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnbp.losses.loss import Loss
+
+
+def counting_some(loss: Loss) -> Loss:
+    """The loss whose target is a pair (t, c): an example counts where c, (m,), is True.
+
+        l = c loss(p, t) m / sum c      dp = c dloss m / sum c      so that the mean over m is that of those that count
+
+    A loss that is a share of the whole batch, reduce="tokens", leaves the others out of that batch instead.
+    """
+
+    def forward(prediction, target, mask=None):
+        t, c = target
+        if loss.of_batch:
+            counts = c if mask is None else mask & rows(c, mask)
+            losses, res = loss.forward(prediction, t, counts)
+            return losses, (res, c, jnp.ones((), losses.dtype))
+        losses, res = loss.forward(prediction, t, *(() if mask is None else (mask,)))
+        scale = (c.shape[0] / jnp.sum(c)).astype(losses.dtype)
+        return jnp.where(c, losses * scale, 0), (res, c, scale)
+
+    def backward(res):
+        res, c, scale = res
+        return jax.tree.map(lambda d: jnp.where(rows(c, d), d * scale.astype(d.dtype), 0), loss.backward(res))
+
+    return Loss(forward, backward, loss.name, takes_mask=loss.takes_mask)
+
+
+def rows(c: jax.Array, a: Any) -> jax.Array:
+    """c (m,), beside a (m, ...)."""
+    return c.reshape(-1, *[1] * (a.ndim - 1))
