@@ -132,16 +132,15 @@ def train(
     **stop: Any,
 ) -> fnbp.Fit:
     """Train by Adam on the training part, over the same batches for every gradient."""
+    x = loaded.train_x.astype(jnp.result_type(float))
     return fnbp.fit(
         net,
         loss,
         params,
         state,
-        loaded.train_x.astype(jnp.result_type(float)),
-        loaded.train_y,
+        fnbp.Batches(x, loaded.train_y, settings.batch_size, drop_last=True),
         optimizer=optax.adam(settings.learning_rate),
         key=key,
-        batch_size=settings.batch_size,
         gradient=gradient,
         **(stop or {"epochs": settings.epochs}),
     )

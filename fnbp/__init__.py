@@ -35,6 +35,8 @@ from fnbp.measurement import *
 from fnbp.models.blocks import *
 from fnbp.naming import *
 from fnbp.rendering.tables import *
+from fnbp.training.checkpoints import *
+from fnbp.training.data import *
 from fnbp.training.evaluation import *
 from fnbp.training.fit import *
 from fnbp.training.steps import *

@@ -32,7 +32,12 @@ def fit(net=NET, loss=CE, x=X, y=Y, **options):
     given = {"optimizer": optax.adam(0.02), "key": KEY, "batch_size": BATCH, "progress": False}
     if "epochs" not in options:
         given["steps"] = 8
-    return fnbp.fit(net, loss, params, state, x, y, **(given | options))
+    given |= options
+    data = fnbp.Batches(x, y, given.pop("batch_size"), given.pop("drop_last", False), given.pop("augment", None))
+    if "metrics" in given:
+        x, y = given["validation"]
+        given["validation"] = fnbp.Validation(x, y, given.pop("metrics"))
+    return fnbp.fit(net, loss, params, state, data, **given)
 
 
 # --- the partial batch ---
@@ -150,8 +155,9 @@ def test_augmentation_may_make_what_the_net_takes():
         x, y = batch
         return x.astype(jnp.float32) / 255, 0.9 * jax.nn.one_hot(y, 4) + 0.025
 
-    options = {"optimizer": optax.sgd(0.1), "key": KEY, "batch_size": BATCH, "steps": 5, "progress": False}
-    found = fnbp.fit(net, CE, params, state, pixels, Y, augment=augment, **options)
+    options = {"optimizer": optax.sgd(0.1), "key": KEY, "steps": 5, "progress": False}
+    data = fnbp.Batches(pixels, Y, BATCH, augment=augment)
+    found = fnbp.fit(net, CE, params, state, data, **options)
     assert np.isfinite(found.history.loss).all()
 
 
@@ -203,7 +209,6 @@ def test_a_history_is_json():
         ({"augment": lambda key, batch: (batch[0][:2], batch[1])}, ValueError, "as many examples as it is given, 17"),
         ({"augment": lambda key, batch: (batch[0].astype(int), batch[1])}, TypeError, r"dense\(6\)"),
         ({"drop_last": 1}, TypeError, "fit: drop_last must be a bool"),
-        ({"metrics": fnbp.accuracy()}, ValueError, r"metrics need validation=\(x, y\)"),
         ({"metrics": 3, "validation": (X, Y)}, TypeError, "fit: a metric must be a Metric"),
         ({"record": 3}, TypeError, "record takes functions of a Step"),
         ({"record": {"loss": fnbp.gradient_norm}}, ValueError, "none of them loss"),
@@ -215,3 +220,19 @@ def test_a_history_is_json():
 def test_what_is_refused(options, error, text):
     with pytest.raises(error, match=text):
         fit(**options)
+
+
+@pytest.mark.parametrize(
+    "data, options, error, text",
+    [
+        ((X, Y), {}, TypeError, "batch_size is missing; give it beside x and y, or give Batches"),
+        ((fnbp.Batches(X, Y, 5), Y), {}, ValueError, "Batches holds y and the batch size"),
+        ((fnbp.Batches(X, Y, 5),), {"batch_size": 5}, ValueError, "Batches holds y and the batch size"),
+        ((fnbp.Batches(X, Y, 0),), {}, ValueError, "fit: batch_size must be at least 1"),
+        ((X, Y), {"batch_size": 5, "validation": X}, TypeError, r"validation must be a pair \(x, y\), or Validation"),
+    ],
+)
+def test_data_that_are_given_wrongly(data, options, error, text):
+    params, state = NET.init(KEY, X)
+    with pytest.raises(error, match=text):
+        fnbp.fit(NET, CE, params, state, *data, optimizer=optax.adam(0.1), key=KEY, steps=1, **options)

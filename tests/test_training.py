@@ -73,8 +73,10 @@ STATE = ({}, {}, {"n": 0}, {})
 
 
 def fit(net=NET, loss=LOSS, params=PARAMS, state=STATE, x=X, y=Y, **options):
-    given = {"optimizer": optax.adam(0.02), "key": KEY, "batch_size": BATCH, "progress": False, "drop_last": True}
-    return fnbp.fit(net, loss, params, state, x, y, **(given | options))
+    given = {"optimizer": optax.adam(0.02), "key": KEY, "batch_size": BATCH, "progress": False}
+    given |= options
+    data = fnbp.Batches(x, y, given.pop("batch_size"), drop_last=True)  # M examples are BATCHES batches
+    return fnbp.fit(net, loss, params, state, data, **given)
 
 
 @functools.cache

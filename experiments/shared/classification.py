@@ -19,7 +19,6 @@ from experiments.shared.report import console
 
 STEPS = 200  # over which the losses of the two trainings are compared
 BOUND = 1e-4  # of their relative difference
-CHUNK = 1_000  # examples measured at a time
 
 
 @dataclass(frozen=True)
@@ -120,16 +119,12 @@ def train(
         loss,
         params,
         state,
-        loaded.train_x,
-        loaded.train_y,
+        fnbp.Batches(loaded.train_x, loaded.train_y, settings.batch_size, drop_last=True),
         optimizer=optax.adam(rate),
         key=key,
-        batch_size=settings.batch_size,
         epochs=settings.epochs,
         gradient=gradient,
-        drop_last=True,
-        validation=(loaded.test_x, loaded.test_y),
-        metrics=fnbp.accuracy(),
+        validation=fnbp.Validation(loaded.test_x, loaded.test_y, fnbp.accuracy()),
     )
     return Run(fitted, fitted.history.metrics["accuracy"])
 

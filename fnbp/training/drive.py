@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnbp.training.checkpoints import Nothing
 from fnbp.training.loop import CAPACITY, Carry, Data, copy, last_finite
 from fnbp.training.progress import Stop, bar
 from fnbp.training.reached import Fit, Reached
@@ -40,14 +41,22 @@ class Watch(NamedTuple):
 
 
 def drive(
-    run: Callable, at: tuple[Carry, jax.Array], data: Data, rule: Rule, watch: Watch, reached: Reached, stop: Stop
+    run: Callable,
+    at: tuple[Carry, jax.Array],
+    data: Data,
+    rule: Rule,
+    watch: Watch,
+    reached: Reached,
+    stop: Stop,
+    saver: Nothing,
 ) -> Fit:
     """Call the compiled loop until a stopping condition holds, and keep what it brings."""
     step, pace, final = rule.start, 1, np.nan
     stopped = validate(watch, rule, reached) if watch.owed else ""
+    stopped = stopped or over(rule, reached)
     with bar(rule.start, rule.last, watch.progress) as show:
         while not stopped and not stop.reason:
-            limit = min(step + pace, rule.last)
+            limit = min(step + pace, saver.next(step, rule.last))
             if watch.epochs:
                 limit = min(limit, (step // rule.batches + 1) * rule.batches)
             kept, called = copy(at), time.perf_counter()
@@ -68,9 +77,21 @@ def drive(
             if watch.callback is not None:
                 watch.callback(step, final)
             stopped = stopped or ("steps" if step == rule.last else "")
+            if saver.is_due(reached.step):
+                saver.offer(reached.fit("", ""))
             if asked == pace and time.perf_counter() - called < CALL_SECONDS:
                 pace = min(2 * pace, CAPACITY)
     return reached.fit(stopped, explain(stopped, step, reached.step, final, rule))
+
+
+def over(rule: Rule, reached: Reached) -> str:
+    """Why a run that goes on from a checkpoint is over already, or ""."""
+    losses = reached.history(len(reached.logs)).loss
+    if rule.start >= rule.last:
+        return "steps"
+    if len(losses) and losses[-1] <= rule.threshold:
+        return "threshold"
+    return "patience" if len(losses) and rule.patience is not None and reached.waited >= rule.patience else ""
 
 
 def end_of_epoch(watch: Watch, rule: Rule, reached: Reached) -> str:
@@ -99,7 +120,9 @@ def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> st
     broken, cause = (ended + 1, "its update is not") if np.isfinite(final) else (step, f"its loss is {final:.6g}")
     return {
         "": "",
-        "steps": f"all {step - rule.start} steps done, the last loss is {final:.6g}",
+        "steps": f"all {step - rule.start} steps done, the last loss is {final:.6g}"
+        if step > rule.start
+        else f"all {step} steps were done before",
         "threshold": f"the loss of step {step} is {final:.6g}, at most the threshold {rule.threshold:.6g}",
         "asked": f"on_epoch asked for the end, at step {step}",
         "patience": f"no new least validation loss in {rule.patience} validations, at step {step}",

@@ -1,18 +1,19 @@
 """fit: training with any optax transformation, from checked data to the first stopping condition."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnbp.arrays.checks import check_finite, check_is
+from fnbp.arrays.checks import check_finite
 from fnbp.backpropagation import value_and_grad
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
-from fnbp.losses.metrics import as_metrics
+from fnbp.training.checkpoints import Nothing, check_alone, run_of, saving
+from fnbp.training.data import Batches, Validation, batches_of, validation_data
 from fnbp.training.drive import Rule, Watch, drive
 from fnbp.training.evaluation import validation_of
 from fnbp.training.loop import (
@@ -38,8 +39,9 @@ from fnbp.training.requests import (
     check_steps,
     check_threshold,
     check_traced,
+    kinds,
 )
-from fnbp.training.steps import as_record
+from fnbp.training.steps import Record, as_record
 
 __all__ = ["Fit", "History", "fit"]
 
@@ -50,23 +52,21 @@ def fit(
     params: Any,
     state: Any,
     x: Any,
-    y: Any,
+    y: Any = None,
     *,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
-    batch_size: int,
+    batch_size: int | None = None,
     steps: int | None = None,
     epochs: int | None = None,
     threshold: float | None = None,
-    validation: tuple[Any, Any] | None = None,
+    validation: tuple[Any, Any] | Validation | None = None,
     patience: int | None = None,
     opt_state: Any = None,
     start: int = 0,
     resume: Fit | None = None,
+    checkpoint: Any = None,
     gradient: Callable = value_and_grad,
-    augment: Callable[[jax.Array, Any], Any] | None = None,
-    drop_last: bool = False,
-    metrics: Any = None,
     record: Any = None,
     progress: bool = True,
     callback: Callable[[int, float], None] | None = None,
@@ -76,79 +76,112 @@ def fit(
 
         params := params + optimizer(gradient of J on the next batch)
 
-    An epoch is a fresh permutation of the examples, drawn on the device from key. If they do not fill its last batch,
-    examples of the epoch's front fill it up, which do not count in the loss. Many steps run in one compiled call.
-    Nothing is compiled again after the first call, nor in a later fit of an equal net, loss, optimizer and gradient.
+    An epoch is a fresh permutation of the examples, drawn on the device from key; each counts once. Many steps run in
+    one compiled call. Nothing is compiled again after the first, nor in a later fit of an equal net, loss, optimizer.
 
     Stops:   the steps (or epochs) are done; the loss of a batch is at most threshold; patience epochs in a row bring no
              new least validation loss; on_epoch returns True; something is not finite (the last finite parameters are
-             returned); Ctrl-C or SIGTERM. An exception, of a callback for example, carries what was reached in its
-             attribute fit.
-    Options: steps, epochs: how many to do, in addition to those done before; give one of the two. validation: a pair
-             (x, y), measured after each epoch and at the end; metrics: of it, as in fnbp.evaluate. resume: an earlier
-             Fit, from which opt_state, start, best, waited and least are taken; params and state are usually its own.
-             opt_state, start: only these two, given by hand. gradient: another maker of gradients, such as
-             fnbp.automatic_value_and_grad; what its function returns behind J and state is Step.more. augment: (key,
-             (x, y)) -> (x, y), applied to each batch on the device. drop_last: leave out what does not fill the last
-             batch. record: functions of a fnbp.Step, one, several or a dict of them, such as fnbp.gradient_norm: a
-             number of each step, in history.recorded. callback: called between compiled calls with the step and its
-             loss. on_epoch: called after each epoch with a Fit, what was reached so far.
+             returned); Ctrl-C or SIGTERM. An exception carries what was reached in its attribute fit.
+    Options: x, y: arrays; or x is fnbp.Batches(x, y, size), with more options. steps, epochs: how many to do, in
+             addition to those done before; give one of the two. validation: a pair (x, y), or fnbp.Validation, with
+             metrics; measured after each epoch and at the end. resume: an earlier Fit, from which opt_state, start,
+             best, waited and least are taken. opt_state, start: only these two. checkpoint: a directory, or
+             fnbp.Checkpoints, to write to and to go on from; steps and epochs are then the total, and params and state
+             those of a new run. gradient: another maker of gradients; what it returns behind J and state is Step.more.
+             record: functions of fnbp.Step, such as fnbp.gradient_norm, for history.recorded. callback: called between
+             compiled calls with the step and its loss. on_epoch: called after each epoch with the Fit so far.
     Memory:  the data, and twice params, state and opt_state: one set is kept to go back to.
     Source:  fnbp/README.md, B1 to B6, one pass a step.
-    Raises:  ValueError or TypeError before the first step if sizes, targets, keys or data do not fit; the values of
-             tokens, lengths and labels are checked too.
+    Raises:  ValueError or TypeError before the first step if sizes, targets, keys or data do not fit.
     """
-    with stoppable() as stop, nothing_lost(Reached(params, state, opt_state, start), stop) as reached:
-        check_traced(params, state, x, y, key, opt_state, validation)
-        check_request(net, loss, params, key, batch_size, patience, validation)
-        check_functions(optimizer, gradient=gradient, callback=callback, on_epoch=on_epoch, augment=augment)
-        check_is("fit", "drop_last", drop_last, bool)
-        measures, logged = measures_of(metrics, validation), as_record(record)
-        begun = resumed(resume, opt_state, start)
-        data, held_out = data_of(net, loss, params, state, (x, y), validation, key, batch_size, augment)
-        batching = batching_of(examples_of(data[0]), int(batch_size), drop_last, augment)
-        rule = rule_of(begun.step, steps, epochs, threshold, patience, batching.number)
-        run = once(compiled_loop, net, loss, gradient, optimizer, batching, logged, CAPACITY)
-        at, data = set_out(params, state, optimizer, begun, data, key, rule)
+    data, held_out, logged = batches_of(x, y, batch_size), validation_data(validation), as_record(record)
+    request = Request(net, loss, params, state, data, held_out, optimizer, key, gradient, logged, checkpoint)
+    until = Until(steps, epochs, threshold, patience)
+    return train(request, until, Earlier(resume, opt_state, start), Watch(None, on_epoch, callback, progress, False))
+
+
+class Request(NamedTuple):
+    """What fit is to train, on what, and how."""
+
+    net: Layer
+    loss: Loss
+    params: Any
+    state: Any
+    batches: Batches
+    validation: Validation | None
+    optimizer: optax.GradientTransformation
+    key: jax.Array
+    gradient: Callable
+    record: Record
+    checkpoint: Any
+
+
+class Until(NamedTuple):
+    """When fit is to stop."""
+
+    steps: int | None
+    epochs: int | None
+    threshold: float | None
+    patience: int | None
+
+
+class Earlier(NamedTuple):
+    """What fit is to go on from."""
+
+    resume: Fit | None
+    opt_state: Any
+    start: int
+
+
+def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit:
+    """fit, of what was asked for."""
+    net, loss, params, state, batches, validation, optimizer, key, gradient, record, checkpoint = request
+    began = Reached(params, state, earlier.opt_state, earlier.start)
+    with stoppable() as stop, saving(checkpoint) as saver, nothing_lost(began, stop) as reached:
+        held = None if validation is None else (validation.x, validation.y)
+        check_traced(params, state, batches.x, batches.y, key, earlier.opt_state, held)
+        check_request(net, loss, params, key, until.patience, validation)
+        check_functions(optimizer, gradient=gradient, callback=watch.callback, on_epoch=watch.on_epoch)
+        check_alone(checkpoint, *earlier)
+        data, held_out = data_of(request)
+        batching = batching_of(batches, examples_of(data[0]))
+        begun = from_checkpoint(saver, request, forms(data)) or resumed(*earlier)
+        done = 0 if checkpoint is None else begun.step
+        rule = rule_of(begun.step, done, until, batching.number)
+        run = once(compiled_loop, net, loss, gradient, optimizer, batching, record, CAPACITY)
+        at, data = set_out(request, begun, data, rule)
         reached.begin(at[0], begun)
+        measures = {} if validation is None else validation.measures
         evaluate = None if held_out is None else validation_of(net, loss, measures, *held_out)
-        watch = Watch(evaluate, on_epoch, callback, progress, is_owed(resume, rule.batches))
-        found = drive(run, at, data, rule, watch, reached, stop)
+        watch = watch._replace(evaluate=evaluate, owed=is_owed(earlier.resume, rule.batches))
+        found = drive(run, at, data, rule, watch, reached, stop, saver)
+        saver.finish(found)
     return ended(found, stop.reason)
 
 
-def data_of(
-    net: Layer, loss: Loss, params: Any, state: Any, data: Any, validation: Any, key: Any, batch_size: int, augment: Any
-) -> tuple[Any, Any]:
+def data_of(request: Request) -> tuple[Any, Any]:
     """The data and those held out, as arrays that fit net and loss."""
-    x, y = arrays_of("training data", *data)
+    net, loss, params, state, batches, validation, _, key, *_ = request
+    x, y = arrays_of("training data", batches.x, batches.y)
     ctx = Context(key, train=True)
-    if augment is None:
+    if batches.augment is None:
         examples = check_data("training data", net, loss, params, state, x, y, ctx)
     else:
-        examples = check_augmented(net, loss, params, state, x, y, ctx, augment)
-    if batch_size > examples:
-        raise ValueError(f"fit: batch_size {batch_size} is more than the {examples} examples")
-    if validation is not None:
-        validation = at, due = arrays_of("validation data", *validation)
-        check_data("validation data", net, loss, params, state, at, due, Context())
-    return (x, y), validation
+        examples = check_augmented(net, loss, params, state, x, y, ctx, batches.augment)
+    if batches.size > examples:
+        raise ValueError(f"fit: batch_size {batches.size} is more than the {examples} examples")
+    if validation is None:
+        return (x, y), None
+    at, due = arrays_of("validation data", validation.x, validation.y)
+    check_data("validation data", net, loss, params, state, at, due, Context())
+    return (x, y), (at, due)
 
 
-def batching_of(examples: int, size: int, drop_last: bool, augment: Callable | None) -> Batching:
+def batching_of(batches: Batches, examples: int) -> Batching:
     """How batches are taken of so many examples."""
-    left_over = examples % size
-    return Batching(
-        size, examples // size + bool(left_over and not drop_last), bool(left_over) and not drop_last, augment
-    )
-
-
-def measures_of(metrics: Any, validation: Any) -> dict[str, Any]:
-    """The metrics by name; ValueError if there are some, and nothing to measure."""
-    found = as_metrics("fit", metrics)
-    if found and validation is None:
-        raise ValueError("fit: metrics need validation=(x, y)")
-    return found
+    size = int(batches.size)
+    partial = bool(examples % size) and not batches.drop_last
+    return Batching(size, examples // size + partial, partial, batches.augment)
 
 
 def examples_of(x: Any) -> int:
@@ -159,11 +192,11 @@ def examples_of(x: Any) -> int:
 permuted = jax.jit(permutation, static_argnums=2)
 
 
-def set_out(
-    params: Any, state: Any, optimizer: Any, resume: Resumed, data: Any, key: jax.Array, rule: Rule
-) -> tuple[tuple[Carry, jax.Array], Data]:
+def set_out(request: Request, resume: Resumed, data: Any, rule: Rule) -> tuple[tuple[Carry, jax.Array], Data]:
     """Where the compiled loop begins, in buffers of its own, and the data as it takes them."""
-    params, state = jax.tree.map(jnp.asarray, (params, state))
+    given = (request.params, request.state) if resume.history is None else (resume.params, resume.state)
+    params, state = jax.tree.map(jnp.asarray, given)
+    optimizer, key = request.optimizer, request.key
     fresh = optimizer.init(params)
     check_finite("fit", "state", state)
     must = is_finite_by_leaf(fresh)
@@ -174,10 +207,26 @@ def set_out(
     return (carry, order), Data(data[0], data[1], key_order, key_layers, jnp.asarray(must, bool))
 
 
-def rule_of(start: Any, steps: Any, epochs: Any, threshold: Any, patience: int | None, batches: int) -> Rule:
-    """When to stop, of what was asked for."""
-    last = check_steps(start, steps, epochs, batches)
-    return Rule(int(start), last, batches, check_threshold(threshold), patience)
+def from_checkpoint(saver: Nothing, request: Request, data: list[str]) -> Resumed | None:
+    """What a checkpoint holds; None if there is none yet. ValueError if it is of another run."""
+    if request.checkpoint is None:
+        return None
+    params, state = jax.tree.map(jnp.asarray, (request.params, request.state))
+    fresh = request.optimizer.init(params)
+    settings = {"batch_size": request.batches.size, "drop_last": request.batches.drop_last, "data": data}
+    run = run_of(request.net, request.loss, params, kinds(fresh), request.key, **settings)
+    return saver.load(run, params, state, fresh)
+
+
+def forms(tree: Any) -> list[str]:
+    """The dtype and shape of each array."""
+    return [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(tree)]
+
+
+def rule_of(start: Any, done: int, until: Until, batches: int) -> Rule:
+    """When to stop, of what was asked for; done: how many of the steps that were asked for were done before."""
+    last = check_steps(start, done, until.steps, until.epochs, batches)
+    return Rule(int(start), last, batches, check_threshold(until.threshold), until.patience)
 
 
 def is_owed(earlier: Fit | None, batches: int) -> bool:

@@ -94,6 +94,9 @@ class Resumed(NamedTuple):
     best: Best | None
     waited: int
     least: float
+    params: Any = None
+    state: Any = None
+    history: History | None = None
 
 
 class Reached:
@@ -115,6 +118,16 @@ class Reached:
         """From here on there is something to lose."""
         self.now = ((carry.params, carry.state, carry.opt_state), int(resume.step), 0)
         self.best, self.waited, self.least, self.training = resume.best, resume.waited, resume.least, True
+        if resume.history is not None:
+            self.recall(resume.history)
+
+    def recall(self, history: History) -> None:
+        """What happened before goes on here, as if it had been one run."""
+        self.began -= history.seconds
+        self.logs = [history.steps()]
+        self.now = (*self.now[:2], 1)
+        for i, (step, J) in enumerate(zip(history.validation_step, history.validation_loss, strict=True)):
+            self.validations.append((int(step), {"loss": J, **{name: m[i] for name, m in history.metrics.items()}}))
 
     @property
     def step(self) -> int:

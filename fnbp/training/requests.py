@@ -48,31 +48,28 @@ def check_optimizer(optimizer: Any) -> None:
     raise TypeError(f"fit: optimizer must be a GradientTransformation, got {describe(optimizer)}{hint}")
 
 
-def check_request(net: Layer, loss: Loss, params: Any, key: Any, batch_size: Any, patience: Any, pair: Any) -> None:
+def check_request(net: Layer, loss: Loss, params: Any, key: Any, patience: Any, validation: Any) -> None:
     """ValueError or TypeError if fit cannot start, whatever the data."""
     check_is("fit", "net", net, Layer)
     check_is("fit", "loss", loss, Loss)
     check_key("fit", key)
-    check_size("fit", "batch_size", batch_size)
     for leaf in jax.tree.leaves(params):
         if not isinstance(leaf, (int, float)) and not hasattr(leaf, "dtype"):
             raise TypeError(f"fit: params must be a tree of arrays, got a leaf {describe(leaf)}")
     check_finite("fit", "params", jax.tree.map(jnp.asarray, params))
-    if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2):
-        raise TypeError(f"fit: validation must be a pair (x, y), got {describe(pair)}")
     if patience is not None:
         check_size("fit", "patience", patience)
-        if pair is None:
+        if validation is None:
             raise ValueError("fit: patience needs validation=(x, y)")
 
 
-def check_steps(start: Any, steps: Any, epochs: Any, batches: int) -> int:
-    """The step to end at; ValueError or TypeError if start, or the number of steps, is impossible."""
+def check_steps(start: Any, done: int, steps: Any, epochs: Any, batches: int) -> int:
+    """The step to end at, if so many were done before. ValueError or TypeError if start or the number is impossible."""
     if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
         raise TypeError(f"fit: start must be a whole number, got {start!r}")
     if start < 0:
         raise ValueError(f"fit: start must be at least 0, got {start}")
-    last = int(start) + total_steps(steps, epochs, batches)
+    last = int(start) - done + total_steps(steps, epochs, batches)
     if last > STEPS:
         raise ValueError(f"fit: start + steps must be below 2**31, got {last}: steps are counted in int32")
     return last
