@@ -116,8 +116,16 @@ REFUSED = [
     ({"start": True}, TypeError, "fit: start must be a whole number, got True"),
     ({"start": 2**31 - 5}, ValueError, r"fit: start \+ steps must be below 2\*\*31, got 2147483651"),
     ({"start": 2**40}, ValueError, r"fit: start \+ steps must be below 2\*\*31"),
-    ({"validation": (X,)}, TypeError, r"fit: validation must be a pair \(x, y\), or Validation\(x, y, metrics\), got a tuple of 1"),
-    ({"validation": X}, TypeError, r"fit: validation must be a pair \(x, y\), or Validation\(x, y, metrics\), got float32"),
+    (
+        {"validation": (X,)},
+        TypeError,
+        r"fit: validation must be a pair \(x, y\), or Validation\(x, y, metrics\), got a tuple of 1",
+    ),
+    (
+        {"validation": X},
+        TypeError,
+        r"fit: validation must be a pair \(x, y\), or Validation\(x, y, metrics\), got float32",
+    ),
     ({"x": X.tolist()}, TypeError, r"fit: training data: x must be an array.* got a list of 24.* jnp.asarray\(x\)"),
     ({"y": Y.tolist()}, TypeError, r"fit: training data: y must be an array.* jnp.asarray\(y\)"),
     ({"x": X.astype(object)}, TypeError, r"fit: training data: x must be an array"),

@@ -8,7 +8,6 @@ MASK = "it is a mask: true and false pass through any dtype, any sign and any cl
 UNTAKEN = "it changes values in the branch that where does not take, and no one differentiates a backward"
 EVEN = "(1 + y) (1 - y) is even in y"
 ONE_ENTRY = "the tuple has one entry: its first is its last"
-SUMMED = "a sum over examples does not know their order, nor whether each is their mean"
 PROMOTED = "the other operand is wide already, so the result is"
 CENTRED = "the rows of this dx sum to 0: their mean is rounding"
 CHECKED = "it only checks lengths, which are alike"
@@ -23,6 +22,12 @@ VECTOR = "a vector is its own transpose"
 BOUNDED = "x^ is at most the root of the number of features"
 GROUPS = "it is the number of groups, a whole number of at least 1"
 UNCOUNTED = "where a position does not count, dy is 0 and dx is made 0"
+COUNTED = "an integer has no cotangent: what stands in its place is read by nobody"
+REFUSED = (
+    "a token outside of the table is refused; inside jit, where it is not, a row of the gradient is NaN either way"
+)
+FORMS = "the two forms have the same values"
+UNSEEN = "softmax does not see a bias of the keys, so there is none"
 RECORDED = "it changes only what trace and the whole pass of compare record; the gradients stay as they are"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
@@ -71,9 +76,6 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("combinators/wrappers.py:cast.forward saves:*: like(*): saved with the sign changed", TYPED),
     ("combinators/wrappers.py:cast.forward saves:*: like(*): saved with a stray 1e-4", TYPED),
     ("factor.py:*Sum.total:moved: result: reshaped through its transpose", VECTOR),
-    ("layers/*:*.backward:moved: Sum[0] of *: rolled by one", SUMMED),
-    ("layers/*:*.backward:moved: Sum[0] of *: reversed", SUMMED),
-    ("layers/*:*.backward:moved: Sum[0] of *: averaged over axis 0", SUMMED),
     ("layers/convolution.py:conv_transpose.backward:name: x -> dy in over(x)", SLIDING),
     ("layers/embedding.py:embedding.forward saves:*: x: saved with a stray 1e-4", WHOLE),
     ("layers/embedding.py:embedding.backward:*: Lookup[1] of 'E': absolute", WHOLE),
@@ -81,9 +83,6 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/embedding.py:embedding.forward saves:*: x: saved as rounded", WHOLE),
     ("layers/embedding.py:embedding.backward:*: Lookup[1] of 'E': with a cancellation", WHOLE),
     (f"{LOOKUP}axis: table.at[self.x].add(* -> table.at[self.x].add(wide(self.d), mode='drop')", WHOLE),
-    ("layers/embedding.py:positions.backward:moved: Rows[0] of 'P': reversed", SUMMED),
-    ("layers/embedding.py:positions.backward:moved: Rows[0] of 'P': rolled by one", SUMMED),
-    ("layers/embedding.py:positions.backward:moved: Rows[0] of 'P': averaged over axis 0", SUMMED),
     (
         f"{LOOKUP}axis: * -> table.at[self.x].add(wide(self.d), wrap_negative_indices=False)",
         DROPPED,
@@ -106,6 +105,16 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/pooling.py:along:stray term: result: clipped at 1*", MASK),
     ("layers/pooling.py:along:stray term: result: a stray square", MASK),
     ("layers/pooling.py:along:stray term: result: small ones flushed", MASK),
+    ("layers/pooling.py:along:scaled: result: divided by its last axis", MASK),
+    ("layers/pooling.py:along:precision: result: through *float*", MASK),
+    ("layers/attention.py:attention.backward:name: dk -> * in Sum(dk)", UNSEEN),
+    ("layers/embedding.py:embedding.backward:constant: 0 -> -1 in jnp.where(inside, x, 0)", REFUSED),
+    ("layers/embedding.py:embedding.backward:name: dx: x in its place", COUNTED),
+    ("layers/norm.py:group_norm.backward:name: x -> dy in reshaped(dx, *x.shape)", "dy has the shape of x"),
+    ("losses/entropy.py:weighed:name: w -> k in w is None and (not e)", FORMS),
+    ("losses/entropy.py:weighed:name: result: w in its place #2", "there it is None"),
+    ("losses/entropy.py:minus_one_hot:axis: row.at[i].set(*mode='drop') -> row.at[i].set(*", DROPPED),
+    ("arrays/sums.py:complement:stray term: result: clipped at 1000", "it is at most 1"),
     ("arrays/sums.py:left:branch: * -> less", UNCOUNTED),
     ("arrays/sums.py:left:name: counts -> mu in jnp.where(counts, less, 0)", UNCOUNTED),
     ("arrays/sums.py:left:name: counts -> less in jnp.where(counts, less, 0)", "where it is 0, so is what is left"),

@@ -1,6 +1,7 @@
 """The calls of constructors that mutants are tried on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ def of_lengths(layer: fnbp.Layer) -> fnbp.Layer:
         factors, (dx, _) = layer.backward(params, res, dy)
         return factors, dx
 
-    return fnbp.Layer(init, forward, backward, layer.name)
+    # by its place in the batch: alone, an example would have another length
+    return fnbp.Layer(init, forward, backward, layer.name, traits=replace(layer.traits, mixes="always"))
 
 
 def closed(layer: fnbp.Layer) -> fnbp.Layer:
@@ -83,7 +85,7 @@ def cell_of(layer: fnbp.Layer) -> fnbp.Layer:
         factors, dx = layer.backward(params, res, dy[0] + dy[1])
         return factors, (dx, dx)
 
-    return fnbp.Layer(init, forward, backward, f"cell of {layer.name}")
+    return fnbp.Layer(init, forward, backward, f"cell of {layer.name}", traits=replace(layer.traits, alone=False))
 
 
 def finished(layer: fnbp.Layer) -> fnbp.Layer:
@@ -110,6 +112,22 @@ def gain(per_example: type) -> fnbp.Layer:
         return {"s": per_example(jnp.sum(dy * res[0], axes))}, params["s"] * dy
 
     return fnbp.stateless(init, forward, backward, "gain")
+
+
+def gains(per_example: type) -> fnbp.Layer:
+    """y = G_1 x + G_2 x^2, number by number, the gradient of G formed for each example already."""
+
+    def init(key, x):
+        return {"G": jnp.ones((x.shape[-1], 2), x.dtype)}
+
+    def forward(params, x):
+        return params["G"][:, 0] * x + params["G"][:, 1] * x**2, (x,)
+
+    def backward(params, res, dy):
+        (x,), G = res, params["G"]
+        return {"G": per_example(jnp.stack([dy * x, dy * x**2], -1))}, dy * (G[:, 0] + 2 * x * G[:, 1])
+
+    return fnbp.stateless(init, forward, backward, "gains")
 
 
 def used_twice(added: type) -> fnbp.Layer:
@@ -156,6 +174,7 @@ MEAN = (fnbp.reshape(-1, 1), fnbp.global_avg_pool())  # of each row
 WITH_MEMORY = fnbp.parallel(fnbp.identity(), fnbp.conv(7, 2, padding="VALID"), join="tuple")
 WITH_SAME = fnbp.parallel(fnbp.identity(), fnbp.dense(7), join="tuple")
 WEIGHTS = np.linspace(0.5, 1.5, 11)
+HEAVY = np.linspace(1, 51, 11)
 
 TABLE: dict[str, tuple[Trial, ...]] = {
     "leaky_relu": (Trial(lambda f: f(0.2)),),
@@ -196,6 +215,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     ),
     "last": (
         Trial(shape=(3, 5, 7)),
+        Trial(shape=(5, 7)),
         Trial(lambda f: of_lengths(fnbp.ragged(f())), (5, 7, 3)),
         Trial(shape=(3, 5, 7), mask=2),
     ),
@@ -281,6 +301,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     "cast": (
         Trial(lambda f: f(fnbp.dense(5), "float32"), (7, 3)),
         Trial(lambda f: closed(f(fnbp.dense(5), "float32")), (7, 3)),
+        Trial(lambda f: f(fnbp.embedding(13, 3), "float32"), (5, 7), "tokens"),
     ),
     "freeze": (Trial(lambda f: fnbp.serial(fnbp.dense(5), f(fnbp.dense(3))), (7, 3)),),
     "tie": (
@@ -299,6 +320,8 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(shape=(5, 3, 11), y="labels"),
         Trial(lambda f: f(weights=WEIGHTS, label_smoothing=0.1), y="labels"),
         Trial(lambda f: f(weights=WEIGHTS), y="soft"),
+        Trial(lambda f: f(weights=HEAVY), y="labels"),
+        Trial(lambda f: f(label_smoothing=0.1), y="labels"),
         Trial(lambda f: f(ignore_index=0, reduce="tokens"), (5, 3, 11), y="labels"),
         Trial(shape=(5, 3, 11), y="soft", mask=2),
     ),
@@ -314,7 +337,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(reduce="tokens"), (5, 3, 7), y="normal", mask=2),
     ),
     "checked": (Trial(lambda f: f("dense(5)", fnbp.dense(5))),),
-    "PerExample": (Trial(gain),),
+    "PerExample": (Trial(gain), Trial(gains)),
     "Added": (Trial(used_twice),),
     "half_squared_error": (
         Trial(y="normal"),

@@ -15,7 +15,7 @@ from fnbp.combinators.factors import over_depth, over_time
 from fnbp.combinators.parts import at_path, one_part, placed
 from fnbp.construction import constructor
 from fnbp.contraction import is_open
-from fnbp.layer import Context, Layer, Static, mask_of, shape_of, traits_of
+from fnbp.layer import Context, Layer, Static, mask_of, mixing, shape_of, traits_of
 
 __all__ = ["repeat", "scan"]
 
@@ -90,7 +90,7 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
     Source:  Werbos 1990, Proceedings of the IEEE 78, Backpropagation through time.
     Options: reverse: from the last position to the first; y stands where its x does.
     Raises:  ValueError if the sequence is empty, the mask has another shape, or the cell changes the shape of h;
-             TypeError if the cell is not a Layer, or the mask is not of bool.
+             TypeError if the cell is not a Layer, the mask is not of bool, or there is one and the cell mixes examples.
     """
     check_is("scan", "the cell", cell, Layer)
     check_is("scan", "reverse", reverse, bool)
@@ -105,6 +105,8 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
 
     def forward(params, state, x, ctx):
         given, (h, x) = isinstance(x, tuple), check_sequence(name, x)
+        if ctx.mask is not None and (path := mixing(cell, ctx)):
+            raise TypeError(f"{name}: {path} mixes the examples, also those that the mask leaves out")
         mask, keys = mask_in_time(name, ctx, x), keys_of(ctx, x.shape[1])
 
         def turn(carry, each):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from fnbp.comparison.bands import bands_of
@@ -12,14 +13,14 @@ from fnbp.comparison.differences import against_differences, taylor
 from fnbp.comparison.evaluation import EndlessError, Evaluator, FailedError, RefusedError, Sides, compile_together
 from fnbp.comparison.examples import by_example
 from fnbp.comparison.leaf import Leaf, Scale, Sight, Values, worst_spot
-from fnbp.comparison.numerics import U32, all_finite, first_line, relative, rms, roundoff
+from fnbp.comparison.numerics import U32, U64, all_finite, first_line, is_floating, relative, rms, roundoff
 from fnbp.comparison.plan import Options, is_inside
 from fnbp.comparison.precision import accuracy_at, accuracy_over_draws
 from fnbp.comparison.probe import ORDINARY, Probe
 from fnbp.comparison.probes import COMPILED_ANEW, OFTEN_UNDEFINED, pairs_of, probes_of
 from fnbp.comparison.progress import saying
 from fnbp.comparison.report import SEVERITY, Findings, Row
-from fnbp.comparison.rounding import Z_LIMIT, noise, one_rounding_away, shaken, z_of
+from fnbp.comparison.rounding import Z_LIMIT, noise, one_rounding_away, shaken, size_of_terms, z_of
 from fnbp.comparison.sizes import SIZES
 from fnbp.comparison.start import Prepared, Start, at_given, note_narrowing, row_of_failure, row_of_mismatch
 from fnbp.comparison.subject import Subject
@@ -74,9 +75,10 @@ def prepare(subjects: list[Subject], options: Options) -> list[Prepared]:
 
 
 def inside(domain: Callable[..., Any], probe: Probe) -> bool:
-    """True if the arguments of a probe lie in the domain; one at which the domain raises does not."""
+    """True if the arguments of a probe lie in the domain, also with what XLA takes for 0; not if the domain raises."""
+    flushed = jax.tree.map(lambda a: np.where(abs(a) < SMALLEST, 0, a) if is_floating(a) else a, probe.args)
     try:
-        return is_inside(domain, probe.args)
+        return is_inside(domain, probe.args) and is_inside(domain, flushed)
     except Exception:  # it has told of the given point; of other sizes it may not
         return False
 
@@ -121,8 +123,8 @@ def at_probes(prepared: Prepared, start: Start) -> tuple[list[Row], Scale]:
     rows, scale, path, endless = [], start.scale, prepared.subject.path, 0
     for probe in prepared.probes:
         if endless > 1:
-            prepared.notes.append(f"{path}: not tried at {probe.title!r}, after two probes that did not end")
-            continue
+            prepared.notes.append(f"{path}: not tried from {probe.title!r} on, after two probes that did not end")
+            break
         try:
             if not scale.wide or probe.name not in COMPILED_ANEW:
                 prepared.evaluator.at(probe)
@@ -203,9 +205,11 @@ def sight_of(prepared: Prepared, probe: Probe, leaf: Leaf, values: Values, exact
         n = noise(single_of(prepared.evaluator, probe, scale)().automatic[leaf.leaf], values.a64)
         flushed = 0 < np.max(abs(a), initial=0) < SMALLEST  # by float32, to 0, which tells no noise
         redrawn = n > 0.1 and prepared.evaluator.subject.draws  # float32 draws other numbers
-        if scale.wide and (flushed or redrawn):
+        if probe.name == "denormal" and max(np.max(abs(b), initial=0) for b in (m, a)) < U64 * size_of_terms(a, probe):
+            error = 0.0  # what is left where terms of the size of dy cancel
+        elif scale.wide and (flushed or redrawn):
             n = noise(prepared.evaluator.evaluate(shaken(probe, 2 * U32), np.float64).automatic[leaf.leaf], values.a64)
-        z = z_of(m, a, n, scale, exact, probe)
+        z = z_of(m, a, n, scale, exact, probe) if error else 0.0
     return Sight(prepared.evaluator, probe, leaf, values, m, a, n, error, z, exact, scale, prepared.rng)
 
 

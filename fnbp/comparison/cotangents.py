@@ -87,12 +87,13 @@ def dy_huge(subject: Subject, rng: Rng) -> list[At]:
 
 
 def dy_numbers(subject: Subject, rng: Rng) -> Place:
-    """A cotangent of the numbers that stand in the code of both sides, and just beside each."""
-    if not subject.numbers:
+    """A cotangent of the numbers that stand in the code of both sides, and just beside each, but for the largest."""
+    numbers = [number for number in subject.numbers if abs(number) < (60 if half(subject) else 1e35)]
+    if not numbers:
         return None
 
     def at_numbers(shape):
-        return rng.choice(subject.numbers, shape) * rng.choice([1.0, -1.0], shape) * rng.uniform(0.5, 1.5, shape)
+        return rng.choice(numbers, shape) * rng.choice([1.0, -1.0], shape) * rng.uniform(0.5, 1.5, shape)
 
     return with_dy(subject, at_numbers)
 

@@ -15,7 +15,7 @@ import numpy as np
 from fnbp.comparison.code import equations
 from fnbp.comparison.numerics import arithmetic, as_jax, first_line, is_float0, is_key, options
 from fnbp.comparison.probe import Probe
-from fnbp.comparison.subject import Mismatch, Subject, flatten
+from fnbp.comparison.subject import Mismatch, Subject, as_output, flatten
 
 LOOPS = ("conv_general_dilated",)  # XLA writes them as loops in float64, ten times as slow if not optimised
 OFTEN = 8  # runs, from which optimising these pays
@@ -200,6 +200,7 @@ class Evaluator:
         """The forward, the reference and both backwards: the fields of Sides, and an Aside."""
         subject = self.subject
         expected_y, pull = jax.vjp(lambda *args: subject.reference(args, fixed), *args)
+        dy = as_output(dy, expected_y)
         automatic, _ = flatten(subject, args, pull(dy))
         y = subject.forward(args, fixed) if subject.forward is not subject.reference else expected_y
         manual, y_before = {}, y

@@ -104,9 +104,18 @@ def differing(
             single = both(probe, np.float32) if single is None else single
             n = max(relative(single[1][name][what], a), U32)
             if error > SLACK * Z_LIMIT * scale.roundoff * n / U32 and error > 1e3 * leaf.error:
-                hint = f"{what} of its factor is off by {error:.1e}"
+                hint = f"{what} of its factor is off by {error:.1e}" + why_of_examples(what, probe)
                 yield leaf.row("example", probe=probe.title, hint=hint, **worst_spot(m, a))
                 break
+
+
+def why_of_examples(what: str, probe: Probe) -> str:
+    """What may be at fault where only one quantity is wrong, or only in the other mode."""
+    if what == "sq_norms":
+        return ": per_example is right; are two factors added before they are squared? Traits.tied names them"
+    if probe.name == "other_mode":
+        return f" with train={probe.fixed[1].train}: if it draws or mixes the examples there, its Traits say so"
+    return ""
 
 
 def both_of(evaluator: Evaluator) -> Callable[[Probe, Any], Any]:

@@ -11,6 +11,7 @@ from fnbp.arrays.checks import check_finite, check_is, describe
 from fnbp.comparison.numerics import as_jax, as_numpy_32, first_line, index_of_largest, is_inexact, real_pairs
 from fnbp.comparison.plan import Plan, check_no_lists, is_inside
 from fnbp.comparison.report import Row
+from fnbp.comparison.sizes import MORE_SIZES
 from fnbp.comparison.subject import Subject, subject_of_function
 
 FLOAT0 = jax.dtypes.float0
@@ -88,14 +89,28 @@ def check_sizes(name: str, sizes: Any, args: tuple) -> None:
     floating point numbers where they have some."""
     if not callable(sizes):
         raise TypeError(f"compare: sizes must be a function, n -> the arguments at size n, got {describe(sizes)}")
-    made = sizes(2)
+    n, made = first_size(name, sizes)
     if not isinstance(made, (tuple, list)) or len(made) != len(args):
         came = f"{len(made)} of them" if isinstance(made, (tuple, list)) else describe(made)
         raise TypeError(f"compare: sizes must return a tuple of the {len(args)} arguments of {name}, got {came}")
     for i, (arg, other) in enumerate(zip(args, as_numpy_32(tuple(made)), strict=True)):
         if list(map(is_inexact, jax.tree.leaves(arg))) != list(map(is_inexact, jax.tree.leaves(other))):
             ours, theirs = (", ".join(map(describe, jax.tree.leaves(tree))) for tree in (arg, other))
-            raise TypeError(f"compare: argument {i} of {name} is {ours}, but sizes(2) returns {theirs} there")
+            raise TypeError(f"compare: argument {i} of {name} is {ours}, but sizes({n}) returns {theirs} there")
+
+
+def first_size(name: str, sizes: Callable[[int], Any]) -> tuple[int, Any]:
+    """The first size that sizes takes, and the arguments at it. ValueError if it takes none of those that are tried."""
+    first: Exception | None = None
+    for n in (2, 1, *MORE_SIZES):
+        try:
+            return n, sizes(n)
+        except Exception as error:  # it may refuse odd numbers, or small ones
+            first = first or error
+    raise ValueError(
+        f"compare: sizes of {name} takes none of the sizes that are tried; sizes(2) raises {type(first).__name__}: "
+        f"{first_line(first or ValueError())}"
+    ) from first
 
 
 def check_arguments(name: str, given: tuple) -> None:
@@ -107,7 +122,8 @@ def check_arguments(name: str, given: tuple) -> None:
     if not any(is_inexact(a) for a in leaves):
         found = ", ".join(map(describe, leaves)) or "none"
         raise ValueError(f"compare: {name} has no floating point argument to differentiate, got {found}")
-    check_finite("compare", f"what {name} is given", given)
+    numbers = jax.tree.map(lambda a: a if hasattr(a, "dtype") else np.asarray(a), given)
+    check_finite("compare", f"what {name} is given", numbers)
 
 
 def check_differentiable(subject: Subject, args: tuple) -> None:

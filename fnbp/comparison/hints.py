@@ -146,7 +146,10 @@ def sizes_of(e: Evidence) -> list[tuple[int, str]]:
     for name, a in flowing:
         for axis, n in enumerate(a.shape):
             found.setdefault(n, "the batch size" if axis == 0 and name in ("x", "dy") else f"axis {axis} of {name}")
-        for n, text in ((a.size, f"the size of {name}"), (a[0].size if len(a) else 0, f"an example's size of {name}")):
+        for n, text in (
+            (a.size, f"the size of {name}"),
+            (a[0].size if a.ndim and len(a) else 0, f"an example's size of {name}"),
+        ):
             found.setdefault(n, text)
         if a.ndim > 2:
             found.setdefault(int(np.prod(a.shape[:-1])), f"the positions of {name}")

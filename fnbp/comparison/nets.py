@@ -54,7 +54,10 @@ def plan_of_net(
         for path, layer, met in whole.nodes
         if not (quick and layer.parts and whole.right)
     ]
-    return Plan(of_nodes + subjects, partial(rows_of_net, whole))
+    notes = ()
+    if whole.unopened:
+        notes = (f"{net.name}: compared as one; its parts are not: it does not run each once, or reads their state",)
+    return Plan(of_nodes + subjects, partial(rows_of_net, whole), notes)
 
 
 def net_arguments(

@@ -26,6 +26,8 @@ def probes_of(subject: Subject, rng: Rng, wanted: Iterable[str]) -> Iterator[Pro
     """
     draws = 0
     for name in wanted:
+        if subject.is_loss and name in DY_ALONE:  # a loss is given no cotangent
+            continue
         if subject.joins and name not in OF_COMBINATORS:
             continue
         draws += name in AROUND
@@ -52,14 +54,16 @@ def probe_at(subject: Subject, rng: Rng, name: str, place: At, scale: int) -> Pr
 def pairs_of(subject: Subject, rng: Rng, probes: list[Probe]) -> Iterator[Probe]:
     """Every probe of x with every one of another part, or of dy: what is right at each alone may be wrong at both."""
     of_x = [p for p in probes if p.name in X_ALONE and not p.part]
-    others = [p for p in probes if p.part.split(".")[0] in ("params", "state", *subject.names) or p.name in DY_ALONE]
+    parts = {"params", "state", *subject.names} - {""}
+    others = [p for p in probes if p.part.split(".")[0] in parts or p.name in DY_ALONE]
     for one in of_x:
         for other in others:
             if other.name in DY_ALONE:
                 dy, args, fixed = other.dy, one.args, one.fixed
             else:
                 dy, fixed = one.dy, other.fixed
-                kept = "" if other.part == "params" else other.part  # the argument that the other probe has changed
+                kept = other.part.split(".")[0]  # the argument that the other probe has changed
+                kept = "" if kept == "params" else kept
                 chosen = zip(subject.names, one.args, other.args, strict=True)
                 args = tuple(theirs if name == kept else ours for name, ours, theirs in chosen)
             yield Probe(one.name, args, fixed, dy, part=f"x, {other.title}")
@@ -71,6 +75,8 @@ def draw_dy(subject: Subject, args: tuple, fixed: Any, rng: Rng, scale: int = 0)
     Large and small ones show what a backward clips, or takes for zero.
     """
     y = subject.shape_at(args, fixed)
+    if subject.is_loss:
+        return cotangent(y, np.ones)
     sizes = [1.0] * len(jax.tree.leaves(y))
     if len(sizes) > 1:
         sizes = [

@@ -125,7 +125,8 @@ def cancels(at: Sight) -> bool:
 
 def size_of_terms(a: np.ndarray, probe: Probe) -> float:
     """The size of what may have been subtracted: the largest of a leaf and of dy."""
-    return float(max(np.max(abs(b), initial=0) for b in (np.asarray(a), *dys_of(probe))))
+    sizes = (abs(b[np.isfinite(b)]) for b in (np.asarray(a), *dys_of(probe)))
+    return float(max(np.max(size, initial=0) for size in sizes))
 
 
 def dys_of(probe: Probe) -> list[np.ndarray]:

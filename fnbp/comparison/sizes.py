@@ -76,7 +76,8 @@ def prime_sizes(subject: Subject, rng: Rng) -> Place:
     if not resizable(subject):
         return prime_batch(subject, rng)
     (x,) = flowing(subject)
-    return reshaped(subject, rng, tuple(PRIMES[3 + 2 * i] for i in range(x.ndim))) or prime_batch(subject, rng)
+    primes = PRIMES[3 : 3 + 2 * x.ndim : 2] if x.ndim < 5 else PRIMES[: x.ndim]  # of many axes, small ones
+    return reshaped(subject, rng, primes) or prime_batch(subject, rng)
 
 
 def even_sizes(subject: Subject, rng: Rng) -> Place:
@@ -86,7 +87,7 @@ def even_sizes(subject: Subject, rng: Rng) -> Place:
     if not resizable(subject):
         return None
     (x,) = flowing(subject)
-    return reshaped(subject, rng, (*(4 + 4 * i for i in range(x.ndim - 1)), 144))
+    return reshaped(subject, rng, (*(4 + 4 * i for i in range(x.ndim - 1)), 144)) if x.ndim < 5 else None
 
 
 def more_sizes(subject: Subject, rng: Rng) -> list[At]:
@@ -99,6 +100,8 @@ def reshaped(subject: Subject, rng: Rng, shape: tuple[int, ...]) -> Place:
     """The values of x in that shape, with parameters to match; None if the layer takes only one size."""
     assert subject.layer is not None
     (x,) = flowing(subject)
+    if not x.size or len(shape) != x.ndim:
+        return None
     x = np.asarray(rng.choice(np.asarray(x, np.float64).ravel(), shape), x.dtype)
     key = jax.random.key(int(rng.integers(1 << 31)))
     try:

@@ -56,12 +56,13 @@ class Subject:
 
     def manual(self, args: tuple, fixed: Any, dy: Any) -> Any:
         """The cotangents of args by the backward that is under test."""
-        return self.differentiate(args, fixed)[1](dy)
+        y, pull = self.differentiate(args, fixed)
+        return pull(as_output(dy, y))
 
     def automatic(self, args: tuple, fixed: Any, dy: Any) -> tuple:
         """The cotangents of args by jax.vjp."""
-        _, pull = jax.vjp(lambda *args: self.reference(args, fixed), *args)
-        return pull(dy)
+        y, pull = jax.vjp(lambda *args: self.reference(args, fixed), *args)
+        return pull(as_output(dy, y))
 
     def shape_at(self, args: tuple, fixed: Any) -> Any:
         """Shape and dtype of what the reference returns there."""
@@ -95,6 +96,11 @@ class Subject:
         with arithmetic(np.float64):
             return has_narrow_constant(jaxpr_of(self.reference, *in_dtype((self.args, self.fixed), np.float64)))
 
+    @property
+    def is_loss(self) -> bool:
+        """True for a Loss, whose backward is that of the sum of the losses: it is given no cotangent."""
+        return self.layer is None and self.names == ("prediction",) and isinstance(self.fixed, tuple)
+
     @cached_property
     def joins(self) -> bool:
         """True for a combinator of fnbp, which only joins what its parts do: they are tried in full, it is not."""
@@ -113,6 +119,16 @@ class Subject:
     def rules(self) -> set[str]:
         """What the reference holds whose slope autodiff is told: "stop_gradient", and rules of its own."""
         return rules_in(jaxpr_of(self.reference, self.args, self.fixed))
+
+
+def as_output(dy: Any, y: Any) -> Any:
+    """A cotangent in the dtype of an output that is cast to half precision, whatever comes in."""
+
+    def one(d, a):
+        narrow = is_inexact(d) and is_inexact(a) and a.dtype.itemsize == 2 < d.dtype.itemsize
+        return jnp.asarray(d, a.dtype) if narrow else d
+
+    return jax.tree.map(one, dy, y)
 
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), np.dtype, type)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fnbp.comparison.differences import differences_prefer, only_kinks
+from fnbp.comparison.differences import between_autodiffs, differences_prefer, only_kinks
 from fnbp.comparison.evaluation import RefusedError
 from fnbp.comparison.hints import Evidence, hint_of
 from fnbp.comparison.leaf import Sight
@@ -103,7 +103,11 @@ def kink(at: Sight) -> Verdict | None:
     Any such slope is a subgradient; which one a backward takes is a convention.
     """
     m, a = at.values.known()  # of the whole leaf: a tie joins elements of all sizes
-    if not (at.z > Z_LIMIT and only_kinks(at.evaluator, at.probe, at.leaf.leaf, m, a, at.rng, at.scale.dtype)):
+    if not at.z > Z_LIMIT:
+        return None
+    here = at.evaluator, at.probe, at.leaf.leaf, m, a
+    told = bool(at.evaluator.subject.rules) and between_autodiffs(*here, at.scale.dtype)
+    if not (told or only_kinks(*here, at.rng, at.scale.dtype)):
         return None
     return Verdict("convention", at, "at a kink or a tie: the two take different slopes, and both are valid")
 

@@ -53,17 +53,24 @@ class WholePass:
     nodes    every node of the net: path, layer, and what it met in the automatic pass
     errors   by (path, leaf): |manual - automatic| / |automatic| at the end of the whole pass in float64, and its z
     failed   why the pass could not be taken, or ""
+    unopened why nobody can look inside the net, so that it is one node, or ""
     """
 
     net: Layer
     nodes: list[tuple[str, Layer, Record]]
     errors: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     failed: str = ""
+    unopened: str = ""
 
     @property
     def right(self) -> bool:
         """True if the pass could be taken, and every gradient at its end is right."""
-        return not self.failed and bool(self.errors) and all(z <= Z_LIMIT for _, z in self.errors.values())
+        return (
+            not self.failed
+            and not self.unopened
+            and bool(self.errors)
+            and all(z <= Z_LIMIT for _, z in self.errors.values())
+        )
 
     def beside(self, rows: list[Row]) -> list[Row]:
         """Add to each row its error in the whole pass; a leaf that is right by itself and wrong there inherits."""
@@ -100,7 +107,7 @@ def whole_pass(net: Layer, at: NetArguments, prediction: Any, deltas: Deltas) ->
         working = automatic(None)
         met = list(nodes(net, working, one_turn=True))
     except Exception as error:  # a node hands on a state that is not its parts': nobody can look inside
-        return WholePass(net, closed, failed=f"{type(error).__name__}: {first_line(error)}")
+        return WholePass(net, closed, unopened=f"{type(error).__name__}: {first_line(error)}")
     try:
         exact = automatic(np.float64)
         dtypes = {a.dtype for a in jax.tree.leaves((at.params, at.x)) if is_floating(a)}
