@@ -26,6 +26,7 @@ COUNTED = "an integer has no cotangent: what stands in its place is read by nobo
 REFUSED = (
     "a token outside of the table is refused; inside jit, where it is not, a row of the gradient is NaN either way"
 )
+ONE_LEFT = "backwards take means over the last axis, among others, of which one number is left"
 FORMS = "the two forms have the same values"
 UNSEEN = "softmax does not see a bias of the keys, so there is none"
 RECORDED = "it changes only what trace and the whole pass of compare record; the gradients stay as they are"
@@ -107,6 +108,9 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("layers/pooling.py:along:stray term: result: small ones flushed", MASK),
     ("layers/pooling.py:along:scaled: result: divided by its last axis", MASK),
     ("layers/pooling.py:along:precision: result: through *float*", MASK),
+    ("layers/pooling.py:along:scaled: result: off by 1e-*", MASK),
+    ("arrays/sums.py:mean:scaled: result: divided by its last axis*", ONE_LEFT),
+    ("arrays/sums.py:mean:moved: result: rolled along the last axis*", ONE_LEFT),
     ("layers/attention.py:attention.backward:name: dk -> * in Sum(dk)", UNSEEN),
     ("layers/embedding.py:embedding.backward:constant: 0 -> -1 in jnp.where(inside, x, 0)", REFUSED),
     ("layers/embedding.py:embedding.backward:name: dx: x in its place", COUNTED),

@@ -130,6 +130,16 @@ def gains(per_example: type) -> fnbp.Layer:
     return fnbp.stateless(init, forward, backward, "gains")
 
 
+def of_some(counting_some: Callable, loss: fnbp.Loss) -> fnbp.Loss:
+    """A loss of which every third example does not count."""
+    inner = counting_some(loss)
+
+    def forward(p, t, mask=None):
+        return inner.forward(p, (t, jnp.arange(p.shape[0]) % 3 > 0), *(() if mask is None else (mask,)))
+
+    return fnbp.Loss(forward, inner.backward, "of some", lambda p, t, mask=None: None, takes_mask=True)
+
+
 def used_twice(added: type) -> fnbp.Layer:
     """y = W x + W x^2: one matrix in two places."""
 
@@ -338,6 +348,12 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     ),
     "checked": (Trial(lambda f: f("dense(5)", fnbp.dense(5))),),
     "PerExample": (Trial(gain), Trial(gains)),
+    "counting_some": (
+        Trial(lambda f: of_some(f, fnbp.mean_squared_error()), y="normal"),
+        Trial(lambda f: of_some(f, fnbp.softmax_cross_entropy()), (5, 3, 11), y="labels", mask=2),
+        Trial(lambda f: of_some(f, fnbp.softmax_cross_entropy(reduce="tokens")), (5, 3, 11), y="labels"),
+        Trial(lambda f: of_some(f, fnbp.softmax_cross_entropy(reduce="tokens")), (5, 3, 11), y="labels", mask=2),
+    ),
     "Added": (Trial(used_twice),),
     "half_squared_error": (
         Trial(y="normal"),
@@ -348,6 +364,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
 INNER = {  # beside the public constructors: their files
     "checked": "layer.py",
     "PerExample": "factor.py",
+    "counting_some": "losses/weights.py",
     "Added": "factor.py",
 }
 FOR = {  # of a helper of many constructors, those that it is tried with
