@@ -27,6 +27,7 @@ REFUSED = (
     "a token outside of the table is refused; inside jit, where it is not, a row of the gradient is NaN either way"
 )
 ONE_LEFT = "backwards take means over the last axis, among others, of which one number is left"
+OF_PARAMS = "backward casts params only, which are floating point numbers"
 FORMS = "the two forms have the same values"
 UNSEEN = "softmax does not see a bias of the keys, so there is none"
 RECORDED = "it changes only what trace and the whole pass of compare record; the gradients stay as they are"
@@ -70,6 +71,7 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("combinators/parts.py:one_part.backward_packed:factors: factors: those of the first, throughout", ONE_ENTRY),
     ("combinators/*:*.backward:*: True -> False in zip(*, strict=True)", CHECKED),
     ("combinators/*:*.backward:*: zip(*, strict=True) -> zip(*)", CHECKED),
+    ("combinators/wrappers.py:to:branch: * -> a.astype(dtype)", OF_PARAMS),
     ("combinators/wrappers.py:cast.forward saves:residual: x -> due in like(x)", "y has the dtype of x"),
     ("combinators/wrappers.py:cast.forward saves:*: like(*): saved in *", TYPED),
     ("combinators/wrappers.py:cast.forward saves:*: like(*): saved as *", TYPED),

@@ -184,7 +184,7 @@ MEAN = (fnbp.reshape(-1, 1), fnbp.global_avg_pool())  # of each row
 WITH_MEMORY = fnbp.parallel(fnbp.identity(), fnbp.conv(7, 2, padding="VALID"), join="tuple")
 WITH_SAME = fnbp.parallel(fnbp.identity(), fnbp.dense(7), join="tuple")
 WEIGHTS = np.linspace(0.5, 1.5, 11)
-HEAVY = np.linspace(1, 51, 11)
+HEAVY = np.linspace(1, 5_001, 11)
 
 TABLE: dict[str, tuple[Trial, ...]] = {
     "leaky_relu": (Trial(lambda f: f(0.2)),),
@@ -225,7 +225,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
     ),
     "last": (
         Trial(shape=(3, 5, 7)),
-        Trial(shape=(5, 7)),
+        Trial(shape=(5, 7), mask=2),
         Trial(lambda f: of_lengths(fnbp.ragged(f())), (5, 7, 3)),
         Trial(shape=(3, 5, 7), mask=2),
     ),
