@@ -150,7 +150,8 @@ def by_pattern(maker: str, net: Layer, params: Any, patterns: tuple[str, ...]) -
         hits = [name for name in names if form.fullmatch(name)]
         if not hits:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-            hint = f"; the nearest is {near[0]}" if near else f"; {net.name} has no parameters"
+            ends = ", ".join(sorted({f".{name.rpartition('.')[2]}" for name in names}))
+            hint = f"; the nearest is {near[0]}; names end in {ends}" if near else f"; {net.name} has no parameters"
             raise ValueError(f"{maker}: no parameter matches {shown(pattern)}{hint}")
         found |= {name: pattern for name in hits if name not in found}
     return found

@@ -21,7 +21,22 @@ PRINTED = {  # name -> what it prints, as regular expressions, and the package t
     "in_flax": (["same gradients: True", "the loss falls: True"], "flax"),
     "in_equinox": (["the loss falls: True"], "equinox"),
     "new_layer": (["True", r"\(17,\)"], "jax"),
-    "train_and_save": (["the same after loading: True", "91% of 360 digits"], "sklearn"),
+    "train_and_save": (
+        [
+            *(rf"serial\[{i}\]\.dense\({n}\)\.{leaf}" for i, n in ((0, 64), (2, 10)) for leaf in "Wb"),
+            "the same after loading: True",
+            "91% of 360 digits",
+        ],
+        "safetensors",
+    ),
+    "classifier": (
+        [
+            r"(steps|patience): .*",
+            r"accuracy 9[3-9]% at step \d+, learning rate 0\.\d+ at the end",
+            "again: the same",
+        ],
+        "orbax",
+    ),
 }
 
 

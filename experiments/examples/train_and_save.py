@@ -1,4 +1,4 @@
-"""Train a net by its manual backward, save its parameters as .npz, load them and predict."""
+"""Train a net by its manual backward, save its parameters by name as safetensors, load them and predict."""
 
 import tempfile
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from safetensors.flax import load_file, save_file
 from sklearn.datasets import load_digits
 
 import fnbp
@@ -21,14 +22,11 @@ done = fnbp.fit(
     optimizer=optax.adam(3e-3), key=jax.random.key(1), batch_size=32, epochs=20, progress=False,
 )  # fmt: skip
 
-file = Path(tempfile.mkdtemp()) / "digits.npz"
-leaves, tree = jax.tree.flatten(done.params)
-np.savez(file, *leaves)
-with np.load(file) as saved:
-    loaded = jax.tree.unflatten(tree, [saved[name] for name in saved.files])
+file = Path(tempfile.mkdtemp()) / "digits.safetensors"
+save_file(fnbp.named(net, done.params), file)
+loaded = fnbp.with_named(net, params, load_file(file))
 
-prediction = fnbp.apply(net, loaded, done.state, x[test]).argmax(-1)
-print(
-    "the same after loading:", bool((prediction == fnbp.apply(net, done.params, done.state, x[test]).argmax(-1)).all())
-)
+print(*fnbp.named(net, params), sep="\n")
+prediction, before = (fnbp.predict(net, p, done.state, x[test]).argmax(-1) for p in (loaded, done.params))
+print("the same after loading:", bool((prediction == before).all()))
 print(f"{(prediction == y[test]).mean():.0%} of {len(prediction)} digits")
