@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -211,51 +210,53 @@ def test_a_checkpoint_of_other_devices_goes_on(tmp_path):
 
 
 SCRIPT = """
-import sys, jax, numpy as np, optax, fnbp
+import pathlib, sys, time, jax, numpy as np, optax, fnbp
 rng = np.random.default_rng(0)
 x, y = rng.standard_normal((301, 5)).astype(np.float32), rng.integers(0, 3, 301)
 net = fnbp.serial(fnbp.dense(11), fnbp.tanh(), fnbp.dropout(0.2), fnbp.dense(3))
 params, state = net.init(jax.random.key(0), x)
+
+def slowly(so_far):
+    pathlib.Path(sys.argv[2]).touch()
+    time.sleep(0.1)
+
 done = fnbp.fit(
     net, fnbp.softmax_cross_entropy(), params, state, x, y, optimizer=optax.adam(1e-3), key=jax.random.key(1),
-    batch_size=10, epochs=200, validation=(x, y), progress=False, on_epoch=lambda so_far: None,
+    batch_size=10, epochs=200, validation=(x, y), progress=False, on_epoch=slowly,
     checkpoint=fnbp.Checkpoints(sys.argv[1], steps=97),
 )
-np.savez(sys.argv[2], *jax.tree.leaves((done.params, done.opt_state)), loss=done.history.loss, step=done.step)
+np.savez(sys.argv[3], *jax.tree.leaves((done.params, done.opt_state)), loss=done.history.loss, step=done.step)
 """
 
 
 def run_until_killed(tmp_path, name, seconds=None):
-    """Run the script; False if it was killed after so many seconds."""
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "checkpoints" / name), str(tmp_path / f"{name}.npz")]
+    """Run the script; True if it was killed, so many seconds after its first epoch."""
+    begun = tmp_path / f"{name} has begun"
+    begun.unlink(missing_ok=True)
+    folder, result = tmp_path / name, tmp_path / f"{name}.npz"
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(begun), str(result)]
     started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    while seconds is not None and started.poll() is None and not begun.exists():
+        time.sleep(0.01)
     try:
         _, said = started.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         started.kill()
         started.communicate()
-        return False
+        return True
     assert started.returncode == 0, said.decode()
-    return True
+    return False
 
 
 @pytest.mark.slow
 def test_20_kills_at_random_moments_change_no_bit(tmp_path):
-    began = time.perf_counter()
-    assert run_until_killed(tmp_path, "whole")
-    whole_seconds = time.perf_counter() - began
-    moments, kills, name = random.Random(3), 0, ""
-    for attempt in range(40):
-        name = f"killed{attempt}"
-        if attempt:
-            shutil.copytree(tmp_path / "checkpoints" / f"killed{attempt - 1}", tmp_path / "checkpoints" / name)
-        if kills == 20 or run_until_killed(tmp_path, name, whole_seconds * moments.uniform(0.3, 1.0)):
-            break
-        kills += 1
-    assert kills >= 5 and run_until_killed(tmp_path, name)
-    whole, resumed = (np.load(tmp_path / f"{one}.npz") for one in ("whole", name))
+    assert not run_until_killed(tmp_path, "whole")
+    moments = random.Random(3)
+    kills = [run_until_killed(tmp_path, "killed", moments.uniform(0, 1.5)) for _ in range(20)]
+    assert sum(kills) >= 15 and not run_until_killed(tmp_path, "killed")
+    whole, resumed = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
     assert set(whole.files) == set(resumed.files)
-    assert all(np.array_equal(whole[one], resumed[one]) for one in whole.files)
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole.files)
 
 
 FULL = """
