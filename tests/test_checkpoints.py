@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import fnbp
+import fnbp.training.fit
 
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(2)
@@ -124,6 +126,42 @@ def test_an_exception_leaves_a_checkpoint(tmp_path):
         fit(tmp_path, on_epoch=fail)
     assert steps_in(tmp_path) == [15]
     same(fit(tmp_path), fit())
+
+
+def test_an_exception_of_a_validation_leaves_it_owed(tmp_path, monkeypatch):
+    right, calls = fnbp.training.fit.validation_of, []
+
+    def breaking(*args):
+        measure = right(*args)
+
+        def measured(*where):
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("enough")
+            return measure(*where)
+
+        return measured
+
+    monkeypatch.setattr(fnbp.training.fit, "validation_of", breaking)
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(tmp_path)
+    assert steps_in(tmp_path) == [15]
+    monkeypatch.undo()
+    same(fit(tmp_path), fit())
+
+
+def test_a_loss_below_the_threshold_stays_so(tmp_path):
+    done = fit(tmp_path, threshold=1e3)
+    again = fit(tmp_path, threshold=1e3)
+    assert (again.stopped, again.step, again.message) == ("threshold", done.step, done.message)
+
+
+def test_a_run_that_was_not_finite_says_so_again(tmp_path):
+    schedule = optax.scale_by_schedule(lambda count: jnp.where(count == 12, jnp.inf, 1.0))
+    broken = {"optimizer": optax.chain(optax.sgd(0.1), schedule)}
+    done, again = (fit(tmp_path, **broken) for _ in range(2))
+    assert (done.stopped, again.stopped, done.step, again.step) == ("non-finite", "non-finite", 12, 12)
+    np.testing.assert_array_equal(again.history.loss[:12], done.history.loss[:12])
 
 
 def test_the_best_by_validation_is_in_it(tmp_path):

@@ -50,10 +50,12 @@ def train():
 
 
 done = train()
+best = done.best
+assert best is not None  # there is one, because there is a validation
 (folder / "history.json").write_text(json.dumps(done.history.to_dict()))
-test = fnbp.evaluate(net, loss, done.best.params, done.best.state, x[parts[2]], y[parts[2]], metrics=fnbp.accuracy())
+test = fnbp.evaluate(net, loss, best.params, best.state, x[parts[2]], y[parts[2]], metrics=fnbp.accuracy())
 print(f"{done.stopped}: {done.message}")
 last = done.history.recorded["learning_rate"][-1]
-print(f"accuracy {test['accuracy']:.0%} at step {done.best.step}, learning rate {last:.4f} at the end")
+print(f"accuracy {test['accuracy']:.0%} at step {best.step}, learning rate {last:.4f} at the end")
 again = train()  # as after a kill: it goes on from the newest checkpoint
-print("again:", "the same" if again.step == done.step and again.best.loss == done.best.loss else "another")
+print("again:", "the same" if (again.step, again.least) == (done.step, done.least) else "another")

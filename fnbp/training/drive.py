@@ -51,7 +51,7 @@ def drive(
     saver: Nothing,
 ) -> Fit:
     """Call the compiled loop until a stopping condition holds, and keep what it brings."""
-    step, pace, final = rule.start, 1, np.nan
+    step, pace, final = rule.start, 1, reached.last_loss
     stopped = validate(watch, rule, reached) if watch.owed else ""
     stopped = stopped or over(rule, reached)
     with bar(rule.start, rule.last, watch.progress) as show:
@@ -86,12 +86,12 @@ def drive(
 
 def over(rule: Rule, reached: Reached) -> str:
     """Why a run that goes on from a checkpoint is over already, or ""."""
-    losses = reached.history(len(reached.logs)).loss
     if rule.start >= rule.last:
         return "steps"
-    if len(losses) and losses[-1] <= rule.threshold:
+    if reached.last_loss <= rule.threshold:
         return "threshold"
-    return "patience" if len(losses) and rule.patience is not None and reached.waited >= rule.patience else ""
+    waited = rule.patience is not None and reached.waited >= rule.patience
+    return "patience" if waited and np.isfinite(reached.last_loss) else ""
 
 
 def end_of_epoch(watch: Watch, rule: Rule, reached: Reached) -> str:

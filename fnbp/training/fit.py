@@ -153,7 +153,7 @@ def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit
         reached.begin(at[0], begun)
         measures = {} if validation is None else validation.measures
         evaluate = None if held_out is None else validation_of(net, loss, measures, *held_out)
-        watch = watch._replace(evaluate=evaluate, owed=is_owed(earlier.resume, rule.batches))
+        watch = watch._replace(evaluate=evaluate, owed=is_owed(earlier.resume or begun, rule.batches))
         found = drive(run, at, data, rule, watch, reached, stop, saver)
         saver.finish(found)
     return ended(found, stop.reason)
@@ -229,9 +229,9 @@ def rule_of(start: Any, done: int, until: Until, batches: int) -> Rule:
     return Rule(int(start), last, batches, check_threshold(until.threshold), until.patience)
 
 
-def is_owed(earlier: Fit | None, batches: int) -> bool:
-    """Whether that Fit ended with an epoch, but before its validation, as by an exception of it."""
-    if earlier is None or not len(earlier.history.loss) or earlier.step % batches:
+def is_owed(earlier: Fit | Resumed, batches: int) -> bool:
+    """Whether that run ended with an epoch, but before its validation, as by an exception of it."""
+    if earlier.history is None or not len(earlier.history.loss) or earlier.step % batches:
         return False
     return earlier.step not in earlier.history.validation_step
 

@@ -124,7 +124,7 @@ class Reached:
     def recall(self, history: History) -> None:
         """What happened before goes on here, as if it had been one run."""
         self.began -= history.seconds
-        self.logs = [history.steps()]
+        self.logs = [{name: values[: self.step] for name, values in history.steps().items()}]  # but for what was NaN
         self.now = (*self.now[:2], 1)
         for i, (step, J) in enumerate(zip(history.validation_step, history.validation_loss, strict=True)):
             self.validations.append((int(step), {"loss": J, **{name: m[i] for name, m in history.metrics.items()}}))
@@ -132,6 +132,11 @@ class Reached:
     @property
     def step(self) -> int:
         return self.now[1]
+
+    @property
+    def last_loss(self) -> float:
+        """The loss of the last step that is known here; NaN before the first."""
+        return float(self.logs[-1]["loss"][-1]) if self.logs and len(self.logs[-1]["loss"]) else float("nan")
 
     def advance(self, carry: Carry, step: int, logs: dict[str, np.ndarray]) -> None:
         """A call is over. now changes in one piece, so that an exception finds the one or the other."""
