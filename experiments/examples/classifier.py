@@ -1,7 +1,6 @@
-"""Train a classifier with all that a real training has.
+"""Train a classifier with all that a real training has, and go on after a kill.
 
-Schedule, weight decay by name, clipping, augmentation, class weights, metrics, early stopping, the best parameters, and
-checkpoints from which it goes on after a kill.
+Schedule, decay by name, clipping, augmentation, class weights, metrics, early stopping, best parameters, checkpoints.
 """
 
 import json
