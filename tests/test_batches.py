@@ -62,6 +62,17 @@ def test_examples_that_do_not_count_change_neither_loss_nor_gradient(x64, name, 
     assert not np.any(dp[r:])
 
 
+@pytest.mark.parametrize("reduce", ["examples", "tokens"])
+def test_targets_of_positions_are_checked_where_they_count(reduce):
+    p, y = RNG.standard_normal((M, 6, 4)), RNG.integers(0, 4, (M, 6))
+    y[-1, 2] = 9
+    loss, counts = fnbp.softmax_cross_entropy(reduce=reduce), np.arange(M) < M - 1
+    if reduce == "tokens":
+        counting_some(loss).forward(jnp.asarray(p), (jnp.asarray(y), jnp.asarray(counts)))
+    with pytest.raises(ValueError, match=r"label 9 at index \[16, 2\] is outside 0\.\.3"):
+        counting_some(loss).forward(jnp.asarray(p), (jnp.asarray(y), jnp.ones(M, bool)))
+
+
 @pytest.mark.parametrize("loss", [CE, fnbp.softmax_cross_entropy(reduce="tokens")], ids=["examples", "tokens"])
 def test_the_last_batch_is_the_mean_over_the_examples_that_are_left(loss):
     """The loop by hand, over batches of 5, 5, 5 and 2."""

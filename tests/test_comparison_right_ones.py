@@ -141,7 +141,10 @@ def multiple_of_4(n):
     return normal(n)
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = {"an empty row beside others", "the largest number in the code", "sizes that take multiples of 4"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in CASES])
 def test_a_right_backward_is_not_accused_and_a_wrong_one_is(name):
     compare, right, wrong = CASES[name]
     report = compare(right)
@@ -206,8 +209,15 @@ def twice(layer, slope=1.0):
 TRAIN = fnbp.Context(jax.random.key(1), train=True)
 
 
-@pytest.mark.parametrize("ctx", [fnbp.Context(), TRAIN], ids=["inference", "training"])
-@pytest.mark.parametrize("make, layer", [(in_training, fnbp.dense(5)), (twice, fnbp.batch_norm())], ids=["in", "twice"])
+@pytest.mark.parametrize(
+    "make, layer, ctx",
+    [
+        pytest.param(in_training, fnbp.dense(5), fnbp.Context(), id="in training, at inference"),
+        pytest.param(in_training, fnbp.dense(5), TRAIN, id="in training", marks=pytest.mark.slow),
+        pytest.param(twice, fnbp.batch_norm(), fnbp.Context(), id="twice, at inference", marks=pytest.mark.slow),
+        pytest.param(twice, fnbp.batch_norm(), TRAIN, id="twice, in training", marks=pytest.mark.slow),
+    ],
+)
 def test_combinators_that_nobody_can_look_into_are_compared_as_one(make, layer, ctx):
     report = fnbp.compare(make(layer), normal(7, 5), ctx=ctx)
     assert report.ok, report.first_fault

@@ -75,7 +75,7 @@ FUNCTIONS = [
         r"serial: a Layer is not called; its forward is net\.forward\(params, st",
     ),
     (lambda: fnbp.dense(3, W=fnbp.relu()), r"dense\(3\): W must be an initializer, .* got Layer relu"),
-    (lambda: fnbp.initializer(fnbp.relu()), r"unknown initializer Layer"),
+    (lambda: fnbp.initializer(fnbp.relu()), r"unknown initializer relu\(\)"),
     (lambda: fnbp.backprop(fnbp.relu(), fnbp.mean_squared_error(), fnbp.relu()), r"contract must be .* got Layer relu"),
     (
         lambda: fnbp.from_jax(lambda p, x: x, fnbp.relu()),

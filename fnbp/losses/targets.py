@@ -55,7 +55,7 @@ def check_labels(name: str, y: Any, k: int, counts: Any) -> None:
         raise TypeError(f"{name}: labels must be integers, got {describe(y)}")
     if concrete(y) and (counts is None or concrete(counts)):
         y = np.asarray(y)
-        bad = ((y < 0) | (y >= k)) & (True if counts is None else np.asarray(counts))
+        bad = counting(counts, (y < 0) | (y >= k))
         for first in np.argwhere(bad)[:1].tolist():
             raise ValueError(f"{name}: label {y[tuple(first)]} at index {first} is outside 0..{k - 1}")
 
@@ -66,7 +66,7 @@ def check_distributions(name: str, y: Any, counts: Any) -> None:
         allowed = tolerance(y)
         y = np.asarray(y, float)
         bad = ~((abs(y.sum(-1) - 1) <= allowed) & (y >= 0).all(-1))
-        bad = bad if counts is None else bad & np.broadcast_to(np.asarray(counts), bad.shape)
+        bad = counting(counts, bad)
         for first in np.argwhere(bad)[:1].tolist():
             row = y[tuple(first)]
             came = f"sum {row.sum():.6g}, least {row.min():.6g}"
@@ -77,12 +77,17 @@ def check_unit_interval(name: str, what: str, x: Any, counts: Any, hint: str = "
     """Raise a ValueError if a number, at a position that counts, is outside [0, 1] or NaN."""
     if concrete(x) and (counts is None or concrete(counts)):
         x = np.asarray(x)
-        bad = ~((x >= 0) & (x <= 1))
-        if counts is not None:
-            counts = np.asarray(counts)
-            bad = bad & counts.reshape(*counts.shape, *[1] * (bad.ndim - counts.ndim))
+        bad = counting(counts, ~((x >= 0) & (x <= 1)))
         for first in np.argwhere(bad)[:1].tolist():
             raise ValueError(f"{name}: {what} {x[tuple(first)]} at index {first} is outside [0, 1]{hint}")
+
+
+def counting(counts: Any, bad: np.ndarray) -> np.ndarray:
+    """bad, but only at positions that count; counts may be of examples, (m,), or None."""
+    if counts is None:
+        return bad
+    counts = np.asarray(counts)
+    return bad & counts.reshape(*counts.shape, *[1] * (bad.ndim - counts.ndim))
 
 
 def in_unit_interval(a: jax.Array) -> jax.Array:
