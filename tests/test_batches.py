@@ -156,6 +156,27 @@ def test_augmentation_is_drawn_for_each_step():
     assert set(plain.history.recorded["x"].tolist()) <= set(X[:, 0].tolist())
 
 
+def test_augmentation_draws_apart_from_the_layers():
+    """The keys of the layers are folded from the step's key by their place: none is that of augment."""
+    seen = []
+
+    def kept(key, batch):
+        jax.debug.callback(lambda data: seen.append(tuple(np.asarray(data))), jax.random.key_data(key))
+        return batch
+
+    def noisy(i):
+        def forward(params, state, x, ctx):
+            if ctx.key is not None:
+                jax.debug.callback(lambda data: seen.append(tuple(np.asarray(data))), jax.random.key_data(ctx.key))
+            return x, state, ()
+
+        return fnbp.Layer(lambda key, x: ({}, {}), forward, lambda params, res, dy: ({}, dy), f"noisy{i}")
+
+    fit(fnbp.serial(*map(noisy, range(4)), fnbp.dense(4)), batch_size=M, steps=3, augment=kept)
+    jax.effects_barrier()
+    assert len(seen) >= 15 and len(set(seen)) == 15
+
+
 def test_augmentation_may_make_what_the_net_takes():
     """uint8 images and labels become floating point images and soft labels, on the device."""
     pixels = RNG.integers(0, 256, (M, 3)).astype(np.uint8)

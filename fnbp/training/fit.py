@@ -213,7 +213,7 @@ def from_checkpoint(saver: Nothing, request: Request, data: list[str]) -> Resume
         return None
     params, state = jax.tree.map(jnp.asarray, (request.params, request.state))
     fresh = request.optimizer.init(params)
-    settings = {"batch_size": request.batches.size, "drop_last": request.batches.drop_last, "data": data}
+    settings = {"batch_size": int(request.batches.size), "drop_last": request.batches.drop_last, "data": data}
     run = run_of(request.net, request.loss, params, kinds(fresh), request.key, **settings)
     return saver.load(run, params, state, fresh)
 

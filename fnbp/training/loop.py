@@ -16,6 +16,7 @@ from fnbp.losses.weights import counting_some
 from fnbp.training.steps import Record, Step, recorded
 
 CAPACITY = 1 << 14  # the most steps of one call
+APART = 2**32 - 1  # of the key of augment from those of layers, which count from 0
 
 
 class Carry(NamedTuple):
@@ -68,7 +69,7 @@ def copy(tree: Any) -> Any:
 def once(maker: Callable, *args: Any) -> Any:
     """maker(*args), made once for equal arguments, so that what is compiled for them is compiled once.
 
-    Layers, losses and optax transformations are equal if their functions are the same objects.
+    Layers and losses are equal if equal calls made them, optax transformations if their functions are the same objects.
     """
     try:
         hash(args)
@@ -118,7 +119,7 @@ def one_step(
 
 def augmented(augment: Callable, key: jax.Array, x: Any, y: Any) -> tuple[Any, Any]:
     """The batch as augment returns it; the marks of examples that count stay beside their y."""
-    key = jax.random.fold_in(key, 1)
+    key = jax.random.fold_in(key, APART)
     if isinstance(y, Marked):
         x, target = augment(key, (x, y.target))
         return x, Marked(target, y.counts)
