@@ -192,6 +192,17 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path, other, told):
     assert steps_in(tmp_path) == [5]
 
 
+def test_the_parameter_that_differs_is_named():
+    from fnbp.training.checkpoints import differences
+
+    here, there = (
+        {"net": "<Layer a>", "parameters": {"a.W": shape, "a.b": "f"}} for shape in ("float32[3]", "float32[5]")
+    )
+    assert differences(there, here) == ["a.W is float32[5] there, float32[3] here"]
+    assert differences({"net": "<Layer a>"}, here) == ["a.W is missing there, float32[3] here"]
+    assert differences({**there, "net": "b"}, here) == ["net is b there, <Layer a> here"]
+
+
 def test_a_truncated_checkpoint_is_told_and_the_older_one_can_be_used(tmp_path):
     fit(fnbp.Checkpoints(tmp_path, steps=10), steps=20)
     for path in (tmp_path / "20").rglob("*"):

@@ -102,10 +102,9 @@ class Saver(Nothing):
         meta = self.read(step, meta=None)["meta"]
         if meta.get("version") != VERSION:
             raise ValueError(f"{self.of(step)} was written by another version of fnbp")
-        differing = [name for name in run if meta["run"].get(name) != run[name]]
-        if differing:
-            told = "; ".join(f"{name} is {meta['run'].get(name)} there, {run[name]} here" for name in differing)
-            raise ValueError(f"{self.of(step)} is of another run: {told}")
+        told = differences(meta["run"], run)
+        if told:
+            raise ValueError(f"{self.of(step)} is of another run: {'; '.join(told)}")
         best = {"params": params, "state": state} if meta["best"] else {}
         history = empty(meta["history"])
         like = {"params": params, "state": state, "opt_state": opt_state, "best": best}
@@ -273,6 +272,17 @@ def run_of(net: Any, loss: Any, params: Any, opt_state: str, key: jax.Array, **s
     shapes = {name: f"{a.dtype}{list(a.shape)}" for name, a in named(net, params).items()}
     told = {"net": repr(net), "parameters": shapes, "loss": repr(loss), "optimizer": opt_state}
     return {**told, "key": np.asarray(jax.random.key_data(key)).tolist(), **settings}
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What is not the same, in words; of parameters only the first, and none if the nets differ anyway."""
+    names = [name for name in here if there.get(name) != here[name]]
+    told = [f"{name} is {there.get(name)} there, {here[name]} here" for name in names if name != "parameters"]
+    if "parameters" in names and "net" not in names:
+        ours, theirs = here["parameters"], there.get("parameters", {})
+        first = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+        told.append(f"{first} is {theirs.get(first, 'missing')} there, {ours.get(first, 'missing')} here")
+    return told
 
 
 def check_alone(checkpoint: Any, resume: Any, opt_state: Any, start: Any) -> None:
