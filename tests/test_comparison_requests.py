@@ -108,6 +108,7 @@ def test_probes_outside_of_a_domain_are_not_tried():
     assert report.ok and "probes that lie outside of its domain" in " ".join(report.notes)
 
 
+@pytest.mark.slow
 def test_a_deep_comparison_tries_probes_in_pairs():
     def wrong(args, dy):
         x, w = args
@@ -230,6 +231,7 @@ def test_a_point_that_a_function_refuses_is_no_fault_of_its_backward():
     assert "picky: not tried at 'mirrored'" in " ".join(report.notes)
 
 
+@pytest.mark.slow
 def test_a_backward_that_needs_values_is_compared_example_by_example_too():
     dense = fnbp.dense(5)
 

@@ -141,7 +141,13 @@ def multiple_of_4(n):
     return normal(n)
 
 
-LONG = {"an empty row beside others", "the largest number in the code", "sizes that take multiples of 4"}
+LONG = {
+    "an empty row beside others",
+    "the largest number in the code",
+    "sizes that take multiples of 4",
+    "a forward rule by another algorithm",
+    "an output in bfloat16, whatever comes in",
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in CASES])
@@ -212,7 +218,9 @@ TRAIN = fnbp.Context(jax.random.key(1), train=True)
 @pytest.mark.parametrize(
     "make, layer, ctx",
     [
-        pytest.param(in_training, fnbp.dense(5), fnbp.Context(), id="in training, at inference"),
+        pytest.param(
+            in_training, fnbp.dense(5), fnbp.Context(), id="in training, at inference", marks=pytest.mark.slow
+        ),
         pytest.param(in_training, fnbp.dense(5), TRAIN, id="in training", marks=pytest.mark.slow),
         pytest.param(twice, fnbp.batch_norm(), fnbp.Context(), id="twice, at inference", marks=pytest.mark.slow),
         pytest.param(twice, fnbp.batch_norm(), TRAIN, id="twice, in training", marks=pytest.mark.slow),

@@ -144,6 +144,7 @@ def test_digits_saves_its_figures_and_exits_with_0(tmp_path, capsys):
         assert expected in printed
 
 
+@pytest.mark.slow
 def test_digits_exits_with_1_where_a_backward_is_wrong(tmp_path, monkeypatch, capsys):
     right = digits.network_of_the_guide
 
@@ -188,6 +189,7 @@ def test_worked_example_by_hand_follows_a_pocket_calculator():
     np.testing.assert_allclose(lines["dJ/dw2"], (lines["y_hat"] - 1) * 0.5 * np.ones((1, 3)))
 
 
+@pytest.mark.slow
 def test_nielsens_loop_is_the_same_in_pytorch(monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(nielsen, "TRAINING", 500)
@@ -207,6 +209,7 @@ def test_nielsens_initializers_have_their_variance():
         np.testing.assert_allclose(W.var(), variance, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_gradient_cost_prints_its_ratios(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gradient_cost, "NETS", (((11, 7, 5), 3, "relu"),))
     monkeypatch.setattr(gradient_cost, "NORMS_NET", ((11, 7, 5), 3, "sigmoid"))

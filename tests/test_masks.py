@@ -173,6 +173,7 @@ def test_a_loss_over_positions_averages_over_those_that_count(x64, reduce):
     assert relative((done.value, leaves[0::2]), (auto, jax.tree.leaves(automatic))) <= 1e-12
 
 
+@pytest.mark.slow
 def test_compare_holds_a_masked_net_and_its_loss():
     params, state, x, y = tagging()
     report = fnbp.compare(
