@@ -159,9 +159,9 @@ def per_token(total: Any, examples: int) -> Any:
 def perplexity() -> Metric:
     """e to the mean loss: of a cross-entropy, between how many equally likely tokens a net chooses.
 
-    exp(mean l)
+        exp(mean l)
 
-    Source: Jurafsky & Martin 2009, Speech and Language Processing, section 4.4.
+    Shapes: l (m,), the losses of the net's Loss.
     """
     return Metric(lambda p, t, losses, mask: jnp.sum(losses), lambda total, m: jnp.exp(total / m), "perplexity")
 

@@ -134,7 +134,7 @@ class Earlier(NamedTuple):
 
 
 def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit:
-    """fit, of what was asked for."""
+    """Check what was asked for, go on from what there is, train, and keep the end."""
     net, loss, params, state, batches, validation, optimizer, key, gradient, record, checkpoint = request
     began = Reached(params, state, earlier.opt_state, earlier.start)
     with stoppable() as stop, saving(checkpoint) as saver, nothing_lost(began, stop) as reached:
