@@ -257,6 +257,9 @@ def test_what_is_refused(options, error, text):
 @pytest.mark.parametrize(
     "data, options, error, text",
     [
+        ((X,), {"batch_size": 5}, TypeError, r"y is missing; give x and y, or Batches\(x, y, size\)"),
+        (([(X, Y)],), {"batch_size": 5}, TypeError, "y is missing; .* got x a list of 1"),
+        ((fnbp.Batches,), {}, TypeError, r"x is the class Batches; call it: Batches\(x, y, size\)"),
         ((X, Y), {}, TypeError, "batch_size is missing; give it beside x and y, or give Batches"),
         ((fnbp.Batches(X, Y, 5), Y), {}, ValueError, "Batches holds y and the batch size"),
         ((fnbp.Batches(X, Y, 5),), {"batch_size": 5}, ValueError, "Batches holds y and the batch size"),

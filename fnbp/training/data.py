@@ -59,6 +59,12 @@ def batches_of(x: Any, y: Any, batch_size: Any) -> Batches:
             raise ValueError("fit: Batches holds y and the batch size; give them there only")
         made = x
     else:
+        if isinstance(x, type):
+            raise TypeError(f"fit: x is the class {x.__name__}; call it: {x.__name__}(x, y, size)")
+        if y is None:
+            raise TypeError(
+                f"fit: y is missing; give x and y, or Batches(x, y, size), as arrays; got x {describe(x)} alone"
+            )
         if batch_size is None:
             raise TypeError("fit: batch_size is missing; give it beside x and y, or give Batches(x, y, size)")
         made = Batches(x, y, batch_size)

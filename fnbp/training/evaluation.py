@@ -155,12 +155,12 @@ def adder(net: Layer, loss: Loss, metrics: tuple[Metric, ...], batch: int | None
 
 def batches(name: str, x: Any, y: Any, size: int) -> Iterator[tuple[Any, Any]]:
     """Pairs (x, y) of at most size examples, as JAX arrays."""
-    if y is None and hasattr(x, "__iter__") and not hasattr(x, "dtype"):
+    if y is None and hasattr(x, "__iter__") and not hasattr(x, "dtype") and not isinstance(x, (tuple, dict)):
         for i, pair in enumerate(x):
             yield of_pair(name, i, pair)
         return
     if y is None:
-        raise ValueError(f"{name}: give x and y, or as x an iterable of pairs (x, y), got {describe(x)} alone")
+        raise ValueError(f"{name}: y is missing; give x and y, or as x an iterable of pairs (x, y); got {describe(x)}")
     n = examples_of(name, (x, y))
     if any(placement(jnp.asarray(a)) is not None for a in jax.tree.leaves((x, y)) if isinstance(a, jax.Array)):
         size = n  # an array split over Explicit axes cannot be cut where no device ends
