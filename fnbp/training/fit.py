@@ -15,7 +15,7 @@ from fnbp.losses.loss import Loss
 from fnbp.training.checkpoints import Nothing, check_alone, run_of, saving
 from fnbp.training.data import Batches, Validation, batches_of, validation_data
 from fnbp.training.drive import Rule, Watch, drive
-from fnbp.training.evaluation import validation_of
+from fnbp.training.evaluation import examples_of, validation_of
 from fnbp.training.loop import (
     CAPACITY,
     Batching,
@@ -144,7 +144,7 @@ def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit
         check_functions(optimizer, gradient=gradient, callback=watch.callback, on_epoch=watch.on_epoch)
         check_alone(checkpoint, *earlier)
         data, held_out = data_of(request)
-        batching = batching_of(batches, examples_of(data[0]))
+        batching = batching_of(batches, examples_of("fit", data[0]))
         begun = from_checkpoint(saver, request, forms(data)) or resumed(*earlier)
         done = 0 if checkpoint is None else begun.step
         rule = rule_of(begun.step, done, until, batching.number)
@@ -184,11 +184,6 @@ def batching_of(batches: Batches, examples: int) -> Batching:
     return Batching(size, examples // size + partial, partial, batches.augment)
 
 
-def examples_of(x: Any) -> int:
-    """How many examples there are."""
-    return jax.tree.leaves(x)[0].shape[0]
-
-
 permuted = jax.jit(permutation, static_argnums=2)
 
 
@@ -202,7 +197,7 @@ def set_out(request: Request, resume: Resumed, data: Any, rule: Rule) -> tuple[t
     must = is_finite_by_leaf(fresh)
     opt_state = fresh if resume.opt_state is None else check_opt_state(optimizer, params, resume.opt_state, must)
     key_order, key_layers = jax.random.split(key)
-    order = permuted(key_order, rule.start // rule.batches, examples_of(data[0]))
+    order = permuted(key_order, rule.start // rule.batches, examples_of("fit", data[0]))
     carry = copy(Carry(params, state, opt_state, jnp.asarray(rule.start, jnp.int32)))
     return (carry, order), Data(data[0], data[1], key_order, key_layers, jnp.asarray(must, bool))
 

@@ -146,11 +146,7 @@ def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: An
     The layers check values too, of tokens and lengths: they are given x itself, but only the shapes of params, and at
     inference of state: batch_norm has no statistics yet.
     """
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((x, y))}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise ValueError(f"fit: {what} need equally many examples, at least 1; got {sorted(sizes)}")
-    check_finite("fit", f"{what}: x", x)
-    check_finite("fit", f"{what}: y", y)
+    examples = check_examples(what, x, y)
     try:
         if ctx.train:
             prediction = jax.eval_shape(lambda p: net.forward(p, state, x, ctx)[0], params)
@@ -161,6 +157,16 @@ def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: An
             error.add_note("fit: x is uint8; give floating point numbers: x.astype('float32') / 255")
         raise
     check_target(loss, prediction, y, mask_behind(net, x, ctx.mask))
+    return examples
+
+
+def check_examples(what: str, x: Any, y: Any) -> int:
+    """How many examples there are; ValueError if x and y differ in that, there is none, or one is not finite."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((x, y))}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(f"fit: {what} need equally many examples, at least 1; got {sorted(sizes)}")
+    check_finite("fit", f"{what}: x", x)
+    check_finite("fit", f"{what}: y", y)
     return sizes.pop()[0]
 
 
@@ -168,20 +174,16 @@ def check_augmented(
     net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context, augment: Callable
 ) -> int:
     """As check_data, for x and y as augment returns them: their shapes, and the values of those that it is given."""
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((x, y))}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise ValueError(f"fit: training data need equally many examples, at least 1; got {sorted(sizes)}")
-    check_finite("fit", "training data: x", x)
-    check_finite("fit", "training data: y", y)
+    examples = check_examples("training data", x, y)
     made = jax.eval_shape(augment, ctx.key, (x, y))
     if not isinstance(made, (tuple, list)) or len(made) != 2:
         raise TypeError(f"fit: augment must return (x, y), got {describe(made)}")
     after = {leaf.shape[:1] for leaf in jax.tree.leaves(made)}
-    if after != sizes:
-        raise ValueError(f"fit: augment must return as many examples as it is given, {sizes.pop()[0]}; got {after}")
+    if after != {(examples,)}:
+        raise ValueError(f"fit: augment must return as many examples as it is given, {examples}; got {after}")
     prediction = jax.eval_shape(lambda p, x: net.forward(p, state, x, ctx)[0], params, made[0])
     jax.eval_shape(lambda p, t: loss.forward(p, t)[0], prediction, made[1])
-    return sizes.pop()[0]
+    return examples
 
 
 def check_functions(optimizer: Any, **functions: Callable | None) -> None:
