@@ -31,9 +31,11 @@ def constructor(make: Maker) -> Maker:
 
     @functools.wraps(make)
     def made(*args: Any, **options: Any) -> Any:
+        args, options = as_given(args), as_given(options)
         value = make(*args, **options)
-        given = signature.bind(*args, **options)
-        return value._replace(made=Made(made, given, tuple(value[:-1])))
+        call = Made(made, signature.bind(*args, **options), tuple(value[:-1]))
+        _ = call.key  # told now: an array that is written to later is another argument
+        return value._replace(made=call)
 
     return made  # type: ignore[return-value]
 
@@ -79,6 +81,15 @@ class Made:
                 yield written(value) if positional else f"{name}={written(value)}"
 
 
+def as_given(value: Any) -> Any:
+    """Arguments with lists, dicts and NumPy arrays of their own, which nobody writes to later."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if type(value) in (tuple, list):
+        return type(value)(map(as_given, value))
+    return {name: as_given(one) for name, one in value.items()} if type(value) is dict else value
+
+
 class Alone:
     """An argument that is equal only to itself."""
 
@@ -100,6 +111,8 @@ def frozen(value: Any) -> Any:
         return type(value), *map(frozen, value)
     if isinstance(value, dict):
         return dict, *((frozen(key), frozen(one)) for key, one in value.items())
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return Alone(value)
     if isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, Tracer):
         array = np.asarray(value)
         return np.ndarray, array.dtype, array.shape, array.tobytes()

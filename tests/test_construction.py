@@ -142,6 +142,18 @@ def test_a_net_is_a_static_argument_that_compiles_once():
     assert len(traced) == 2
 
 
+def test_an_argument_that_is_written_to_later_changes_nothing():
+    for weights in (np.array([1.0, 1.0]), [1.0, 1.0]):
+        loss = fnbp.softmax_cross_entropy(weights=weights)
+        before = loss.forward(jnp.ones((1, 2)), jnp.zeros(1, int))[0]
+        weights[0] = 9.0
+        assert np.array_equal(loss.forward(jnp.ones((1, 2)), jnp.zeros(1, int))[0], before)
+        assert loss == fnbp.softmax_cross_entropy(
+            weights=type(weights)([1.0, 1.0]) if isinstance(weights, list) else np.ones(2)
+        )
+        assert loss != fnbp.softmax_cross_entropy(weights=weights) and pickle.loads(pickle.dumps(loss)) == loss
+
+
 def test_a_constructor_of_ones_own_is_recorded():
     assert doubled(3) == doubled(n=3) != doubled(2)
     assert pickle.loads(pickle.dumps(doubled(3))) == doubled(3)
