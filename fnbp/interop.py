@@ -40,7 +40,7 @@ from fnbp.layer import (
     traits_of,
 )
 from fnbp.losses.loss import Loss, losses_of
-from fnbp.losses.reduction import check_reduce, share, shares, summed_up
+from fnbp.losses.reduction import check_reduce, how_many, share, shares, summed_up
 
 __all__ = ["automatic_value_and_grad", "from_jax", "loss_from_jax", "to_jax"]
 
@@ -257,7 +257,10 @@ def loss_from_jax(f: Callable[[Any, Any], jax.Array], name: str | None = None, r
         pull, at, ones = res
         return pull(share(at, ones))[0]
 
-    return Loss(forward, backward, label, takes_mask=True, of_batch=reduce == "tokens")
+    def positions(prediction, target, mask):
+        return how_many(mask, jax.eval_shape(f, prediction, target).shape)
+
+    return Loss(forward, backward, label, takes_mask=True, positions=positions if reduce == "tokens" else None)
 
 
 def name_of(f: Callable) -> str | None:

@@ -245,7 +245,7 @@ def test_a_history_is_json():
         ({"record": 3}, TypeError, "record takes functions of a Step"),
         ({"record": {"loss": fnbp.gradient_norm}}, ValueError, "none of them loss"),
         ({"record": [fnbp.gradient_norm] * 2}, ValueError, "must have different names"),
-        ({"record": lambda step: step.grads[0]["W"]}, ValueError, "record <lambda> must return a number"),
+        ({"record": lambda step: step.grads[0]["W"]}, ValueError, "record <lambda> must return a real number"),
         ({"record": fnbp.learning_rate}, ValueError, "holds 0 learning rates, expected 1"),
     ],
 )

@@ -156,6 +156,19 @@ def test_a_loss_below_the_threshold_stays_so(tmp_path):
     assert (again.stopped, again.step, again.message) == ("threshold", done.step, done.message)
 
 
+def test_other_metrics_and_other_numbers_between_calls_lose_nothing(tmp_path):
+    fit(tmp_path, steps=10)
+    other = {"validation": fnbp.Validation(X, Y, [fnbp.top_k(2), fnbp.confusion(4)]), "record": fnbp.update_norm}
+    found = fit(tmp_path, steps=20, **other).history
+    assert np.isnan(found.metrics["top_2"]).tolist() == [True, True, False, False]
+    assert np.isnan(found.metrics["accuracy"]).tolist() == [False, False, True, True]
+    assert found.metrics["confusion"].shape == (4, 4, 4)
+    assert np.isnan(found.recorded["update_norm"]).tolist() == [True] * 10 + [False] * 10
+    assert np.isnan(found.recorded["gradient_norm"]).tolist() == [False] * 10 + [True] * 10
+    plain = fit(tmp_path, steps=30, validation=None, record=None)
+    assert plain.step == 30 and len(plain.history.recorded["update_norm"]) == 30
+
+
 def test_a_run_that_was_not_finite_says_so_again(tmp_path):
     schedule = optax.scale_by_schedule(lambda count: jnp.where(count == 12, jnp.inf, 1.0))
     broken = {"optimizer": optax.chain(optax.sgd(0.1), schedule)}

@@ -5,6 +5,7 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fnbp
@@ -30,7 +31,7 @@ def judged(metric, prediction, target, mask=None, losses=None):
     prediction, target = jnp.asarray(prediction), jnp.asarray(target)
     m = len(prediction)
     losses = jnp.zeros(m) if losses is None else losses
-    return np.asarray(metric.finish(metric.total(prediction, target, losses, mask), m))
+    return np.asarray(metric.finish(metric.total(prediction, target, losses, mask), m, 0.0))
 
 
 @pytest.mark.parametrize("batch_size", [1, 10, 103, 1024])
@@ -144,6 +145,98 @@ def test_nan_is_never_right():
     p = np.full((3, K), np.nan)
     for metric in (fnbp.accuracy(), fnbp.top_k(1), fnbp.top_k(K - 1)):
         assert judged(metric, p, np.arange(3)) == 0
+
+
+IDENTITY = fnbp.identity()
+
+
+def of_scores(scores, target, metrics=None, loss=LOSS, **options):
+    return fnbp.evaluate(IDENTITY, loss, {}, {}, scores, target, metrics=metrics, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32])
+def test_labels_of_few_bits_are_counted_right(dtype):
+    scores, labels = 9 * np.eye(20, dtype=np.float32), np.arange(20, dtype=dtype)
+    np.testing.assert_array_equal(of_scores(scores, labels, fnbp.confusion(np.int8(20)))["confusion"], np.eye(20))
+    assert of_scores(scores, labels, fnbp.top_k(1))["top_1"] == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_half_precision_is_added_up_in_float32(dtype, batch_size):
+    x = jnp.asarray(8 * np.random.default_rng(0).standard_normal((1000, 3)), dtype)
+    found = of_scores(x, 0 * x, [fnbp.perplexity()], fnbp.loss_from_jax(optax.l2_loss), batch_size=batch_size)
+    due = np.mean(np.asarray(x, np.float32) ** 2 / 2)
+    assert found["loss"] == pytest.approx(due, rel=2e-2) and found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+def test_a_loss_over_tokens_does_not_depend_on_the_batch(batch_size):
+    rng = np.random.default_rng(0)
+    t, p = rng.integers(0, 4, (40, 6)), rng.standard_normal((40, 6, 4)).astype(np.float32)
+    t[:20, 1:], p[20:] = -1, 5 * p[20:]
+    loss = fnbp.softmax_cross_entropy(ignore_index=-1, reduce="tokens")
+    log = p - np.log(np.exp(p).sum(-1, keepdims=True))
+    due = -np.take_along_axis(log, np.maximum(t, 0)[..., None], -1)[..., 0][t != -1].mean()
+    found = of_scores(p, t, fnbp.perplexity(), loss, batch_size=batch_size)
+    assert found["loss"] == pytest.approx(due, rel=1e-5) and found["perplexity"] == pytest.approx(np.exp(due), rel=1e-4)
+
+
+def test_examples_without_a_label_are_left_out():
+    scores, labels = 9 * np.eye(4, dtype=np.float32), np.array([0, 1, -1, -1])
+    loss = fnbp.softmax_cross_entropy(ignore_index=-1)
+    for reduce in ("examples", "tokens"):
+        metrics = [fnbp.accuracy(ignore_index=-1, reduce=reduce), fnbp.top_k(1, -1, reduce)]
+        found = of_scores(scores, labels, metrics, loss)
+        assert found["accuracy"] == found["top_1"] == 1
+    binary = fnbp.binary_cross_entropy(True, ignore_index=-1)
+    metric = fnbp.accuracy(threshold=0, ignore_index=-1)
+    assert of_scores(np.array([[1, 1, -1.0]]), np.array([[1, -1, 0]]), metric, binary)["accuracy"] == 1
+
+
+def test_classes_that_are_masked_out_may_be_minus_infinity():
+    scores = np.array([[2, 1, -np.inf], [0, 1, -np.inf]], np.float32)
+    found = of_scores(scores, np.array([0, 1]), [fnbp.accuracy(), fnbp.top_k(1)])
+    assert found["accuracy"] == found["top_1"] == 1
+
+
+def test_nan_is_in_no_column_and_on_no_side_of_a_threshold():
+    nan = jnp.full((3, 4), jnp.nan)
+    assert judged(fnbp.accuracy(threshold=0), nan, jnp.zeros((3, 4))) == 0
+    assert judged(fnbp.confusion(4), nan, jnp.zeros(3, int)).sum() == 0
+
+
+def test_top_k_neither_flatters_a_dead_net_nor_a_label_that_there_is_not():
+    scores = jnp.zeros((4, 4))
+    assert judged(fnbp.top_k(1), scores, jnp.arange(4)) == judged(fnbp.accuracy(), scores, jnp.arange(4)) == 0.25
+    assert judged(fnbp.top_k(2), jnp.array([[3.0, 1, 2]]), jnp.array([-1])) == 0
+    with pytest.raises(ValueError, match=r"top_k: k is 5, and predictions of shape .* have 4 classes"):
+        judged(fnbp.top_k(5), scores, jnp.arange(4))
+
+
+def test_tokens_are_looked_at_in_every_batch():
+    tokens = np.zeros((10, 5), int)
+    tokens[9, 0] = 99
+    params, state = GPT.init(jax.random.key(0), jnp.zeros((1, 5), int))
+    for run in (
+        lambda: fnbp.predict(GPT, params, state, tokens, batch_size=5),
+        lambda: fnbp.evaluate(GPT, LOSS, params, state, tokens, np.zeros((10, 5), int), batch_size=5),
+    ):
+        with pytest.raises(ValueError, match="token 99"):
+            run()
+
+
+def test_a_net_that_mixes_examples_is_not_cut_into_batches():
+    def forward(params, state, x, ctx):
+        return x - x.mean(0), state, ()
+
+    net = fnbp.Layer(
+        lambda key, x: ({}, {}), forward, lambda params, res, dy: ({}, dy - dy.mean(0)), "centred",
+        traits=fnbp.Traits(mixes="always"),
+    )  # fmt: skip
+    assert fnbp.predict(net, {}, {}, X).shape == X.shape
+    with pytest.raises(TypeError, match=r"predict: centred mixes the examples, .* give all in one, by batch_size"):
+        fnbp.predict(net, {}, {}, X, batch_size=5)
 
 
 def test_metrics_are_equal_and_pickle_by_their_call():

@@ -448,7 +448,7 @@ def test_on_epoch_sees_the_fit_so_far_after_each_epoch():
 
 
 def test_on_epoch_may_ask_for_the_end():
-    found = fit(steps=100, on_epoch=lambda so_far: so_far.step >= 14)
+    found = fit(steps=100, on_epoch=lambda so_far: np.bool_(so_far.step >= 14))
     assert (found.stopped, found.step, found.message) == ("asked", 14, "on_epoch asked for the end, at step 14")
     assert same(found[:3], plain(14)[:3])
 

@@ -13,7 +13,7 @@ from fnbp.arrays.placement import by_example
 from fnbp.arrays.sums import complement, like, log_total, wide
 from fnbp.construction import constructor
 from fnbp.losses.loss import Loss, of_pairs
-from fnbp.losses.reduction import check_options, check_weights, counted, only, share, shares, summed_up
+from fnbp.losses.reduction import check_options, check_weights, counted, how_many, only, share, shares, summed_up
 from fnbp.losses.targets import (
     check_classes,
     check_distributions,
@@ -87,7 +87,16 @@ def softmax_cross_entropy(
         da = jnp.where(is_good(y_hat, y)[..., None], da, jnp.nan)
         return share(at, da).astype(like_a.dtype)
 
-    return Loss(forward, backward, name, check, takes_mask=True, of_batch=reduce == "tokens")
+    return Loss(forward, backward, name, check, True, positions_of(reduce, ignore_index))
+
+
+def positions_of(reduce: str, ignore_index: int | None) -> Callable[..., Any] | None:
+    """How many positions of a batch count, as a Loss says it; None if each loss is of its example."""
+
+    def positions(a, y, mask):
+        return how_many(counted(mask, y, ignore_index) if is_labels(a, y) else mask, a.shape[:-1])
+
+    return positions if reduce == "tokens" else None
 
 
 def weighed(y_hat: jax.Array, y: jax.Array, w: np.ndarray | None, e: float) -> jax.Array | None:

@@ -11,7 +11,7 @@ from fnbp.arrays.checks import check_floating, describe
 from fnbp.arrays.masks import check_truth, of_queries
 from fnbp.arrays.sums import wide
 from fnbp.construction import Made, call_of, hashed, is_alike, is_other, itself, reduced
-from fnbp.losses.reduction import counted, only, share, shares, summed_up
+from fnbp.losses.reduction import counted, how_many, only, share, shares, summed_up
 
 __all__ = ["Loss"]
 
@@ -24,7 +24,8 @@ class Loss(NamedTuple):
         name        reports name the loss by it
         check       (prediction, target) -> None: raises if they do not fit; prediction may be a jax.ShapeDtypeStruct
         takes_mask  True if forward and check take a third argument: the mask of the prediction's positions, or None
-        of_batch    True if each loss is a share of the whole batch, as for reduce="tokens"
+        positions   (prediction, target, mask) -> how many positions count, if each loss is a share of a whole batch, as
+                    for reduce="tokens"; None otherwise
         made        the call that made it, see fnbp.constructor
 
     fnbp.backprop takes the mean over the m examples. If a prediction has positions (time, outputs), the loss of an
@@ -36,7 +37,7 @@ class Loss(NamedTuple):
     name: str = "loss"
     check: Callable[..., None] = lambda prediction, target: None
     takes_mask: bool = False
-    of_batch: bool = False
+    positions: Callable[..., Any] | None = None
     made: Made | None = None
 
     __eq__, __ne__, __hash__ = is_alike, is_other, hashed
@@ -117,4 +118,7 @@ def of_pairs(
         p, t, at = res
         return share(at, dloss(wide(p), t)).astype(p.dtype)
 
-    return Loss(forward, backward, name, check, takes_mask=True, of_batch=reduce == "tokens")
+    def positions(p, t, mask):
+        return how_many(counted(mask, t, ignore_index), p.shape)
+
+    return Loss(forward, backward, name, check, True, positions if reduce == "tokens" else None)

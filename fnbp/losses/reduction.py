@@ -55,6 +55,14 @@ def counted(mask: Any, target: Any, ignore_index: Any) -> Any:
     return kept & mask.reshape(*mask.shape, *[1] * (kept.ndim - mask.ndim))
 
 
+def how_many(counts: Any, shape: tuple[int, ...]) -> Any:
+    """How many positions of that shape count."""
+    if counts is None:
+        return float(np.prod(shape))
+    counts = counts.reshape(*counts.shape, *[1] * (len(shape) - counts.ndim))
+    return jnp.sum(jnp.broadcast_to(counts, shape), dtype=jnp.float32)
+
+
 def only(counts: Any, a: jax.Array) -> jax.Array:
     """a, with 0 at positions that do not count: a may be NaN there, and 0 times NaN is NaN."""
     if counts is None:

@@ -18,7 +18,7 @@ def counting_some(loss: Loss) -> Loss:
 
     def forward(prediction, target, mask=None):
         t, c = target
-        if loss.of_batch:
+        if loss.positions is not None and loss.takes_mask:
             counts = c if mask is None else mask & rows(c, mask)
             losses, res = loss.forward(prediction, t, counts)
             return losses, (res, c, jnp.ones((), losses.dtype))

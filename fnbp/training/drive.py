@@ -102,7 +102,7 @@ def end_of_epoch(watch: Watch, rule: Rule, reached: Reached) -> str:
     so_far = reached.fit("", "")
     params, state, opt_state = copy(so_far[:3])  # the next step overwrites those that are at hand
     asked = watch.on_epoch(so_far._replace(params=params, state=state, opt_state=opt_state))
-    return stopped or ("asked" if asked is True else "")
+    return stopped or ("asked" if isinstance(asked, (bool, np.bool_, jax.Array)) and bool(asked) else "")
 
 
 def validate(watch: Watch, rule: Rule, reached: Reached) -> str:

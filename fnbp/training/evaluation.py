@@ -10,7 +10,8 @@ import numpy as np
 
 from fnbp.arrays.checks import as_arrays, check_is, check_size, describe
 from fnbp.arrays.placement import placement, summed
-from fnbp.layer import Context, Layer, mask_behind
+from fnbp.arrays.sums import wide
+from fnbp.layer import Context, Layer, mask_behind, mixing
 from fnbp.losses.loss import Loss, check_target, losses_of
 from fnbp.losses.metrics import Metric, as_metrics
 from fnbp.training.loop import once
@@ -37,8 +38,11 @@ def predict(net: Layer, params: Any, state: Any, x: Any, *, batch_size: int = BA
     n = examples_of("predict", x)
     params = as_arrays("predict", "params", params)
     run = once(predictor, net)
-    checked(net, params, state, as_arrays("predict", "x", next(cut(x, n, batch_size))))
-    parts = [jax.device_get(run(params, state, as_arrays("predict", "x", part))) for part in cut(x, n, batch_size)]
+    parts, check = [], Checker("predict", net, params, state)
+    for part in cut(x, n, batch_size):
+        part = as_arrays("predict", "x", part)
+        check(part)
+        parts.append(jax.device_get(run(params, state, part)))
     return jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
 
@@ -82,12 +86,9 @@ def figures(
 ) -> dict[str, Any]:
     """The mean loss and the metrics over batches. ValueError if there is no batch."""
     run = once(adder, net, loss, tuple(metrics.values()), None)
-    totals, examples, seen = None, 0, {}
+    totals, examples, check = None, 0, Checker("evaluate", net, params, state)
     for x, y in data:
-        form = str(jax.tree.map(jax.typeof, x))
-        if form not in seen:
-            seen[form] = checked(net, params, state, x)
-        check_target(loss, seen[form], y, mask_behind(net, x, None))  # outside jit, where labels have values
+        check_target(loss, check(x), y, mask_behind(net, x, None))  # outside jit, where labels have values
         here = run(params, state, x, y)
         totals = here if totals is None else jax.tree.map(jnp.add, totals, here)
         examples += jax.tree.leaves(x)[0].shape[0]
@@ -98,10 +99,11 @@ def figures(
 
 def finished(metrics: dict[str, Metric], totals: Any, examples: int) -> dict[str, Any]:
     """The mean loss and the metrics, of their sums over all examples."""
-    J, *others = jax.device_get(totals)
-    found = {"loss": float(J / examples)}
+    J, weights, *others = jax.device_get(totals)
+    loss = float(J / weights) if weights else float("nan")
+    found = {"loss": loss}
     for (name, metric), total in zip(metrics.items(), others, strict=True):
-        found[name] = plain(metric.finish(total, examples))
+        found[name] = plain(metric.finish(total, examples, loss))
     return found
 
 
@@ -113,9 +115,25 @@ def validation_of(
     return lambda params, state: finished(metrics, run(params, state, x, y), examples)
 
 
-def checked(net: Layer, params: Any, state: Any, x: Any) -> Any:
-    """The shape of the prediction, without computing it; layers check the values of x: tokens, lengths."""
-    return jax.eval_shape(lambda params: net.forward(params, state, x, Context())[0], params)
+class Checker:
+    """Looks at batches outside jit, where layers see the values of x: tokens, lengths."""
+
+    def __init__(self, name: str, net: Layer, params: Any, state: Any):
+        self.name, self.net, self.params, self.state = name, net, params, state
+        self.seen: dict[str, Any] = {}
+
+    def __call__(self, x: Any) -> Any:
+        """The shape of the prediction, without computing it. TypeError if it depends on how x is cut into batches."""
+        if self.seen and (path := mixing(self.net, Context())):
+            raise TypeError(
+                f"{self.name}: {path} mixes the examples, so what it returns depends on the batch; give all in one, by "
+                "batch_size"
+            )
+        form = str(jax.tree.map(jax.typeof, x))
+        if form not in self.seen or any(jnp.issubdtype(a.dtype, jnp.integer) for a in jax.tree.leaves(x)):
+            forward = lambda params: self.net.forward(params, self.state, x, Context())[0]  # noqa: E731
+            self.seen[form] = jax.eval_shape(forward, self.params)
+        return self.seen[form]
 
 
 def plain(figure: Any) -> Any:
@@ -124,7 +142,9 @@ def plain(figure: Any) -> Any:
 
 
 def adder(net: Layer, loss: Loss, metrics: tuple[Metric, ...], batch: int | None) -> Callable[..., Any]:
-    """(params, state, x, y) -> the sum of the losses, and of each metric; compiled.
+    """(params, state, x, y) -> the mean loss times its weight, that weight, and the sums of each metric; compiled.
+
+    The weight is the number of examples, or, for a loss that is a share of the whole batch, of positions.
 
     batch: how many examples at once; None: all.
     """
@@ -133,7 +153,10 @@ def adder(net: Layer, loss: Loss, metrics: tuple[Metric, ...], batch: int | None
         prediction = net.forward(params, state, x, Context())[0]
         mask = mask_behind(net, x, None)
         losses, _ = losses_of(loss, prediction, y, mask)
-        return jnp.sum(losses), *(metric.total(prediction, y, losses, mask) for metric in metrics)
+        m = losses.shape[0]
+        weight = jnp.asarray(m if loss.positions is None else loss.positions(prediction, y, mask), jnp.float32)
+        totals = (metric.total(prediction, y, losses, mask) for metric in metrics)
+        return jax.tree.map(widened, (jnp.mean(wide(losses)) * weight, weight, *totals))
 
     def in_batches(params, state, x, y):
         examples = jax.tree.leaves(x)[0].shape[0]
@@ -148,6 +171,11 @@ def adder(net: Layer, loss: Loss, metrics: tuple[Metric, ...], batch: int | None
         return jax.tree.map(lambda *each: sum(each[1:], each[0]), *parts)
 
     return jax.jit(functools.partial(summed, sums if batch is None else in_batches))
+
+
+def widened(a: Any) -> Any:
+    """A sum in at least float32: sums of batches add up."""
+    return wide(a) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a
 
 
 # --- batches ---

@@ -170,7 +170,7 @@ class Reached:
     def history(self, calls: int) -> History:
         """What happened until then."""
         steps = np.asarray([step for step, _ in self.validations], int)
-        measured = together([figures for _, figures in self.validations], np.asarray)
+        measured = together([figures for _, figures in self.validations], np.stack)
         recorded = together(self.logs[:calls], np.concatenate)
         validation_loss = np.asarray(measured.pop("loss", ()), float)
         losses = recorded.pop("loss", np.zeros(0, np.float32))
@@ -178,8 +178,22 @@ class Reached:
 
 
 def together(rows: list[dict[str, Any]], join: Callable[[list[Any]], np.ndarray]) -> dict[str, np.ndarray]:
-    """Dicts of the same names as one dict of what join makes of each."""
-    return {name: join([row[name] for row in rows]) for name in rows[0]} if rows else {}
+    """One dict of what join makes of each name; NaN where a row lacks it, or has it in another shape than the last.
+
+    A run that goes on from a checkpoint may measure or record other things than before.
+    """
+    last = {name: np.asarray(value) for row in rows for name, value in row.items()}
+
+    def column(name: str) -> list[np.ndarray]:
+        return [beside(np.asarray(row["loss"]), np.asarray(row.get(name, np.nan)), last[name]) for row in rows]
+
+    return {name: join(column(name)) for name in last}
+
+
+def beside(loss: np.ndarray, value: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """value if it has the form of the last one; else NaN: one for each loss of a call, or in the last one's shape."""
+    due = loss.shape if loss.ndim else last.shape
+    return value if value.shape == due else np.full(due, np.nan)
 
 
 @contextmanager

@@ -85,6 +85,7 @@ def recorded(record: Record, step: Step) -> dict[str, Any]:
     """What the functions make of a step. ValueError if one returns other than a number."""
     found = {name: f(step) for name, f in record}
     for name, value in found.items():
-        if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.number):
-            raise ValueError(f"fit: record {name} must return a number, got {describe(value)}")
+        dtype = jnp.result_type(value)
+        if jnp.shape(value) or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise ValueError(f"fit: record {name} must return a real number, got {describe(value)}")
     return {name: jnp.asarray(value) for name, value in found.items()}
