@@ -129,7 +129,7 @@ def test_an_exception_leaves_a_checkpoint(tmp_path):
 
 
 def test_an_exception_of_a_validation_leaves_it_owed(tmp_path, monkeypatch):
-    right, calls = fnbp.training.fit.validation_of, []
+    right, calls = fnbp.training.prepare.validation_of, []
 
     def breaking(*args):
         measure = right(*args)
@@ -142,7 +142,7 @@ def test_an_exception_of_a_validation_leaves_it_owed(tmp_path, monkeypatch):
 
         return measured
 
-    monkeypatch.setattr(fnbp.training.fit, "validation_of", breaking)
+    monkeypatch.setattr(fnbp.training.prepare, "validation_of", breaking)
     with pytest.raises(RuntimeError, match="enough"):
         fit(tmp_path)
     assert steps_in(tmp_path) == [15]

@@ -158,7 +158,7 @@ def test_an_exception_bears_what_was_reached(where, monkeypatch):
     if where == "callback":
         options = {"callback": fail}
     elif where == "validation":
-        monkeypatch.setattr(fnbp.training.fit, "validation_of", lambda *_: lambda *_: fail() or {"loss": 1.0})
+        monkeypatch.setattr(fnbp.training.prepare, "validation_of", lambda *_: lambda *_: fail() or {"loss": 1.0})
         options = {"validation": (x, y)}
     else:
         options = {"on_epoch": fail}
@@ -271,7 +271,7 @@ def test_a_further_ctrl_c_tears_nothing_that_is_handed_out(monkeypatch, options)
 @pytest.mark.parametrize("where", ["on_epoch", "validation", "callback"])
 def test_what_an_exception_bears_goes_on_as_if_it_had_not_been(monkeypatch, where):
     args = task()
-    held_out, real, calls = args[4:], fnbp.training.fit.validation_of, []
+    held_out, real, calls = args[4:], fnbp.training.prepare.validation_of, []
     straight = fit(*args, steps=24, validation=held_out)
 
     def fail(*_):
@@ -284,7 +284,7 @@ def test_what_an_exception_bears_goes_on_as_if_it_had_not_been(monkeypatch, wher
         return lambda params, state: fail() or measure(params, state)
 
     if where == "validation":
-        monkeypatch.setattr(fnbp.training.fit, "validation_of", breaking)
+        monkeypatch.setattr(fnbp.training.prepare, "validation_of", breaking)
     with pytest.raises(RuntimeError, match="enough") as caught:
         fit(*args, validation=held_out, **({} if where == "validation" else {where: fail}))
     first = whole(caught.value.fit)

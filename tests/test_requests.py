@@ -87,7 +87,7 @@ def test_a_resumed_fit_keeps_its_best_and_its_patience(monkeypatch):
 
     def run(values, **options):
         values = iter(values)
-        monkeypatch.setattr(fnbp.training.fit, "validation_of", lambda *_: lambda *_: {"loss": next(values)})
+        monkeypatch.setattr(fnbp.training.prepare, "validation_of", lambda *_: lambda *_: {"loss": next(values)})
         return fit(validation=HELD_OUT, patience=3, **options)
 
     straight = run(measured, epochs=6)
@@ -146,7 +146,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "error", "message"), REFUSED)
 def test_it_is_refused_before_the_first_step(monkeypatch, options, error, message):
-    monkeypatch.setattr(fnbp.training.fit, "compiled_loop", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(fnbp.training.fit, "drive", lambda *args: pytest.fail("training began"))
     params, state = NET.init(KEY, X)
     with pytest.raises(error, match=message):
         fit(**({"params": params, "state": state} | options))

@@ -186,7 +186,7 @@ def test_a_threshold_that_is_not_reached_does_not_stop():
 def scripted(monkeypatch, values):
     """Validation losses by script."""
     values = iter(values)
-    monkeypatch.setattr(fnbp.training.fit, "validation_of", lambda *args: lambda *_: {"loss": next(values)})
+    monkeypatch.setattr(fnbp.training.prepare, "validation_of", lambda *args: lambda *_: {"loss": next(values)})
 
 
 def test_patience_stops_after_so_many_validations_without_a_new_least(monkeypatch):
@@ -377,7 +377,7 @@ def test_a_resumed_run_counts_epochs_and_validations_from_its_start():
 
 def captured(monkeypatch):
     """The compiled loops that fit makes; (first step, limit) of each call, which must consume what it is given."""
-    make, loops, calls = fnbp.training.fit.compiled_loop, [], []
+    make, loops, calls = fnbp.training.prepare.compiled_loop, [], []
 
     def capture(*args):
         loop = make(*args)
@@ -391,7 +391,7 @@ def captured(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(fnbp.training.fit, "compiled_loop", capture)
+    monkeypatch.setattr(fnbp.training.prepare, "compiled_loop", capture)
     return loops, calls
 
 
@@ -414,7 +414,7 @@ def test_the_loop_is_compiled_once(monkeypatch):
 
 
 def test_a_call_runs_no_more_steps_than_there_is_room_for_losses(monkeypatch):
-    monkeypatch.setattr(fnbp.training.fit, "CAPACITY", 4)
+    monkeypatch.setattr(fnbp.training.prepare, "CAPACITY", 4)
     monkeypatch.setattr(fnbp.training.drive, "CAPACITY", 4)
     _, calls = captured(monkeypatch)
     found = fit(steps=21)
@@ -547,7 +547,7 @@ def test_layers_are_in_training_with_another_key_every_step():
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_training(monkeypatch, options, error, words):
-    monkeypatch.setattr(fnbp.training.fit, "compiled_loop", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(fnbp.training.fit, "drive", lambda *args: pytest.fail("training began"))
     with pytest.raises(error, match=words):
         fit(**({"steps": 3} | options))
 
@@ -555,7 +555,7 @@ def test_bad_input_is_refused_before_training(monkeypatch, options, error, words
 @pytest.mark.parametrize("what", ["x", "y", "params", "validation x", "validation y"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_data_are_refused_before_training(monkeypatch, what, bad):
-    monkeypatch.setattr(fnbp.training.fit, "compiled_loop", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(fnbp.training.fit, "drive", lambda *args: pytest.fail("training began"))
     given = {
         "x": X.copy(),
         "y": X.copy(),
@@ -660,7 +660,7 @@ def test_patience_runs_out_at_the_same_step_wherever_a_run_was_resumed(monkeypat
     def measured(*args):
         return lambda params, state: {"loss": script.get(int(state[2]["n"]), 1.0)}
 
-    monkeypatch.setattr(fnbp.training.fit, "validation_of", measured)
+    monkeypatch.setattr(fnbp.training.prepare, "validation_of", measured)
     whole = fit(epochs=50, validation=VALID, patience=2)
     assert (whole.stopped, whole.step, whole.waited, whole.least) == ("patience", 28, 2, 2.0)
     second = resumed(fit(steps=middle, validation=VALID, patience=2), epochs=50, validation=VALID, patience=2)

@@ -1,7 +1,7 @@
 """Checkpoints of fit by orbax: what a run has reached, on disk, so that it goes on where it was killed."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from fnbp.training.reached import Best, Fit, History, Resumed
 
 __all__ = ["Checkpoints"]
 
-VERSION = 1  # of what is written
+VERSION = 2  # of what is written
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Checkpoints:
 
 
 class Nothing:
-    """Of a fit without checkpoints."""
+    """Of a fit without checkpoints; position: the step -> where its batch is."""
+
+    position: Callable[[int], Any] = staticmethod(lambda step: None)
 
     def load(self, run: dict[str, Any], params: Any, state: Any, opt_state: Any) -> Resumed | None:
         """Nothing was written."""
@@ -117,7 +119,7 @@ class Saver(Nothing):
             held[name] = {**history[name], **tree["history"].get(name, {})}
         kept = Best(tree["best"]["params"], tree["best"]["state"], *meta["best"]) if meta["best"] else None
         least = np.inf if meta["least"] is None else meta["least"]
-        place = (kept, meta["waited"], least, tree["params"], tree["state"], History(**held))
+        place = (kept, meta["waited"], least, tree["params"], tree["state"], History(**held), meta["position"])
         return Resumed(tree["opt_state"], step, *place)
 
     def chosen(self) -> int | None:
@@ -174,6 +176,7 @@ class Saver(Nothing):
         meta = {
             "version": VERSION,
             "run": self.run,
+            "position": self.position(fit.step),
             "best": None if fit.best is None else [fit.best.step, fit.best.loss],
             "waited": fit.waited,
             "least": float(fit.least) if np.isfinite(fit.least) else None,

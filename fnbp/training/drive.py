@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.training.checkpoints import Nothing
-from fnbp.training.loop import CAPACITY, Carry, Data, copy, last_finite
+from fnbp.training.loop import CAPACITY, Carry, copy, last_finite
 from fnbp.training.progress import Stop, bar
 from fnbp.training.reached import Fit, Reached
+from fnbp.training.supply import Resident, Streamed
 
 CALL_SECONDS = 0.2  # how long one call of the compiled loop is meant to take, and Ctrl-C to wait
 
@@ -41,9 +42,8 @@ class Watch(NamedTuple):
 
 
 def drive(
-    run: Callable,
+    supply: Resident | Streamed,
     at: tuple[Carry, jax.Array],
-    data: Data,
     rule: Rule,
     watch: Watch,
     reached: Reached,
@@ -59,6 +59,10 @@ def drive(
             limit = min(step + pace, saver.next(step, rule.last))
             if watch.epochs:
                 limit = min(limit, (step // rule.batches + 1) * rule.batches)
+            call = supply.call(step, limit, stop)
+            if call is None:
+                break
+            run, data, limit = call
             kept, called = copy(at), time.perf_counter()
             reached.hold(kept[0])
             carry, order, got, is_finite = run(*at, data, np.int32(limit), jnp.asarray(rule.threshold, float))

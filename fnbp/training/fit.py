@@ -1,6 +1,7 @@
 """fit: training with any optax transformation, from checked data to the first stopping condition."""
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
@@ -10,29 +11,22 @@ import optax
 
 from fnbp.arrays.checks import check_finite
 from fnbp.backpropagation import value_and_grad
-from fnbp.layer import Context, Layer
+from fnbp.layer import Layer
 from fnbp.losses.loss import Loss
 from fnbp.training.checkpoints import Nothing, check_alone, run_of, saving
-from fnbp.training.data import Batches, Validation, batches_of, validation_data
+from fnbp.training.data import Validation, batches_of, validation_data
 from fnbp.training.drive import Rule, Watch, drive
-from fnbp.training.evaluation import examples_of, validation_of
 from fnbp.training.loop import (
-    CAPACITY,
-    Batching,
     Carry,
     Data,
-    compiled_loop,
     copy,
     is_finite_by_leaf,
-    once,
-    permutation,
 )
+from fnbp.training.prepare import Form, Request, data_in, evaluation_of, order_of, supply_of
 from fnbp.training.progress import stoppable
 from fnbp.training.reached import Fit, History, Reached, Resumed, ended, nothing_lost
 from fnbp.training.requests import (
-    arrays_of,
-    check_augmented,
-    check_data,
+    STEPS,
     check_functions,
     check_opt_state,
     check_request,
@@ -41,7 +35,8 @@ from fnbp.training.requests import (
     check_traced,
     kinds,
 )
-from fnbp.training.steps import Record, as_record
+from fnbp.training.steps import as_record
+from fnbp.training.supply import Resident, Streamed
 
 __all__ = ["Fit", "History", "fit"]
 
@@ -82,15 +77,17 @@ def fit(
     Stops:   the steps (or epochs) are done; the loss of a batch is at most threshold; patience epochs in a row bring no
              new least validation loss; on_epoch returns True; something is not finite (the last finite parameters are
              returned); Ctrl-C or SIGTERM. An exception carries what was reached in its attribute fit.
-    Options: x, y: arrays; or x is fnbp.Batches(x, y, size), with more options. steps, epochs: how many to do, in
-             addition to those done before; give one of the two. validation: a pair (x, y), or fnbp.Validation, with
-             metrics; measured after each epoch and at the end. resume: an earlier Fit, from which opt_state, start,
-             best, waited and least are taken. opt_state, start: only these two. checkpoint: a directory, or
-             fnbp.Checkpoints, to write to and to go on from; steps and epochs are then the total, and params and state
-             those of a new run. gradient: another maker of gradients; what it returns behind J and state is Step.more.
-             record: functions of fnbp.Step, such as fnbp.gradient_norm, for history.recorded. callback: called between
-             compiled calls with the step and its loss. on_epoch: called after each epoch with the Fit so far.
-    Memory:  the data, and twice params, state and opt_state: one set is kept to go back to.
+    Options: x, y: arrays; or x is fnbp.Batches(x, y, size), with more options, or fnbp.Stream(loader), whose batches
+             come one by one. steps, epochs: how many to do, in addition to those done before; give one of the two.
+             validation: a pair (x, y), or fnbp.Validation, with metrics; measured after each epoch and at the end.
+             resume: an earlier Fit, from which opt_state, start, best, waited and least are taken. opt_state, start:
+             only these two. checkpoint: a directory, or fnbp.Checkpoints, to write to and to go on from; steps and
+             epochs are then the total, and params and state those of a new run. gradient: another maker of gradients;
+             what it returns behind J and state is Step.more. record: functions of fnbp.Step, such as
+             fnbp.gradient_norm, for history.recorded. callback: called between compiled calls with the step and its
+             loss. on_epoch: called after each epoch with the Fit so far.
+    Memory:  the data, or two chunks of at most 32 MiB of a stream; and twice params, state and opt_state: one set is
+             kept to go back to.
     Source:  fnbp/README.md, B1 to B6, one pass a step.
     Raises:  ValueError or TypeError before the first step if sizes, targets, keys or data do not fit.
     """
@@ -98,22 +95,6 @@ def fit(
     request = Request(net, loss, params, state, data, held_out, optimizer, key, gradient, logged, checkpoint)
     until = Until(steps, epochs, threshold, patience)
     return train(request, until, Earlier(resume, opt_state, start), Watch(None, on_epoch, callback, progress, False))
-
-
-class Request(NamedTuple):
-    """What fit is to train, on what, and how."""
-
-    net: Layer
-    loss: Loss
-    params: Any
-    state: Any
-    batches: Batches
-    validation: Validation | None
-    optimizer: optax.GradientTransformation
-    key: jax.Array
-    gradient: Callable
-    record: Record
-    checkpoint: Any
 
 
 class Until(NamedTuple):
@@ -135,60 +116,33 @@ class Earlier(NamedTuple):
 
 def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit:
     """Check what was asked for, go on from what there is, train, and keep the end."""
-    net, loss, params, state, batches, validation, optimizer, key, gradient, record, checkpoint = request
+    net, loss, params, state, batches, validation, optimizer, key, gradient, _, checkpoint = request
     began = Reached(params, state, earlier.opt_state, earlier.start)
     with stoppable() as stop, saving(checkpoint) as saver, nothing_lost(began, stop) as reached:
-        held = None if validation is None else (validation.x, validation.y)
-        check_traced(params, state, batches.x, batches.y, key, earlier.opt_state, held)
+        check_traced(params, state, key, earlier.opt_state, data_in(batches), data_in(validation))
         check_request(net, loss, params, key, until.patience, validation)
         check_functions(optimizer, gradient=gradient, callback=watch.callback, on_epoch=watch.on_epoch)
         check_alone(checkpoint, *earlier)
-        data, held_out = data_of(request)
-        batching = batching_of(batches, examples_of("fit", data[0]))
-        begun = from_checkpoint(saver, request, forms(data)) or resumed(*earlier)
+        supply, form = supply_of(request)
+        evaluate = evaluation_of(request)
+        begun = from_checkpoint(saver, request, form) or resumed(*earlier)
         done = 0 if checkpoint is None else begun.step
-        rule = rule_of(begun.step, done, until, batching.number)
-        run = once(compiled_loop, net, loss, gradient, optimizer, batching, record, CAPACITY)
-        at, data = set_out(request, begun, data, rule)
+        rule = rule_of(begun.step, done, until, supply.number, watch.on_epoch)
+        at, data = set_out(request, begun, supply, rule)
         reached.begin(at[0], begun)
-        measures = {} if validation is None else validation.measures
-        evaluate = None if held_out is None else validation_of(net, loss, measures, *held_out)
         watch = watch._replace(evaluate=evaluate, owed=is_owed(earlier.resume or begun, rule.batches))
-        found = drive(run, at, data, rule, watch, reached, stop, saver)
-        saver.finish(found)
+        with closing(supply):
+            supply.begin(data, rule.start, rule.last, begun.position, anew=checkpoint is not None)
+            saver.position = supply.position
+            found = drive(supply, at, rule, watch, reached, stop, saver)
+            saver.finish(found)
     return ended(found, stop.reason)
 
 
-def data_of(request: Request) -> tuple[Any, Any]:
-    """The data and those held out, as arrays that fit net and loss."""
-    net, loss, params, state, batches, validation, _, key, *_ = request
-    x, y = arrays_of("training data", batches.x, batches.y)
-    ctx = Context(key, train=True)
-    if batches.augment is None:
-        examples = check_data("training data", net, loss, params, state, x, y, ctx)
-    else:
-        examples = check_augmented(net, loss, params, state, x, y, ctx, batches.augment)
-    if batches.size > examples:
-        raise ValueError(f"fit: batch_size {batches.size} is more than the {examples} examples")
-    if validation is None:
-        return (x, y), None
-    at, due = arrays_of("validation data", validation.x, validation.y)
-    check_data("validation data", net, loss, params, state, at, due, Context())
-    return (x, y), (at, due)
-
-
-def batching_of(batches: Batches, examples: int) -> Batching:
-    """How batches are taken of so many examples."""
-    size = int(batches.size)
-    partial = bool(examples % size) and not batches.drop_last
-    return Batching(size, examples // size + partial, partial, batches.augment)
-
-
-permuted = jax.jit(permutation, static_argnums=2)
-
-
-def set_out(request: Request, resume: Resumed, data: Any, rule: Rule) -> tuple[tuple[Carry, jax.Array], Data]:
-    """Where the compiled loop begins, in buffers of its own, and the data as it takes them."""
+def set_out(
+    request: Request, resume: Resumed, supply: Resident | Streamed, rule: Rule
+) -> tuple[tuple[Carry, jax.Array], Data]:
+    """Where the compiled loop begins, in buffers of its own, and what it reads beside the batches."""
     given = (request.params, request.state) if resume.history is None else (resume.params, resume.state)
     params, state = jax.tree.map(jnp.asarray, given)
     optimizer, key = request.optimizer, request.key
@@ -197,29 +151,29 @@ def set_out(request: Request, resume: Resumed, data: Any, rule: Rule) -> tuple[t
     must = is_finite_by_leaf(fresh)
     opt_state = fresh if resume.opt_state is None else check_opt_state(optimizer, params, resume.opt_state, must)
     key_order, key_layers = jax.random.split(key)
-    order = permuted(key_order, rule.start // rule.batches, examples_of("fit", data[0]))
+    order = order_of(key, rule.start // rule.batches, supply.examples)
     carry = copy(Carry(params, state, opt_state, jnp.asarray(rule.start, jnp.int32)))
-    return (carry, order), Data(data[0], data[1], key_order, key_layers, jnp.asarray(must, bool))
+    return (carry, order), Data(None, None, key_order, key_layers, jnp.asarray(must, bool))
 
 
-def from_checkpoint(saver: Nothing, request: Request, data: list[str]) -> Resumed | None:
+def from_checkpoint(saver: Nothing, request: Request, form: Form) -> Resumed | None:
     """What a checkpoint holds; None if there is none yet. ValueError if it is of another run."""
     if request.checkpoint is None:
         return None
     params, state = jax.tree.map(jnp.asarray, (request.params, request.state))
     fresh = request.optimizer.init(params)
-    settings = {"batch_size": int(request.batches.size), "drop_last": request.batches.drop_last, "data": data}
+    settings = {"batch_size": form.size, "drop_last": form.drop_last, "data": form.arrays}
     run = run_of(request.net, request.loss, params, kinds(fresh), request.key, **settings)
     return saver.load(run, params, state, fresh)
 
 
-def forms(tree: Any) -> list[str]:
-    """The dtype and shape of each array."""
-    return [f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(tree)]
-
-
-def rule_of(start: Any, done: int, until: Until, batches: int) -> Rule:
+def rule_of(start: Any, done: int, until: Until, batches: int | None, on_epoch: Any) -> Rule:
     """When to stop, of what was asked for; done: how many of the steps that were asked for were done before."""
+    if batches is None:
+        for name, wanted in (("epochs", until.epochs), ("patience", until.patience), ("on_epoch", on_epoch)):
+            if wanted is not None:
+                raise ValueError(f"fit: {name} needs to know how many batches an epoch has: Stream(batches, epoch=...)")
+        batches = STEPS
     last = check_steps(start, done, until.steps, until.epochs, batches)
     return Rule(int(start), last, batches, check_threshold(until.threshold), until.patience)
 

@@ -31,8 +31,10 @@ class Carry(NamedTuple):
 class Data(NamedTuple):
     """What every step reads.
 
-    x, y        all examples                       key_order   of the order of the examples in an epoch
-    key_layers  of the layers that draw            must        for each leaf of opt_state, whether it must be finite
+    x, y        all examples; or, with one more axis, the batches of the steps from first on
+    key_order   of the order of the examples in an epoch
+    key_layers  of the layers that draw
+    must        for each leaf of opt_state, whether it must be finite
     """
 
     x: Any
@@ -40,18 +42,20 @@ class Data(NamedTuple):
     key_order: jax.Array
     key_layers: jax.Array
     must: jax.Array
+    first: Any = None
 
 
 class Batching(NamedTuple):
     """How batches are taken of the examples.
 
-    size     examples of a batch            number  of batches in an epoch
+    size     examples of a batch
+    number   of batches in an epoch; None if Data holds batches
     partial  True if the last batch of an epoch is filled up with examples that do not count
     augment  (key, (x, y)) -> (x, y), or None
     """
 
     size: int
-    number: int
+    number: int | None
     partial: bool
     augment: Callable | None
 
@@ -130,11 +134,13 @@ class Marked(NamedTuple):
     """A target, and which examples count."""
 
     target: Any
-    counts: jax.Array
+    counts: Any
 
 
 def batch_of(data: Data, order: jax.Array, step: jax.Array, batching: Batching) -> tuple[Any, Any]:
     """The examples of a step: a part of the epoch's order. The last one begins again at its front, which is Marked."""
+    if batching.number is None:
+        return jax.tree.map(lambda a: a[step - data.first], (data.x, data.y))
     first = step % batching.number * batching.size
     if not batching.partial:
         rows = jax.lax.dynamic_slice_in_dim(order, first, batching.size)
@@ -166,36 +172,38 @@ def compiled_loop(
     batches = batching.number
 
     def run(carry, order, data, limit, threshold):
-        first, examples = carry.step, order.shape[0]
+        first = carry.step
 
         def goes_on(loop):
             carry, _, J = loop
             fine = jnp.isfinite(J) & (J > threshold)
             return (carry.step < limit) & (fine | (carry.step == first))
 
+        def one(order, loop):
+            carry, logs, _ = loop
+            at = carry.step - first
+            x, y = batch_of(data, order, carry.step, batching)
+            carry, now = step(carry, x, y, data.key_layers)
+            now = jax.tree.map(lambda a, b: a.astype(b.dtype), now, logs)
+            return carry, jax.tree.map(lambda kept, a: kept.at[at].set(a), logs, now), now["loss"]
+
         def epoch(loop):
             (carry, logs, J), order = loop
             number = carry.step // batches
-            order = jax.lax.cond(
-                carry.step % batches == 0, lambda: permutation(data.key_order, number, examples), lambda: order
-            )
-
-            def one(loop):
-                carry, logs, _ = loop
-                at = carry.step - first
-                x, y = batch_of(data, order, carry.step, batching)
-                carry, now = step(carry, x, y, data.key_layers)
-                now = jax.tree.map(lambda a, b: a.astype(b.dtype), now, logs)
-                return carry, jax.tree.map(lambda kept, a: kept.at[at].set(a), logs, now), now["loss"]
+            fresh = functools.partial(permutation, data.key_order, number, order.shape[0])
+            order = jax.lax.cond(carry.step % batches == 0, fresh, lambda: order)
 
             def within(loop):
                 return goes_on(loop) & (loop[0].step // batches == number)
 
-            return jax.lax.while_loop(within, one, (carry, logs, J)), order
+            return jax.lax.while_loop(within, functools.partial(one, order), (carry, logs, J)), order
 
         empty = jnp.full(capacity, jnp.nan, jnp.result_type(float))
-        logs = {"loss": empty, **{name: empty for name, _ in record}}
-        loop, order = jax.lax.while_loop(lambda loop: goes_on(loop[0]), epoch, ((carry, logs, empty[0]), order))
+        loop = carry, {"loss": empty, **{name: empty for name, _ in record}}, empty[0]
+        if batches is None:
+            loop = jax.lax.while_loop(goes_on, functools.partial(one, order), loop)
+        else:
+            loop, order = jax.lax.while_loop(lambda loop: goes_on(loop[0]), epoch, (loop, order))
         carry, logs, _ = loop
         moments = zip(data.must, jax.tree.leaves(carry.opt_state), strict=True)
         fine = [~must | finite(leaf) for must, leaf in moments]

@@ -97,6 +97,7 @@ class Resumed(NamedTuple):
     params: Any = None
     state: Any = None
     history: History | None = None
+    position: Any = None
 
 
 class Reached:

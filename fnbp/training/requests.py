@@ -17,16 +17,7 @@ STEPS = 2**31 - 1  # steps are counted in int32
 
 
 def check_traced(*trees: Any) -> None:
-    """TypeError if fit itself is traced: it is a Python loop, which looks at values between compiled calls.
-
-    TypeError also for an iterable of batches, which JAX would take for one leaf.
-    """
-    for tree in trees:
-        if hasattr(tree, "__iter__") and not hasattr(tree, "dtype") and not isinstance(tree, (tuple, list, dict, str)):
-            raise TypeError(
-                f"fit: training data: x must be an array that holds all examples, got {type(tree).__name__}: fit takes "
-                "no iterable of batches"
-            )
+    """TypeError if fit itself is traced: it is a Python loop, which looks at values between compiled calls."""
     leaves = jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Iterator))
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise TypeError(
@@ -171,10 +162,10 @@ def check_examples(what: str, x: Any, y: Any) -> int:
 
 
 def check_augmented(
-    net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context, augment: Callable
+    what: str, net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context, augment: Callable
 ) -> int:
     """As check_data, for x and y as augment returns them: their shapes, and the values of those that it is given."""
-    examples = check_examples("training data", x, y)
+    examples = check_examples(what, x, y)
     made = jax.eval_shape(augment, ctx.key, (x, y))
     if not isinstance(made, (tuple, list)) or len(made) != 2:
         raise TypeError(f"fit: augment must return (x, y), got {describe(made)}")

@@ -1,0 +1,203 @@
+"""What each call of the compiled loop reads: all examples, on the device, or a chunk of batches that came just now."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fnbp.arrays.checks import as_arrays
+from fnbp.training.loop import Data, Marked
+from fnbp.training.progress import Stop
+from fnbp.training.sources import Batch, Passes, Rows
+
+CHUNK_BYTES = 1 << 25  # of the batches that are brought to the device at once
+CHUNK_BATCHES = 128
+FILL_SECONDS = 0.1  # a chunk is handed on, however few batches it has, when so much time has passed
+CLOSE_SECONDS = 5.0  # how long to wait for the batch that is being drawn when fit ends
+
+
+class Call(NamedTuple):
+    """A call of the compiled loop: run(*at, data, limit, threshold)."""
+
+    run: Callable
+    data: Data
+    limit: int
+
+
+class Resident:
+    """All examples lie on the device, and one call may pass through many epochs of them."""
+
+    def __init__(self, run: Callable, number: int | None, x: Any, y: Any, examples: int):
+        self.run, self.number, self.x, self.y, self.examples = run, number, x, y, examples
+        self.data: Data | None = None
+
+    def begin(self, data: Data, start: int, last: int, position: Any, anew: bool) -> None:
+        """Every call reads the same data."""
+        self.data = data._replace(x=self.x, y=self.y)
+
+    def call(self, step: int, limit: int, stop: Stop) -> Call | None:
+        """The call that goes on from step."""
+        assert self.data is not None
+        return Call(self.run, self.data, limit)
+
+    def position(self, step: int) -> Any:
+        """The step says all."""
+
+    def close(self) -> None:
+        """Nothing was begun."""
+
+
+class Drawn(NamedTuple):
+    """A batch, and the positions of the source before it and behind it; or what the source raised."""
+
+    batch: Batch | BaseException
+    before: Any = None
+    behind: Any = None
+
+
+class Chunk(NamedTuple):
+    """The batches of the steps from first up to stop, stacked; positions: of the source before each, and at the end."""
+
+    first: int
+    stop: int
+    x: Any
+    y: Any
+    counts: np.ndarray | None
+    positions: list[Any]
+
+
+class Streamed:
+    """Batches come from a source, a chunk at a time; they are drawn in a thread, ahead of the training.
+
+    runs: the compiled loop for whole batches, and for batches of which some examples do not count.
+    """
+
+    examples = 0  # on the device, to be put in order
+
+    def __init__(self, runs: tuple[Callable, Callable], number: int | None, source: Passes | Rows, most: int):
+        self.runs, self.number, self.source, self.most = runs, number, source, most
+        self.data: Data | None = None
+        self.chunk: Chunk | None = None  # on the device
+        self.ahead: Chunk | None = None  # on the device, too
+        self.drawn: deque[Drawn] = deque()
+        self.changed, self.closed, self.last = threading.Condition(), False, 0
+        self.thread = threading.Thread(target=self.draw, daemon=True, name="fnbp batches")
+
+    def begin(self, data: Data, start: int, last: int, position: Any, anew: bool) -> None:
+        """Go to the batch of step start, and begin to draw."""
+        self.data, self.last = data, last
+        self.source.seek(start, position, anew)
+        self.thread.start()
+
+    def draw(self) -> None:
+        """Draw batch after batch, at most two chunks ahead."""
+        behind = self.source.position()
+        while self.source.at < self.last and not self.closed:
+            before = behind
+            try:
+                batch = self.source.next()
+                behind = self.source.position()
+            except BaseException as error:
+                batch = error
+            with self.changed:
+                self.drawn.append(Drawn(batch, before, behind))
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self.closed or len(self.drawn) < 2 * self.most)
+            if isinstance(batch, BaseException):
+                return
+
+    def call(self, step: int, limit: int, stop: Stop) -> Call | None:
+        """The call that goes on from step; None if a signal came while the batches did not."""
+        assert self.data is not None
+        if self.chunk is None or step >= self.chunk.stop:
+            chunk, self.ahead = self.ahead or self.take(step, stop), None
+            if chunk is None:
+                return None
+            self.chunk = chunk
+        chunk = self.chunk
+        if self.ahead is None and len(self.drawn) >= min(self.most, self.last - chunk.stop) > 0:
+            self.ahead = self.take(chunk.stop, stop)  # copied while the device works
+        y = chunk.y if chunk.counts is None else Marked(chunk.y, chunk.counts)
+        data = self.data._replace(x=chunk.x, y=y, first=np.int32(chunk.first))
+        return Call(self.runs[chunk.counts is not None], data, min(limit, chunk.stop))
+
+    def take(self, first: int, stop: Stop) -> Chunk | None:
+        """A chunk of the batches that were drawn: whole ones, or one that is not whole. None if a signal came first.
+
+        What the source raised is raised when its turn has come.
+        """
+        until = time.perf_counter() + FILL_SECONDS
+        with self.changed:
+            while not self.drawn or (len(self.drawn) < min(self.most, self.last - first) and not self.failed):
+                late = time.perf_counter() > until
+                if self.drawn and late:
+                    break
+                if stop.reason:
+                    return None
+                self.changed.wait(0.05)
+            taken = [self.drawn.popleft()]
+            while self.drawn and len(taken) < self.most and is_whole(taken[-1]) and is_whole(self.drawn[0]):
+                taken.append(self.drawn.popleft())
+            self.changed.notify_all()
+        if isinstance(taken[0].batch, BaseException):
+            self.drawn.appendleft(taken[0])
+            raise taken[0].batch
+        return self.stacked(first, taken)
+
+    @property
+    def failed(self) -> bool:
+        """True if nothing more will be drawn."""
+        return bool(self.drawn) and isinstance(self.drawn[-1].batch, BaseException)
+
+    def stacked(self, first: int, taken: list[Drawn]) -> Chunk:
+        """Batches under one more axis, as long as that of every chunk, so that the loop is compiled once."""
+        batches = [one.batch for one in taken if isinstance(one.batch, Batch)]
+        stop, positions = first + len(batches), [*(one.before for one in taken), taken[-1].behind]
+        x, y = (
+            as_arrays("fit", f"batches {first} to {stop - 1}: {name}", under_one(self.most, trees))
+            for name, trees in (("x", [one.x for one in batches]), ("y", [one.y for one in batches]))
+        )
+        counts = None if is_whole(taken[0]) else under_one(self.most, [batches[0].counts])
+        return Chunk(first, stop, x, y, counts, positions)
+
+    def position(self, step: int) -> Any:
+        """Where the batch of a step is, for a source that can tell; else None."""
+        chunk = self.chunk
+        if chunk is None or not chunk.first <= step <= chunk.stop:
+            return None
+        return chunk.positions[step - chunk.first]
+
+    def close(self) -> None:
+        """Draw no more; wait for the batch that is being drawn, since an iterator cannot be used twice at once."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        if self.thread.is_alive():
+            self.thread.join(CLOSE_SECONDS)
+
+
+def is_whole(drawn: Drawn) -> bool:
+    """True for a batch of which all examples count."""
+    return isinstance(drawn.batch, Batch) and drawn.batch.counts is None
+
+
+def under_one(most: int, trees: list[Any]) -> Any:
+    """Trees of arrays stacked, and filled up with zeros to most of them."""
+
+    def stack(*leaves):
+        whole = np.zeros((most, *leaves[0].shape), leaves[0].dtype)
+        for i, leaf in enumerate(leaves):
+            whole[i] = leaf
+        return whole
+
+    return jax.tree.map(stack, *trees)
+
+
+def batches_at_once(batch: Any) -> int:
+    """How many batches make a chunk."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+    return max(1, min(CHUNK_BATCHES, CHUNK_BYTES // max(size, 1)))

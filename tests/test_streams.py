@@ -1,0 +1,353 @@
+"""fit on batches that come one by one: from an iterable, a loader of grain, or arrays that stay on the host."""
+
+import gc
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+import weakref
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fnbp
+import fnbp.training.prepare
+from fnbp.training import supply
+from tests.test_checkpoints import same
+
+RNG = np.random.default_rng(7)
+M, BATCH, KEY = 23, 5, jax.random.key(1)  # 5 batches an epoch, the last one of 3
+X, Y = RNG.standard_normal((M, 3)).astype(np.float32), RNG.integers(0, 4, M)
+NET = fnbp.serial(fnbp.dense(7), fnbp.batch_norm(), fnbp.tanh(), fnbp.dropout(0.1), fnbp.dense(4))
+LOSS, ADAM = fnbp.softmax_cross_entropy(), optax.adam(0.02)
+PAIRS = [(X[i : i + BATCH], Y[i : i + BATCH]) for i in range(0, 20, BATCH)]
+
+
+def fit(data, net=NET, **options):
+    params, state = net.init(jax.random.key(0), X)
+    given = {"optimizer": ADAM, "key": KEY, "progress": False, "record": fnbp.gradient_norm} | options
+    if "epochs" not in options:
+        given = {"steps": 12} | given
+    return fnbp.fit(net, LOSS, params, state, data, **given)
+
+
+def orders(epoch):
+    """Other batches in each epoch."""
+    return [PAIRS[i] for i in np.random.default_rng(epoch).permutation(4)]
+
+
+def by_hand(batches, net=NET):
+    """The same steps, without fit."""
+    params, state = net.init(jax.random.key(0), X)
+    opt_state, losses, (_, key) = ADAM.init(params), [], jax.random.split(KEY)
+    gradient = jax.jit(fnbp.value_and_grad(net, LOSS))
+    for step, (x, y) in enumerate(batches):
+        ctx = fnbp.Context(jax.random.fold_in(key, step), train=True)
+        (J, state), grads = gradient(params, state, jnp.asarray(x), jnp.asarray(y), ctx)
+        updates, opt_state = ADAM.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(J))
+    return np.asarray(losses)
+
+
+# --- what is computed ---
+
+
+def test_each_batch_of_an_iterable_is_a_step():
+    found = fit(fnbp.Stream(PAIRS), steps=10)
+    np.testing.assert_allclose(found.history.loss, by_hand(itertools.islice(itertools.cycle(PAIRS), 10)), rtol=2e-5)
+    found = fit(fnbp.Stream(orders, epoch=4), steps=10)
+    due = by_hand([*orders(0), *orders(1), *orders(2)[:2]])
+    np.testing.assert_allclose(found.history.loss, due, rtol=2e-5)
+
+
+class Loader:
+    """An iterable that begins again, as loaders do."""
+
+    def __init__(self, length=None):
+        self.length = length
+
+    def __iter__(self):
+        return iter(PAIRS)
+
+
+class Sized(Loader):
+    def __len__(self):
+        return 4
+
+
+@pytest.mark.parametrize("data", [Loader(), Sized(), lambda: (pair for pair in itertools.cycle(PAIRS))])
+def test_whatever_begins_again_is_passed_through_again(data):
+    data = data() if not isinstance(data, Loader) else data
+    same(fit(data), fit(fnbp.Stream(PAIRS)), but=("seconds", "validation_step"))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("steps", [3, 12])
+def test_arrays_on_the_host_are_trained_on_as_those_on_the_device(tmp_path, drop_last, steps):
+    np.save(tmp_path / "x.npy", X)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    there = fit(fnbp.Batches(mapped, Y, BATCH, drop_last, host=True), steps=steps, validation=(X, Y))
+    here = fit(fnbp.Batches(X, Y, BATCH, drop_last), steps=steps, validation=(X, Y))
+    np.testing.assert_allclose(there.history.loss, here.history.loss, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(there[:3]), jax.tree.leaves(here[:3]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert there.history.validation_step.tolist() == here.history.validation_step.tolist()
+
+
+def test_a_short_batch_is_filled_up_with_examples_that_do_not_count():
+    net = fnbp.models.mlp(7, 4)
+    short = [*PAIRS[:2], (X[20:], Y[20:]), PAIRS[3]]
+    found = fit(fnbp.Stream(short), net, steps=8)
+    np.testing.assert_allclose(found.history.loss, by_hand(short + short, net), rtol=2e-5)
+
+
+def test_bytes_become_numbers_on_the_device():
+    pixels = RNG.integers(0, 256, (M, 3)).astype(np.uint8)
+
+    def scaled(key, batch):
+        x, y = batch
+        return x / jnp.float32(255), y
+
+    raw = [(pixels[i : i + BATCH], Y[i : i + BATCH]) for i in range(0, 20, BATCH)]
+    ready = [(x / np.float32(255), y) for x, y in raw]
+    found = fit(fnbp.Stream(raw, augment=scaled)).history.loss
+    np.testing.assert_allclose(found, fit(fnbp.Stream(ready)).history.loss, rtol=1e-5)
+    found = fit(fnbp.Batches(pixels, Y, BATCH, augment=scaled, host=True)).history.loss
+    due = fit(fnbp.Batches(pixels / np.float32(255), Y, BATCH)).history.loss
+    np.testing.assert_allclose(found, due, rtol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_chunks_change_nothing(monkeypatch, most):
+    whole = fit(fnbp.Stream(PAIRS))
+    monkeypatch.setattr(supply, "CHUNK_BATCHES", most)
+    same(fit(fnbp.Stream(PAIRS)), whole)
+
+
+def test_epochs_are_passes_unless_told():
+    seen = []
+    fit(fnbp.Stream(PAIRS), epochs=2, on_epoch=lambda so_far: seen.append(so_far.step))
+    fit(fnbp.Stream(PAIRS, epoch=3), epochs=2, on_epoch=lambda so_far: seen.append(so_far.step))
+    assert seen == [4, 8, 3, 6]
+    endless = fnbp.Stream(itertools.cycle(PAIRS), epoch=5)
+    assert fit(endless, steps=12, validation=(X, Y)).history.validation_step.tolist() == [5, 10, 12]
+    found = fit(fnbp.Stream(itertools.cycle(PAIRS)), steps=12, validation=(X, Y))
+    assert found.history.validation_step.tolist() == [12]
+
+
+def test_held_out_data_may_come_in_batches():
+    held = fnbp.Validation([(X[:9], Y[:9]), (X[9:], Y[9:])], metrics=fnbp.accuracy())
+    found, due = fit(fnbp.Stream(PAIRS), validation=held), fit(fnbp.Stream(PAIRS), validation=(X, Y))
+    np.testing.assert_allclose(found.history.validation_loss, due.history.validation_loss, rtol=1e-5)
+    assert len(found.history.metrics["accuracy"]) == 3
+
+
+def test_a_second_fit_compiles_nothing(monkeypatch):
+    fit(fnbp.Stream(PAIRS))
+    monkeypatch.setattr(fnbp.training.prepare, "compiled_loop", lambda *args: pytest.fail("compiled again"))
+    fit(fnbp.Stream(PAIRS), steps=7)
+
+
+# --- going on ---
+
+
+@pytest.mark.parametrize("first", [1, 4, 6])
+@pytest.mark.parametrize("kind", ["list", "function", "endless", "host"])
+def test_two_pieces_are_one(tmp_path, kind, first):
+    make = {
+        "list": lambda: fnbp.Stream(PAIRS),
+        "function": lambda: fnbp.Stream(orders, epoch=4),
+        "endless": lambda: fnbp.Stream(itertools.cycle(PAIRS), epoch=4),
+        "host": lambda: fnbp.Batches(X, Y, BATCH, host=True),
+    }[kind]
+    whole = fit(make(), steps=11)
+    fit(make(), steps=first, checkpoint=tmp_path)
+    same(fit(make(), steps=11, checkpoint=tmp_path), whole)
+    data = make()  # in one process an iterator goes on where it is
+    before = fit(data, steps=first)
+    after = resumed(data, before, 11 - first)
+    for a, b in zip(jax.tree.leaves(after[:3]), jax.tree.leaves(whole[:3]), strict=True):
+        assert np.array_equal(a, b)
+
+
+def resumed(data, before, steps):
+    return fnbp.fit(
+        NET, LOSS, before.params, before.state, data, optimizer=ADAM, key=KEY, progress=False, steps=steps,
+        resume=before, record=fnbp.gradient_norm,
+    )  # fmt: skip
+
+
+def grains(seed=0):
+    data = grain.MapDataset.source(list(zip(X[:20], Y[:20], strict=True))).seed(seed).shuffle().repeat()
+    return data.batch(BATCH, drop_remainder=True).to_iter_dataset()
+
+
+@pytest.mark.parametrize("first", [3, 8])
+def test_an_iterator_that_knows_its_place_is_set(tmp_path, monkeypatch, first):
+    monkeypatch.setattr(supply, "CHUNK_BATCHES", 4)
+    whole = fit(fnbp.Stream(grains()), steps=15)
+    assert len(np.unique(whole.history.loss)) == 15
+    fit(fnbp.Stream(grains()), steps=first, checkpoint=tmp_path)
+    drawn = []
+
+    class Counted:
+        def __iter__(self):
+            return CountedIterator(iter(grains()))
+
+    class CountedIterator:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            drawn.append(1)
+            return next(self.inner)
+
+        def get_state(self):
+            return self.inner.get_state()
+
+        def set_state(self, state):
+            self.inner.set_state(state)
+
+    same(fit(fnbp.Stream(Counted()), steps=15, checkpoint=tmp_path), whole)
+    assert len(drawn) == 1 + 15 - first  # the one that is looked at first, too
+
+
+def test_the_place_is_json(tmp_path):
+    fit(fnbp.Stream(grains()), steps=3, checkpoint=tmp_path)
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.is_file() and path.parent.name == "meta"]
+    (meta,) = [json.loads(text) for text in texts if "position" in text]
+    assert meta["position"]["at"] == 3 and meta["position"]["state"]["json"]
+
+
+# --- what goes wrong ---
+
+
+def broken(at, pair):
+    return [*(PAIRS * 3)[:at], pair, *PAIRS]
+
+
+@pytest.mark.parametrize(
+    "pair, error, words",
+    [
+        ((X[:5] * np.nan, Y[:5]), ValueError, r"fit: batch 6: x holds nan at index \(0, 0\)"),
+        (
+            (X[:5, :2], Y[:5]),
+            ValueError,
+            r"fit: batch 6 holds float32 \(2,\), int64 \(\) for each example; the first .*3",
+        ),
+        ((X[:5].astype(float), Y[:5]), ValueError, r"fit: batch 6 holds float64"),
+        ((X[:7], Y[:7]), ValueError, "fit: batch 6 has 7 examples, more than the first, which had 5"),
+        ((X[:5], Y[:4]), ValueError, r"fit: batch 6 needs equally many examples in x and y, .* \[\(4,\), \(5,\)\]"),
+        (X[:5], TypeError, r"fit: batch 6 must be a pair \(x, y\), got float32"),
+        ((X[:5], Y[:5], Y[:5]), TypeError, r"fit: batch 6 must be a pair \(x, y\), got a tuple of 3"),
+        (({"a": X[:5]}, Y[:5]), ValueError, "fit: batch 6 holds"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_named_and_nothing_is_lost(tmp_path, pair, error, words):
+    with pytest.raises(error, match=words) as caught:
+        fit(fnbp.Stream(broken(6, pair)), steps=20, checkpoint=tmp_path)
+    assert caught.value.fit.step == 6
+    assert fit(fnbp.Stream(PAIRS * 3), steps=20, checkpoint=tmp_path).step == 20
+
+
+def test_what_the_iterable_raises_says_where():
+    def each():
+        yield from PAIRS
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        fit(fnbp.Stream(each()), steps=20)
+    assert caught.value.fit.step == 4
+    assert "fit: raised by the iterable of batches, at batch 4" in caught.value.__notes__
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (lambda: fnbp.Stream(iter(PAIRS)), "the iterator ended after 4 batches, and more steps were asked for"),
+        (lambda: fnbp.Stream(Lying()), "epoch 0 ended after 4 batches, expected 6"),
+        (lambda: fnbp.Stream(lambda epoch: PAIRS[: 4 - epoch], epoch=4), "epoch 1 ended after 3 batches, expected 4"),
+    ],
+)
+def test_an_iterable_that_ends_early_is_told(data, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        fit(data(), steps=10)
+    assert caught.value.fit.step >= 4
+
+
+class Lying(Loader):
+    def __len__(self):
+        return 6
+
+
+@pytest.mark.parametrize(
+    "data, options, error, words",
+    [
+        (fnbp.Stream([]), {}, ValueError, "epoch 0 of the iterable has no batch"),
+        (fnbp.Stream(3), {}, TypeError, r"Stream needs an iterable of batches \(x, y\), got int 3"),
+        (fnbp.Stream(X), {}, TypeError, "arrays go into Batches"),
+        (fnbp.Stream((X, Y)), {}, TypeError, "arrays go into Batches"),
+        (fnbp.Stream(PAIRS, epoch=0), {}, ValueError, "epoch must be at least 1"),
+        (fnbp.Stream(PAIRS, augment=3), {}, TypeError, "augment must be a function"),
+        (fnbp.Stream(PAIRS), {"y": Y}, ValueError, "the batches of a stream hold y"),
+        (fnbp.Stream(PAIRS), {"batch_size": 5}, ValueError, "the batches of a stream hold y"),
+        (
+            fnbp.Stream(lambda epoch: 3),
+            {},
+            TypeError,
+            r"batches\(epoch\) must return an iterable of batches, got int 3",
+        ),
+        (fnbp.Stream(itertools.cycle(PAIRS)), {"epochs": 2}, ValueError, "epochs needs to know how many batches"),
+        (fnbp.Stream(Loader()), {"on_epoch": print}, ValueError, "on_epoch needs to know how many batches an epoch"),
+        (fnbp.Stream(Loader()), {"patience": 2, "validation": (X, Y)}, ValueError, "patience needs to know"),
+        (fnbp.Stream([(X[:5], Y[:5] + 9)]), {}, ValueError, "label 9 at index"),
+        (fnbp.Stream([(X[:5, :0], Y[:5])]), {}, ValueError, "dense"),
+        (fnbp.Batches(X, Y, 50, host=True), {}, ValueError, "batch_size 50 is more than the 23 examples"),
+        (fnbp.Batches(X, Y[:9], 5, host=True), {}, ValueError, "expected equally many examples"),
+        (fnbp.Batches(X, Y, 5, host=3), {}, TypeError, "host must be a bool"),
+        (fnbp.Batches([1, 2], Y, 5, host=True), {}, TypeError, "expected arrays with the examples as first axis"),
+    ],
+)
+def test_what_is_refused(data, options, error, words):
+    with pytest.raises(error, match=words):
+        fit(data, **options)
+
+
+def test_ctrl_c_ends_a_wait_for_a_loader_that_hangs(monkeypatch):
+    gate = threading.Event()
+
+    def each():
+        yield from PAIRS
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        gate.wait(20)
+        yield PAIRS[0]
+
+    monkeypatch.setattr(supply, "CLOSE_SECONDS", 0.1)
+    began = time.perf_counter()
+    found = fit(fnbp.Stream(each()), steps=20)
+    gate.set()
+    assert (found.stopped, found.step) == ("interrupt", 4) and time.perf_counter() - began < 15
+
+
+def test_nothing_of_a_stream_is_kept_behind_a_fit():
+    class Owner:
+        def __iter__(self):
+            return itertools.cycle(PAIRS)
+
+    owner = Owner()
+    seen = weakref.ref(owner)
+    fit(fnbp.Stream(owner), steps=5)
+    del owner
+    gc.collect()
+    assert seen() is None
+    assert not [one for one in threading.enumerate() if one.name == "fnbp batches"]
