@@ -150,9 +150,16 @@ def test_held_out_data_may_come_in_batches():
 
 
 def test_a_second_fit_compiles_nothing(monkeypatch):
-    fit(fnbp.Stream(PAIRS))
-    monkeypatch.setattr(fnbp.training.prepare, "compiled_loop", lambda *args: pytest.fail("compiled again"))
-    fit(fnbp.Stream(PAIRS), steps=7)
+    make, loops = fnbp.training.prepare.compiled_loop, []
+
+    def capture(*args):
+        loops.append(make(*args))
+        return loops[-1]
+
+    monkeypatch.setattr(fnbp.training.prepare, "compiled_loop", capture)
+    for steps in (3, 7, 12):
+        fit(fnbp.Stream(PAIRS), steps=steps)
+    assert [loop._cache_size() for loop in loops] == [1, 0]  # for whole batches, and for others
 
 
 # --- going on ---
