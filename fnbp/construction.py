@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, TypeVar
 
 import jax
@@ -26,13 +27,20 @@ def constructor(make: Maker) -> Maker:
     replaced afterwards is equal only to itself.
 
     Options: make: a pure function; to be pickled it must stand at the top of its module.
+    Raises:  TypeError if make is not a function, or is a method: what self holds may change; or, when it is called, if
+             it returns neither a Layer nor a Loss nor a Metric.
     """
+    name = getattr(make, "__qualname__", "")
+    if not inspect.isfunction(make) or not ("." not in name or name.rpartition(".")[0].endswith("<locals>")):
+        raise TypeError(f"constructor: expected a function, not a method, got {name or type(make).__name__}")
     signature = inspect.signature(make)
 
     @functools.wraps(make)
     def made(*args: Any, **options: Any) -> Any:
         args, options = as_given(args), as_given(options)
         value = make(*args, **options)
+        if not hasattr(value, "made"):
+            raise TypeError(f"{name} must return a Layer, a Loss or a Metric, got {type(value).__name__}")
         call = Made(made, signature.bind(*args, **options), tuple(value[:-1]))
         _ = call.key  # told now: an array that is written to later is another argument
         return value._replace(made=call)
@@ -65,10 +73,10 @@ class Made:
 
     def shown(self) -> Iterator[str]:
         """Each argument as it is written, but for those that are the default."""
-        plain = True  # no argument before this one was left out
+        plain, keys = True, dict(self.key[1:])  # plain: no argument before this one was left out
         for name, parameter in self.given.signature.parameters.items():
             default, kind = parameter.default, parameter.kind
-            if name not in self.given.arguments or frozen(self.given.arguments[name]) == frozen(default):
+            if name not in self.given.arguments or keys[name] == frozen(default):
                 plain = False
                 continue
             value = self.given.arguments[name]
@@ -118,11 +126,31 @@ def frozen(value: Any) -> Any:
         return np.ndarray, array.dtype, array.shape, array.tobytes()
     if is_dtype(value):
         return np.dtype(value)
+    if isinstance(value, (float, np.generic)):
+        return type(value), np.asarray(value).tobytes()  # 0.0 and -0.0 are two
+    if isinstance(value, MethodType):
+        return Alone(value)  # what its object holds may change
     try:
         hash(value)
     except TypeError:
         return Alone(value)
     return type(value), value
+
+
+def arrays_in(value: Any) -> Iterator[np.ndarray]:
+    """The arrays among the arguments of a value, and of the values among these."""
+    if hasattr(value, "made"):
+        if (made := made_of(value)) is not None:
+            yield from arrays_in(dict(made.given.arguments))
+        else:
+            yield from arrays_in(tuple(getattr(value, "parts", ())))
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from arrays_in(one)
+    elif isinstance(value, dict):
+        yield from arrays_in(tuple(value.values()))
+    elif isinstance(value, (np.ndarray, jax.Array)) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        yield np.asarray(value)
 
 
 def is_dtype(value: Any) -> bool:
@@ -140,6 +168,8 @@ def written(value: Any) -> str:
     if isinstance(value, (tuple, list)) and not hasattr(value, "made"):
         inside = ", ".join(map(written, value))
         return f"[{inside}]" if isinstance(value, list) else f"({inside},)" if len(value) == 1 else f"({inside})"
+    if isinstance(value, np.generic):
+        return repr(value.item())
     if callable(value) and not hasattr(value, "made"):
         return getattr(value, "__name__", type(value).__name__)
     return repr(value)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fnbp.arrays.checks import check_is, check_parts, choose, describe, shown
 from fnbp.layer import Layer, child
@@ -33,7 +34,8 @@ def with_named(net: Layer, params: Any, values: Mapping[str, Any]) -> Any:
 
     Each value is cast to the dtype of the one that it replaces.
 
-    Raises: ValueError if there is no parameter of a name, or its shape differs; TypeError if values is not a dict.
+    Raises: ValueError if there is no parameter of a name, its shape differs, or its numbers are of another kind;
+            TypeError if values is not a dict.
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"with_named: values must be a dict of arrays by name, got {describe(values)}")
@@ -42,7 +44,17 @@ def with_named(net: Layer, params: Any, values: Mapping[str, Any]) -> Any:
         due = jnp.shape(choose("parameter", name, held, "with_named: "))
         if jnp.shape(value) != due:
             raise ValueError(f"with_named: {name} must have shape {due}, got {jnp.shape(value)}")
+        came, kept = jnp.result_type(value), jnp.result_type(held[name])
+        if not fits(came, kept):
+            raise ValueError(f"with_named: {name} is {kept}, which does not hold {came}")
     return map_named(lambda name, a: jnp.asarray(values[name], a.dtype) if name in values else a, net, params)
+
+
+def fits(came: Any, kept: Any) -> bool:
+    """True if a dtype holds the numbers of another, but for their precision: no complex one as a real one."""
+    order = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    kinds = [next(i for i, kind in enumerate(order) if jnp.issubdtype(dtype, kind)) for dtype in (came, kept)]
+    return kinds[0] <= kinds[1]
 
 
 def matching(net: Layer, *patterns: str) -> Callable[[Any], Any]:
@@ -76,6 +88,8 @@ def labelled(net: Layer, labels: Mapping[str, Any], otherwise: Any) -> Callable[
     if not isinstance(labels, Mapping):
         raise TypeError(f"labelled: labels must be a dict of labels by pattern, got {describe(labels)}")
     check_patterns("labelled", net, tuple(labels))
+    if otherwise is None or None in labels.values():
+        raise TypeError("labelled: a label must not be None, which is an empty tree to JAX")
 
     def of(params):
         found = by_pattern("labelled", net, params, tuple(labels))
@@ -143,7 +157,8 @@ def check_patterns(maker: str, net: Any, patterns: tuple[Any, ...]) -> None:
 
 def by_pattern(maker: str, net: Layer, params: Any, patterns: tuple[str, ...]) -> dict[str, str]:
     """The first pattern that matches each name. ValueError if one matches no name at all."""
-    names = list(named(net, params))
+    whole = jax.tree.map(lambda node: 0, params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    names = list(named(net, whole))  # also of leaves that another group of optax.partition has
     found: dict[str, str] = {}
     for pattern in patterns:
         form = re.compile(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."))

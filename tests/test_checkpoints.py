@@ -344,3 +344,41 @@ def test_a_disk_that_is_full_is_told_and_older_checkpoints_stay(tmp_path):
     )
     assert "could not be written" in done.stdout and "whole ones: [3]" in done.stdout, done.stdout + done.stderr
     assert steps_in(tmp_path / "d") == [3]
+
+
+def test_other_numbers_in_the_loss_are_another_run(tmp_path):
+    def run(weights):
+        params, state = NET.init(KEY, X)
+        loss = fnbp.softmax_cross_entropy(weights=np.asarray(weights))
+        options = {"optimizer": ADAM, "key": KEY, "batch_size": 5, "progress": False, "checkpoint": tmp_path}
+        return fnbp.fit(NET, loss, params, state, X, Y, steps=5, **options)
+
+    run([1.0, 2, 3, 4])
+    assert run([1.0, 2, 3, 4]).step == 5
+    with pytest.raises(ValueError, match=r"checksum of the arrays in net and loss is \d+ there, \d+ here"):
+        run([1.0, 2, 3, 5])
+
+
+def test_a_layer_without_a_constructor_is_the_same_in_another_process(tmp_path):
+    def net():
+        return fnbp.serial(fnbp.dense(4), fnbp.tanh()._replace(name="own"))
+
+    fit(tmp_path, net=net(), steps=5)
+    assert fit(tmp_path, net=net(), steps=7).step == 7
+
+
+def test_a_request_that_is_refused_leaves_no_directory(tmp_path):
+    with pytest.raises(ValueError, match="label"):
+        fit(tmp_path / "new", y=Y + 9)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_metric_that_finishes_with_a_dict_is_several(tmp_path):
+    def total(prediction, target, losses, mask):
+        return jnp.sum(prediction.argmax(-1)), jnp.sum(losses)
+
+    metric = fnbp.Metric(total, lambda sums, n, loss: {"mean": sums[0] / n, "both": {"J": sums[1] / n}}, "two")
+    found = fit(tmp_path, steps=10, validation=fnbp.Validation(X, Y, metric)).history
+    np.testing.assert_allclose(found.metrics["two.both.J"], found.validation_loss, rtol=1e-6)
+    assert found.metrics["two.mean"].shape == (2,)
+    assert len(fit(tmp_path, steps=15, validation=fnbp.Validation(X, Y, metric)).history.metrics["two.mean"]) == 3

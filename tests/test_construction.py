@@ -157,3 +157,38 @@ def test_an_argument_that_is_written_to_later_changes_nothing():
 def test_a_constructor_of_ones_own_is_recorded():
     assert doubled(3) == doubled(n=3) != doubled(2)
     assert pickle.loads(pickle.dumps(doubled(3))) == doubled(3)
+
+
+class Maker:
+    def layer(self):
+        return fnbp.dense(3)
+
+
+@pytest.mark.parametrize("make", [Maker.layer, Maker().layer, classmethod(Maker.layer), 3, jnp.tanh])
+def test_only_a_function_is_a_constructor(make):
+    with pytest.raises(TypeError, match="constructor: expected a function, not a method, got"):
+        fnbp.constructor(make)
+
+
+def test_a_constructor_makes_a_layer():
+    with pytest.raises(TypeError, match=r"nothing must return a Layer, a Loss or a Metric, got NoneType"):
+        fnbp.constructor(nothing)()
+
+
+def nothing():
+    return None
+
+
+def test_numbers_are_equal_as_they_are_written():
+    assert fnbp.leaky_relu(0.0) != fnbp.leaky_relu(-0.0)
+    assert doubled(f=float("nan")) == doubled(f=float("nan"))
+    assert doubled(np.int64(2)) != doubled(2) and repr(doubled(np.int64(2))) == "doubled(n=2)"
+    array = jnp.ones(3)
+    net = doubled(f=array)
+    array.delete()
+    assert repr(net) == "doubled(f=float32[3])" and net == doubled(f=np.ones(3, np.float32))
+
+
+def test_a_bound_method_is_equal_only_to_itself():
+    maker = Maker()
+    assert doubled(f=maker.layer) != doubled(f=maker.layer)

@@ -286,3 +286,13 @@ def test_metrics_are_equal_and_pickle_by_their_call():
 def test_what_is_refused(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("run", ["predict", "evaluate"])
+def test_under_jit_they_say_where_they_belong(run):
+    f = {
+        "predict": lambda x: fnbp.predict(IDENTITY, {}, {}, x),
+        "evaluate": lambda x: fnbp.evaluate(IDENTITY, LOSS, {}, {}, x, jnp.zeros(3, int)),
+    }[run]
+    with pytest.raises(TypeError, match=f"{run}: it runs batch by batch, outside jit and vmap; .* fnbp.apply"):
+        jax.jit(f)(jnp.ones((3, 4)))

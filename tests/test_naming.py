@@ -151,3 +151,27 @@ def test_state_moves_too():
 def test_what_is_refused(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_mask_works_inside_a_group_of_a_partition():
+    groups = fnbp.labelled(NET, {"*.embedding(*": "still"}, otherwise="moving")
+    adamw = optax.adamw(0.1, weight_decay=0.5, mask=fnbp.matching(NET, "*.W"))
+    optimizer = optax.partition({"still": optax.set_to_zero(), "moving": adamw}, groups)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), optimizer.init(PARAMS), PARAMS)
+    moved = {name for name, a in fnbp.named(NET, updates).items() if np.abs(a).max() > 0}
+    assert moved and all(name.endswith(".W") for name in moved)
+
+
+@pytest.mark.parametrize("dtype", [complex, np.complex64])
+def test_a_number_of_another_kind_is_refused(dtype):
+    net = fnbp.dense(2)
+    params, _ = net.init(KEY, jnp.zeros((1, 3)))
+    with pytest.raises(ValueError, match=r"with_named: dense\(2\).b is float32, which does not hold complex"):
+        fnbp.with_named(net, params, {"dense(2).b": np.zeros(2, dtype)})
+    assert fnbp.with_named(net, params, {"dense(2).b": np.array([1, 2])})["b"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("labels, otherwise", [({"*.W": None}, "a"), ({"*.W": "a"}, None)])
+def test_none_is_no_label(labels, otherwise):
+    with pytest.raises(TypeError, match="labelled: a label must not be None"):
+        fnbp.labelled(NET, labels, otherwise)

@@ -732,3 +732,23 @@ def test_transformations_of_the_same_functions_and_another_type_are_not_confused
     assert told == untold
     one, other = fit(steps=1, optimizer=told), fit(steps=1, optimizer=untold)
     assert not same(one.params, other.params)
+
+
+def test_a_bound_method_is_not_taken_for_what_it_was():
+    class Shift:
+        by = 0.0
+
+        def __call__(self, key, batch):
+            return batch[0] + self.by, batch[1]
+
+        def method(self, key, batch):
+            return self(key, batch)
+
+    shift, losses = Shift(), []
+    for by in (0.0, 1.0):
+        shift.by = by
+        data = fnbp.Batches(X, Y, 5, augment=shift.method)
+        params, state = NET.init(KEY, X)
+        done = fnbp.fit(NET, LOSS, params, state, data, optimizer=optax.sgd(0.1), key=KEY, steps=1, progress=False)
+        losses.append(done.history.loss[0])
+    assert losses[0] != losses[1]

@@ -1,6 +1,9 @@
 """Checkpoints of fit by orbax: what a run has reached, on disk, so that it goes on where it was killed."""
 
+import functools
+import re
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.checks import check_positive, check_size, describe
+from fnbp.construction import arrays_in
 from fnbp.naming import named
 from fnbp.training.reached import Best, Fit, History, Resumed
 
@@ -87,8 +91,8 @@ class Nothing:
 class Saver(Nothing):
     """Writes checkpoints of one run, and reads them."""
 
-    def __init__(self, settings: Checkpoints, manager: Any):
-        self.settings, self.manager = settings, manager
+    def __init__(self, settings: Checkpoints):
+        self.settings = settings
         self.run: dict[str, Any] = {}
         self.written, self.since = 0, time.monotonic()
 
@@ -121,6 +125,16 @@ class Saver(Nothing):
         least = np.inf if meta["least"] is None else meta["least"]
         place = (kept, meta["waited"], least, tree["params"], tree["state"], History(**held), meta["position"])
         return Resumed(tree["opt_state"], step, *place)
+
+    @functools.cached_property
+    def manager(self) -> Any:
+        """orbax's manager of the directory, made when it is needed: a request that is refused leaves no trace."""
+        return opened(self.settings)
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        if "manager" in vars(self):
+            self.manager.close()
 
     def chosen(self) -> int | None:
         """The step to go on from; None if nothing was written."""
@@ -224,15 +238,14 @@ def saving(checkpoint: Any) -> Iterator[Nothing]:
         yield Nothing()
         return
     settings = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
-    manager = opened(settings)
-    saver = Saver(settings, manager)
+    saver = Saver(settings)
     try:
         yield saver
     except BaseException as error:
         saver.rescue(error)
         raise
     finally:
-        manager.close()
+        saver.close()
 
 
 def opened(settings: Checkpoints) -> Any:
@@ -273,8 +286,15 @@ def without_empty(arrays: dict[str, Any]) -> dict[str, Any]:
 def run_of(net: Any, loss: Any, params: Any, opt_state: str, key: jax.Array, **settings: Any) -> dict[str, Any]:
     """What a run is made of, in words: what must be the same where it goes on."""
     shapes = {name: f"{a.dtype}{list(a.shape)}" for name, a in named(net, params).items()}
-    told = {"net": repr(net), "parameters": shapes, "loss": repr(loss), "optimizer": opt_state}
+    told = {"net": plainly(net), "parameters": shapes, "loss": plainly(loss), "optimizer": opt_state}
+    held = b"".join(f"{a.dtype}{a.shape}".encode() + a.tobytes() for a in arrays_in((net, loss)))
+    told["checksum of the arrays in net and loss"] = zlib.crc32(held)
     return {**told, "key": np.asarray(jax.random.key_data(key)).tolist(), **settings}
+
+
+def plainly(value: Any) -> str:
+    """A net or a loss in words that are the same in another process: without addresses."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fnbp.arrays.checks import as_arrays, check_is, check_size, describe
 from fnbp.arrays.placement import placement, summed
@@ -35,6 +36,7 @@ def predict(net: Layer, params: Any, state: Any, x: Any, *, batch_size: int = BA
     """
     check_is("predict", "net", net, Layer)
     check_size("predict", "batch_size", batch_size)
+    check_outside("predict", params, state, x)
     n = examples_of("predict", x)
     params = as_arrays("predict", "params", params)
     run = once(predictor, net)
@@ -44,6 +46,12 @@ def predict(net: Layer, params: Any, state: Any, x: Any, *, batch_size: int = BA
         check(part)
         parts.append(jax.device_get(run(params, state, part)))
     return jax.tree.map(lambda *each: np.concatenate(each), *parts)
+
+
+def check_outside(name: str, *trees: Any) -> None:
+    """TypeError under jit, where there are no values to bring back."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+        raise TypeError(f"{name}: it runs batch by batch, outside jit and vmap; inside them call fnbp.apply")
 
 
 def predictor(net: Layer) -> Callable[..., Any]:
@@ -76,6 +84,7 @@ def evaluate(
     check_is("evaluate", "net", net, Layer)
     check_is("evaluate", "loss", loss, Loss)
     check_size("evaluate", "batch_size", batch_size)
+    check_outside("evaluate", params, state, None if y is None else (x, y))
     wanted = as_metrics("evaluate", metrics)
     params = as_arrays("evaluate", "params", params)
     return figures(net, loss, wanted, params, state, batches("evaluate", x, y, batch_size))

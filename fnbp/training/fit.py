@@ -72,7 +72,8 @@ def fit(
         params := params + optimizer(gradient of J on the next batch)
 
     An epoch is a fresh permutation of the examples, drawn on the device from key; each counts once. Many steps run in
-    one compiled call. Nothing is compiled again after the first, nor in a later fit of an equal net, loss, optimizer.
+    one compiled call. Nothing is compiled again after the first, nor in a later fit of an equal net, loss, optimizer:
+    a function that reads what changes in between, a global variable for example, sees it as it was.
 
     Stops:   the steps (or epochs) are done; the loss of a batch is at most threshold; patience epochs in a row bring no
              new least validation loss; on_epoch returns True; something is not finite (the last finite parameters are
@@ -83,7 +84,8 @@ def fit(
              resume: an earlier Fit, from which opt_state, start, best, waited and least are taken. opt_state, start:
              only these two. checkpoint: a directory, or fnbp.Checkpoints, to write to and to go on from; steps and
              epochs are then the total, and params and state those of a new run. gradient: another maker of gradients;
-             what it returns behind J and state is Step.more. record: functions of fnbp.Step, such as
+             what it returns behind J and state is Step.more; where a batch was filled up, its y is a pair (y, which
+             count), as its loss takes it. record: functions of fnbp.Step, such as
              fnbp.gradient_norm, for history.recorded. callback: called between compiled calls with the step and its
              loss. on_epoch: called after each epoch with the Fit so far.
     Memory:  the data, or two chunks of at most 32 MiB of a stream; and twice params, state and opt_state: one set is

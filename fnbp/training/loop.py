@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +75,10 @@ def once(maker: Callable, *args: Any) -> Any:
     """maker(*args), made once for equal arguments, so that what is compiled for them is compiled once.
 
     Layers and losses are equal if equal calls made them, optax transformations if their functions are the same objects.
+    With a bound method among the arguments it is made anew: what its object holds may have changed.
     """
+    if any(isinstance(leaf, MethodType) for leaf in jax.tree.leaves(args)):
+        return maker(*args)
     try:
         hash(args)
     except TypeError:

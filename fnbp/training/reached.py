@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from fnbp.training.loop import Carry, copy
@@ -114,6 +115,7 @@ class Reached:
         self.validations: list[tuple[int, dict[str, Any]]] = []
         self.best: Best | None = None
         self.waited, self.least = 0, np.inf
+        self.columns: tuple[int, dict[str, np.ndarray]] = 0, {}  # of so many validations, as history has them
 
     def begin(self, carry: Carry, resume: Resumed) -> None:
         """From here on there is something to lose."""
@@ -152,7 +154,7 @@ class Reached:
         """A validation is over. Only one at the end of a whole epoch counts for patience, as an uninterrupted run has
         it: patience then runs out at the same step, however often a run was resumed."""
         (params, state, _), step, _ = self.now
-        measured = figures["loss"]
+        figures, measured = flat(figures), figures["loss"]
         finite = bool(np.isfinite(measured))
         if finite and (self.best is None or measured < self.best.loss):
             self.best = Best(copy(params), copy(state), step, measured)
@@ -168,14 +170,38 @@ class Reached:
             params, state, opt_state, step, self.history(calls), stopped, message, self.best, self.waited, self.least
         )
 
+    def measured(self) -> dict[str, np.ndarray]:
+        """The validations as columns: those of the last time, and what is new."""
+        count, columns = self.columns
+        rows = [figures for _, figures in self.validations]
+        fresh = together(rows[count:], np.stack)
+        if {name: a.shape[1:] for name, a in columns.items()} == {name: a.shape[1:] for name, a in fresh.items()}:
+            columns = {name: np.concatenate([a, fresh[name]]) for name, a in columns.items()}
+        elif fresh:
+            columns = together(rows, np.stack)
+        self.columns = len(rows), columns
+        return dict(columns)
+
     def history(self, calls: int) -> History:
         """What happened until then."""
         steps = np.asarray([step for step, _ in self.validations], int)
-        measured = together([figures for _, figures in self.validations], np.stack)
+        measured = self.measured()
         recorded = together(self.logs[:calls], np.concatenate)
+        if calls == len(self.logs) > 1:  # joined once, not in each epoch again
+            self.logs = [recorded.copy()]
+            self.now = (*self.now[:2], 1)
         validation_loss = np.asarray(measured.pop("loss", ()), float)
         losses = recorded.pop("loss", np.zeros(0, np.float32))
         return History(losses, steps, validation_loss, time.perf_counter() - self.began, measured, recorded)
+
+
+def flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures by name; those of a metric that finishes with a dict, by the name of the metric and theirs."""
+    found: dict[str, Any] = {}
+    for name, value in figures.items():
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(value):
+            found[name + "".join(f".{getattr(key, 'key', getattr(key, 'idx', key))}" for key in keys)] = leaf
+    return found
 
 
 def together(rows: list[dict[str, Any]], join: Callable[[list[Any]], np.ndarray]) -> dict[str, np.ndarray]:
