@@ -39,6 +39,7 @@ from fnbp.training.checkpoints import *
 from fnbp.training.data import *
 from fnbp.training.evaluation import *
 from fnbp.training.fit import *
+from fnbp.training.records import *
 from fnbp.training.steps import *
 
 from . import factors, models, testing

@@ -183,7 +183,7 @@ class Saver(Nothing):
         if fit.step <= self.written:
             return
         history = fit.history._asdict()
-        seconds = history.pop("seconds")
+        seconds, _ = history.pop("seconds"), history.pop("start")  # a run with checkpoints starts at 0
         best = {} if fit.best is None else {"params": fit.best.params, "state": fit.best.state}
         tree = {"params": fit.params, "state": fit.state, "opt_state": fit.opt_state, "best": best}
         tree["history"] = without_empty(history)

@@ -20,6 +20,7 @@ class History(NamedTuple):
     seconds          wall time of the whole, compilation included
     metrics          by name, each as measured with validation_loss, (validations, ...)
     recorded         by name, what record made of each step, (steps,)
+    start            how many steps were made before the first of loss
     """
 
     loss: np.ndarray
@@ -28,6 +29,7 @@ class History(NamedTuple):
     seconds: float
     metrics: dict[str, np.ndarray] = {}  # noqa: RUF012, never written to
     recorded: dict[str, np.ndarray] = {}  # noqa: RUF012
+    start: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it: lists of numbers, None where one is not finite."""
@@ -35,7 +37,7 @@ class History(NamedTuple):
 
     def steps(self) -> dict[str, np.ndarray]:
         """Columns of a table with a row a step: pandas.DataFrame(history.steps())."""
-        return {"loss": self.loss, **self.recorded}
+        return {"step": self.start + 1 + np.arange(len(self.loss)), "loss": self.loss, **self.recorded}
 
     def validations(self) -> dict[str, np.ndarray]:
         """Columns of a table with a row a validation, of the metrics that are numbers."""
@@ -114,20 +116,23 @@ class Reached:
         self.logs: list[dict[str, np.ndarray]] = []
         self.validations: list[tuple[int, dict[str, Any]]] = []
         self.best: Best | None = None
-        self.waited, self.least = 0, np.inf
+        self.waited, self.least, self.start = 0, np.inf, 0
         self.columns: tuple[int, dict[str, np.ndarray]] = 0, {}  # of so many validations, as history has them
 
     def begin(self, carry: Carry, resume: Resumed) -> None:
         """From here on there is something to lose."""
         self.now = ((carry.params, carry.state, carry.opt_state), int(resume.step), 0)
         self.best, self.waited, self.least, self.training = resume.best, resume.waited, resume.least, True
-        if resume.history is not None:
+        if resume.history is None:
+            self.start = int(resume.step)
+        else:
             self.recall(resume.history)
 
     def recall(self, history: History) -> None:
         """What happened before goes on here, as if it had been one run."""
         self.began -= history.seconds
-        self.logs = [{name: values[: self.step] for name, values in history.steps().items()}]  # but for what was NaN
+        logs = {"loss": history.loss, **history.recorded}
+        self.logs = [{name: values[: self.step] for name, values in logs.items()}]  # but for what was NaN
         self.now = (*self.now[:2], 1)
         for i, (step, J) in enumerate(zip(history.validation_step, history.validation_loss, strict=True)):
             self.validations.append((int(step), {"loss": J, **{name: m[i] for name, m in history.metrics.items()}}))
@@ -192,7 +197,8 @@ class Reached:
             self.now = (*self.now[:2], 1)
         validation_loss = np.asarray(measured.pop("loss", ()), float)
         losses = recorded.pop("loss", np.zeros(0, np.float32))
-        return History(losses, steps, validation_loss, time.perf_counter() - self.began, measured, recorded)
+        seconds = time.perf_counter() - self.began
+        return History(losses, steps, validation_loss, seconds, measured, recorded, self.start)
 
 
 def flat(figures: dict[str, Any]) -> dict[str, Any]:

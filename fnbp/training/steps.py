@@ -62,7 +62,7 @@ def learning_rate(step: Step) -> jax.Array:
 def as_record(record: Any) -> Record:
     """What to record, by name, of a dict, of several functions, or of one.
 
-    Raises: TypeError if one is not a function; ValueError if two have one name, or one is called "loss".
+    Raises: TypeError if one is not a function; ValueError if two have one name, or one is called "loss" or "step".
     """
     if record is None:
         return ()
@@ -76,8 +76,8 @@ def as_record(record: Any) -> Record:
             raise TypeError(f"fit: record takes functions of a Step, such as fnbp.gradient_norm, got {describe(f)}")
         check_name("fit: record", name)
     names = [name for name, _ in pairs]
-    if len(set(names)) < len(names) or "loss" in names:
-        raise ValueError(f"fit: record must have different names, none of them loss; got {names}")
+    if len(set(names)) < len(names) or {"loss", "step"} & {*names}:
+        raise ValueError(f"fit: record must have different names, none of them loss or step; got {names}")
     return tuple(pairs)
 
 
