@@ -1,5 +1,6 @@
 """Every example of experiments/examples runs from a shell, and prints what it is meant to show."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -32,7 +33,7 @@ PRINTED = {  # name -> what it prints, as regular expressions, and the package t
     "classifier": (
         [
             r"(steps|patience): .*",
-            r"accuracy 9[3-9]% at step \d+, learning rate 0\.\d+ at the end",
+            r"accuracy 9[3-9]% at step \d+; 6 files",
             "again: the same",
         ],
         "orbax",
@@ -47,6 +48,15 @@ def test_every_example_is_here():
 @pytest.mark.parametrize("name", PRINTED)
 def test_an_example_is_short(name):
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 60
+
+
+def test_a_whole_training_takes_15_statements():
+    body = ast.parse((FOLDER / "classifier.py").read_text()).body[1:]  # but for the docstring
+    made = [node for node in body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    (last,) = [
+        i for i, node in enumerate(made) if isinstance(node, ast.Assign) and ast.unparse(node).startswith("test =")
+    ]
+    assert last + 1 <= 15
 
 
 @pytest.mark.parametrize("name", PRINTED)
