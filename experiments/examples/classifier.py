@@ -33,7 +33,7 @@ loss = fnbp.softmax_cross_entropy(weights=1 / (10 * np.bincount(y, minlength=10)
 rate = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 40, 800)
 adamw = optax.inject_hyperparams(optax.adamw, static_args="mask")(rate, mask=fnbp.matching(net, "*.W"))
 folder = Path(tempfile.mkdtemp())
-keep = fnbp.run_record(folder / "record", {"batch": 64, "rate": 1e-2}, SummaryWriter(folder / "record"))
+keep = fnbp.run_record(folder / "record", {"batch": 64, "rate": 1e-2}, SummaryWriter(str(folder / "record")))
 
 
 def train():
