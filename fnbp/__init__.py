@@ -42,6 +42,6 @@ from fnbp.training.fit import *
 from fnbp.training.records import *
 from fnbp.training.steps import *
 
-from . import factors, models, testing
+from . import factors, models, sharding, testing
 
 __version__ = version("fnbp")

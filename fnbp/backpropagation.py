@@ -16,6 +16,7 @@ from fnbp.contraction import Contracted, Contraction, closed, contract_leaf, con
 from fnbp.factor import MIXED
 from fnbp.layer import Around, Context, Layer, drawing, leaves, map_layers, mask_behind, mixing, tied_leaves
 from fnbp.losses.loss import Loss, losses_of
+from fnbp.sharding import over_model, sharded
 
 __all__ = ["Pass", "Trace", "apply", "backprop", "per_example_norms", "trace", "value_and_grad"]
 
@@ -89,7 +90,8 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
             is a mask and the loss takes none.
     """
     check_is("backprop", "net", net, Layer)
-    run = one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss)
+    check_is("backprop", "loss", loss, Loss)
+    run = on_devices(net, lambda net: one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss))
 
     def finish(node):
         done = node if isinstance(node, Contracted) else contract_leaf(contract, node, net.name)
@@ -104,6 +106,17 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
         return done._replace(grads=jax.tree.map(finish, done.grads, is_leaf=is_open))
 
     return backprop_of
+
+
+def on_devices(net: Layer, make: Callable[[Layer], Callable[..., Any]]) -> Callable[..., Any]:
+    """make(net), a pass; for params that are split over devices, of the net that keeps to their places."""
+    plain = make(net)
+
+    def run(params, *args):
+        here = sharded(net, params)
+        return over_model(plain if here is net else make(here), params, *args)
+
+    return run
 
 
 def one_pass(net: Layer, loss: Loss) -> Callable[..., Pass]:

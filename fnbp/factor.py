@@ -8,14 +8,15 @@ The indices, here and wherever a factor stands:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from fnbp.arrays.placement import each_example, einsum
+from fnbp.arrays.placement import each_example, einsum, laid
 from fnbp.arrays.sums import wide
 
 __all__ = ["Factor", "Outer", "Product", "Sum", "register_factor"]
@@ -303,6 +304,38 @@ class Added(Factor):
 
     def scaled(self, c: Any) -> "Added":
         return Added(self.one.scaled(c), self.other.scaled(c))
+
+
+@register_factor
+@dataclass(frozen=True)
+class Placed(Factor):
+    """The factor of a parameter that is split over devices: its total is left where the parameter lies."""
+
+    factor: Factor
+    place: NamedSharding = field(metadata={"static": True})
+
+    @property
+    def sliced(self) -> bool:  # type: ignore[override]
+        return self.factor.sliced
+
+    def example_axes(self) -> "Placed":
+        return replace(self, factor=self.factor.example_axes())
+
+    @property
+    def examples(self) -> int:
+        return self.factor.examples
+
+    def total(self) -> jax.Array:
+        return laid(self.factor.total(), self.place)
+
+    def per_example(self) -> jax.Array:
+        return self.factor.per_example()
+
+    def sq_norms(self) -> jax.Array:
+        return self.factor.sq_norms()
+
+    def scaled(self, c: Any) -> "Placed":
+        return replace(self, factor=self.factor.scaled(c))
 
 
 def chunked(factor: Callable[..., Factor], arrays: tuple, elements: int) -> jax.Array:

@@ -27,7 +27,9 @@ FLOORS = (  # rooms: files and packages; imports run down these, one way
     {"layer", "factor", "losses"},
     {"naming"},
     {"contraction", "layers", "rendering"},
-    {"combinators", "backpropagation", "measurement"},
+    {"combinators", "measurement"},
+    {"sharding"},
+    {"backpropagation"},
     {"factors", "models", "interop", "training"},
     {"comparison"},
     {"testing", "__main__"},
@@ -65,7 +67,7 @@ def test_what_a_file_hands_on_is_public(path):
     for name in (name for name, f in made.items() if "Shapes:" in (f.__doc__ or "")):  # a helper has no shapes
         assert name in getattr(module, "__all__", ()), f'put "{name}" into __all__ of {file}'
     for name in getattr(module, "__all__", ()):
-        places = (fnbp, fnbp.factors, fnbp.models, fnbp.testing)
+        places = (fnbp, fnbp.factors, fnbp.models, fnbp.sharding, fnbp.testing)
         found = any(hasattr(place, name) for place in places)
         assert found, f"{name} is not in fnbp; add to fnbp/__init__.py: from {module.__name__} import *"
 

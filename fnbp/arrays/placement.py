@@ -105,6 +105,74 @@ def varying(a: jax.Array, x: Any) -> jax.Array:
     return jax.lax.pcast(a, more, to="varying") if more else a
 
 
+def laid(a: jax.Array, place: NamedSharding) -> jax.Array:
+    """a where place says: over Auto axes as a constraint on the compiler, over Explicit axes by moving it.
+
+    Within shard_map a as it is.
+    """
+    if in_shard_map():
+        return a
+    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.typeof(a).sharding.mesh if mesh.empty else mesh
+    mesh = place.mesh if mesh.empty else mesh
+    if mesh.explicit_axes:
+        a = jax.sharding.reshard(a, NamedSharding(mesh, over(place.spec, mesh.explicit_axes)))
+    if mesh.auto_axes:
+        a = jax.lax.with_sharding_constraint(a, NamedSharding(mesh, over(place.spec, mesh.auto_axes)))
+    return a
+
+
+def over(spec: PartitionSpec, axes: Any) -> PartitionSpec:
+    """A spec, of these axes of the mesh alone."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec)
+    kept = (tuple(name for name in entry if name in axes) for entry in entries)
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in kept))
+
+
+def axes_of(*arrays: Any) -> tuple[frozenset[str], Any]:
+    """The Explicit axes over which arrays are split, and their mesh; none and None if they are not."""
+    found: set[str] = set()
+    mesh = None
+    for a in jax.tree.leaves(arrays):
+        at = placement(a)
+        if at is not None:
+            mesh = at.mesh
+            found |= {name for name in mesh.explicit_axes if over(at.spec, (name,)) != over(at.spec, ())}
+    return frozenset(found), mesh
+
+
+def left_to_compiler(f: Callable, axes: frozenset[str], mesh: Any, where: Callable[[Any], Any], *args: Any) -> Any:
+    """f(*args) with these Explicit axes as Auto ones inside; where: what f returns -> its specs over them, a tree."""
+    inside = mesh.abstract_mesh if isinstance(mesh, jax.sharding.Mesh) else mesh
+    types = {name: jax.sharding.AxisType.Auto if name in axes else kind for name, kind in named_types(inside)}
+    inside = jax.sharding.AbstractMesh(inside.axis_sizes, inside.axis_names, axis_types=tuple(types.values()))
+
+    def entered(a):
+        spec = jax.typeof(a).sharding.spec
+        return jax.sharding.reshard(a, NamedSharding(inside, over(spec, inside.explicit_axes)))
+
+    with jax.sharding.use_abstract_mesh(inside):
+        out = f(*jax.tree.map(entered, args))
+        kept = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, out)
+
+    def leaves(a, spec, own):
+        both = [*zip((*spec, *[None] * (a.ndim - len(spec))), (*own, *[None] * (a.ndim - len(own))), strict=True)]
+        return jax.sharding.reshard(a, NamedSharding(mesh, PartitionSpec(*(joined(*pair) for pair in both))))
+
+    return jax.tree.map(leaves, out, kept, where(out))
+
+
+def named_types(mesh: Any) -> list[tuple[str, Any]]:
+    """Each axis of a mesh and its type."""
+    return list(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+
+def joined(one: Any, other: Any) -> Any:
+    """The axes of two entries of specs."""
+    names = [name for entry in (one, other) for name in (entry if isinstance(entry, tuple) else (entry,)) if name]
+    return tuple(names) if len(names) > 1 else names[0] if names else None
+
+
 def of_param(gradient: jax.Array, param: Any) -> jax.Array:
     """A gradient in the dtype of its parameter and where that lies, as jax.grad has it.
 
