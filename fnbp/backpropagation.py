@@ -16,7 +16,7 @@ from fnbp.contraction import Contracted, Contraction, closed, contract_leaf, con
 from fnbp.factor import MIXED
 from fnbp.layer import Around, Context, Layer, drawing, leaves, map_layers, mask_behind, mixing, tied_leaves
 from fnbp.losses.loss import Loss, losses_of
-from fnbp.sharding import over_model, sharded
+from fnbp.sharding import over_model, predicted, sharded
 
 __all__ = ["Pass", "Trace", "apply", "backprop", "per_example_norms", "trace", "value_and_grad"]
 
@@ -193,7 +193,7 @@ def apply(net: Layer, params: Any, state: Any, x: Any, ctx: Context = Context())
     check_is("apply", "net", net, Layer)
     check_is("apply", "ctx", ctx, Context)
     params, x = as_arrays("apply", "params", params), as_arrays("apply", "x", x)
-    return net.forward(params, state, x, ctx)[0]
+    return predicted(net, params, state, x, ctx)
 
 
 def per_example_norms(net: Layer, loss: Loss) -> Callable[..., jax.Array]:

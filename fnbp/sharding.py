@@ -9,12 +9,10 @@ A mesh has two axes. The batch is split along "data". Along "model" layers compu
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fnbp.arrays.checks import check_is, check_size, describe
@@ -24,7 +22,7 @@ from fnbp.combinators.tie import look_up, put
 from fnbp.construction import constructor
 from fnbp.contraction import Contracted, is_open, total
 from fnbp.factor import Factor, Mixed, Placed
-from fnbp.layer import Layer, child, leaves, map_layers
+from fnbp.layer import Context, Layer, child, leaves, map_layers
 from fnbp.naming import by_pattern, check_patterns, map_named
 
 __all__ = ["mesh", "place", "places", "sharded", "split"]
@@ -287,9 +285,9 @@ def kept_in_place(layer: Layer, where: Any) -> Layer:
 
 
 def over_model(f: Callable[..., Any], params: Any, *args: Any) -> Any:
-    """f(params, *args), a Pass; Explicit axes "model" over which params are split are the compiler's inside.
+    """f(params, *args), where Explicit axes "model" over which params are split are the compiler's.
 
-    Gradients then lie where params do; everything else is whole along "model".
+    What comes out is whole along "model"; but for the gradients of a Pass, which lie where params do.
     """
     axes, on = axes_of(params)
     axes &= {MODEL}
@@ -298,17 +296,35 @@ def over_model(f: Callable[..., Any], params: Any, *args: Any) -> Any:
 
     def specs(out):
         none = jax.tree.map(lambda a: PartitionSpec(), out)
-        grads = jax.tree.map(
-            lambda p, node: jax.tree.map(lambda one: own(p, one), node, is_leaf=is_open), params, out.grads
-        )
-        return none._replace(grads=grads)
+        if not hasattr(out, "grads"):
+            return none
+        below = lambda p, node: jax.tree.map(lambda one: own(p, one), node, is_leaf=is_open)  # noqa: E731
+        return none._replace(grads=jax.tree.map(below, params, out.grads))
 
     def own(p, node):
-        if isinstance(node, Contracted) and node.contract is not total or isinstance(node, Factor):
-            return jax.tree.map(lambda a: PartitionSpec(), node)
-        return jax.tree.map(lambda a: over(jax.typeof(p).sharding.spec, axes), node)
+        is_sum = node.contract is total if isinstance(node, Contracted) else not isinstance(node, Factor)
+        spec = over(jax.typeof(p).sharding.spec, axes) if is_sum else PartitionSpec()
+        return jax.tree.map(lambda a: spec, node)
 
     return left_to_compiler(f, axes, on, specs, params, *args)
+
+
+def predicted(net: Layer, params: Any, state: Any, x: Any, ctx: Context) -> Any:
+    """y of the forward of a net, wherever its parameters lie."""
+    return over_model(lambda params, *args: sharded(net, params).forward(params, *args)[0], params, state, x, ctx)
+
+
+def over_data(name: str, params: Any, size: int) -> NamedSharding | None:
+    """Where a batch of that size is to lie if params lie on a mesh with the axis "data"; else None.
+
+    Raises: ValueError if it cannot be split so.
+    """
+    on = next((one.mesh for one in map(place_of, jax.tree.leaves(params)) if one and DATA in one.mesh.shape), None)
+    if on is None or on.shape[DATA] == 1:
+        return None
+    if size % on.shape[DATA]:
+        raise ValueError(f"{name}: batch_size {size} cannot be split over {devices(on.shape[DATA])} along {DATA!r}")
+    return NamedSharding(on, PartitionSpec(DATA))
 
 
 # --- checks ---

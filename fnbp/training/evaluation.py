@@ -15,6 +15,7 @@ from fnbp.arrays.sums import wide
 from fnbp.layer import Context, Layer, mask_behind, mixing
 from fnbp.losses.loss import Loss, check_target, losses_of
 from fnbp.losses.metrics import Metric, as_metrics
+from fnbp.sharding import predicted
 from fnbp.training.loop import once
 
 __all__ = ["evaluate", "predict"]
@@ -56,7 +57,7 @@ def check_outside(name: str, *trees: Any) -> None:
 
 def predictor(net: Layer) -> Callable[..., Any]:
     """(params, state, x) -> y, compiled."""
-    return jax.jit(lambda params, state, x: net.forward(params, state, x, Context())[0])
+    return jax.jit(lambda params, state, x: predicted(net, params, state, x, Context()))
 
 
 def evaluate(
@@ -140,7 +141,7 @@ class Checker:
             )
         form = str(jax.tree.map(jax.typeof, x))
         if form not in self.seen or any(jnp.issubdtype(a.dtype, jnp.integer) for a in jax.tree.leaves(x)):
-            forward = lambda params: self.net.forward(params, self.state, x, Context())[0]  # noqa: E731
+            forward = lambda params: predicted(self.net, params, self.state, x, Context())  # noqa: E731
             self.seen[form] = jax.eval_shape(forward, self.params)
         return self.seen[form]
 

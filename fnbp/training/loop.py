@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
-from fnbp.arrays.placement import rows_of
+from fnbp.arrays.placement import laid, rows_of
 from fnbp.layer import Context, Layer, mask_behind
 from fnbp.losses.loss import Loss, losses_of
 from fnbp.losses.weights import counting_some
+from fnbp.sharding import predicted
 from fnbp.training.steps import Record, Step, recorded
 
 CAPACITY = 1 << 14  # the most steps of one call
@@ -53,12 +55,14 @@ class Batching(NamedTuple):
     number   of batches in an epoch; None if Data holds batches
     partial  True if the last batch of an epoch is filled up with examples that do not count
     augment  (key, (x, y)) -> (x, y), or None
+    place    where on a mesh each batch lies, or None
     """
 
     size: int
     number: int | None
     partial: bool
     augment: Callable | None
+    place: NamedSharding | None = None
 
 
 def permutation(key: jax.Array, epoch: jax.Array | int, examples: int) -> jax.Array:
@@ -94,7 +98,7 @@ def made(maker: Callable, *args: Any) -> Any:
 
 def losses_at(net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context) -> jax.Array:
     """The loss of each example, (m,), without a gradient."""
-    prediction = net.forward(params, state, x, ctx)[0]
+    prediction = predicted(net, params, state, x, ctx)
     return losses_of(loss, prediction, y, mask_behind(net, x, ctx.mask))[0]
 
 
@@ -154,6 +158,11 @@ def batch_of(data: Data, order: jax.Array, step: jax.Array, batching: Batching) 
     return x, Marked(y, at < examples)
 
 
+def on_mesh(batch: Any, place: NamedSharding | None) -> Any:
+    """A batch where it is to lie."""
+    return batch if place is None else jax.tree.map(lambda a: laid(a, place), batch)
+
+
 def compiled_loop(
     net: Layer,
     loss: Loss,
@@ -186,7 +195,7 @@ def compiled_loop(
         def one(order, loop):
             carry, logs, _ = loop
             at = carry.step - first
-            x, y = batch_of(data, order, carry.step, batching)
+            x, y = on_mesh(batch_of(data, order, carry.step, batching), batching.place)
             carry, now = step(carry, x, y, data.key_layers)
             now = jax.tree.map(lambda a, b: a.astype(b.dtype), now, logs)
             return carry, jax.tree.map(lambda kept, a: kept.at[at].set(a), logs, now), now["loss"]

@@ -11,6 +11,7 @@ import optax
 from fnbp.arrays.checks import as_arrays
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
+from fnbp.sharding import over_data, sharded
 from fnbp.training.data import Batches, Stream, Validation, is_stream
 from fnbp.training.evaluation import batches, examples_of, figures, validation_of
 from fnbp.training.loop import CAPACITY, Batching, compiled_loop, once, permutation
@@ -83,8 +84,9 @@ def streamed(request: Request, source: Passes | Rows, number: int | None) -> tup
 
 def loop_of(request: Request, batching: Batching) -> Callable:
     """The compiled loop, of an equal request before if there was one."""
-    net, loss, *_, optimizer, _, gradient, record, _ = request
-    return once(compiled_loop, net, loss, gradient, optimizer, batching, record, CAPACITY)
+    net, loss, params, *_, optimizer, _, gradient, record, _ = request
+    batching = batching._replace(place=over_data("fit", params, batching.size))
+    return once(compiled_loop, sharded(net, params), loss, gradient, optimizer, batching, record, CAPACITY)
 
 
 def check_training(what: str, request: Request, x: Any, y: Any) -> int:

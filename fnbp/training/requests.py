@@ -12,6 +12,7 @@ from jax.core import Tracer
 from fnbp.arrays.checks import as_arrays, check_finite, check_is, check_key, check_size, describe
 from fnbp.layer import Context, Layer, mask_behind
 from fnbp.losses.loss import Loss, check_target
+from fnbp.sharding import predicted
 
 STEPS = 2**31 - 1  # steps are counted in int32
 
@@ -140,9 +141,9 @@ def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: An
     examples = check_examples(what, x, y)
     try:
         if ctx.train:
-            prediction = jax.eval_shape(lambda p: net.forward(p, state, x, ctx)[0], params)
+            prediction = jax.eval_shape(lambda p: predicted(net, p, state, x, ctx), params)
         else:
-            prediction = jax.eval_shape(lambda p, s: net.forward(p, s, x, ctx)[0], params, state)
+            prediction = jax.eval_shape(lambda p, s: predicted(net, p, s, x, ctx), params, state)
     except TypeError as error:
         if any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(x)):
             error.add_note("fit: x is uint8; give floating point numbers: x.astype('float32') / 255")
@@ -172,7 +173,7 @@ def check_augmented(
     after = {leaf.shape[:1] for leaf in jax.tree.leaves(made)}
     if after != {(examples,)}:
         raise ValueError(f"fit: augment must return as many examples as it is given, {examples}; got {after}")
-    prediction = jax.eval_shape(lambda p, x: net.forward(p, state, x, ctx)[0], params, made[0])
+    prediction = jax.eval_shape(lambda p, x: predicted(net, p, state, x, ctx), params, made[0])
     jax.eval_shape(lambda p, t: loss.forward(p, t)[0], prediction, made[1])
     return examples
 
