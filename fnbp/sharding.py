@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fnbp.arrays.checks import check_is, check_size, describe
@@ -325,6 +327,18 @@ def over_data(name: str, params: Any, size: int) -> NamedSharding | None:
     if size % on.shape[DATA]:
         raise ValueError(f"{name}: batch_size {size} cannot be split over {devices(on.shape[DATA])} along {DATA!r}")
     return NamedSharding(on, PartitionSpec(DATA))
+
+
+def agreed(name: str) -> str:
+    """The last in the alphabet of what the processes say; of one process what it says.
+
+    Processes that share arrays must do the same; what a clock or a signal tells differs between them.
+    """
+    if jax.process_count() == 1:
+        return name
+    letters = np.zeros(16, np.uint8)
+    letters[: len(name)] = list(name.encode())
+    return max(bytes(row).rstrip(b"\0").decode() for row in multihost_utils.process_allgather(letters))
 
 
 # --- checks ---

@@ -85,7 +85,16 @@ def save(out: Path, settings: Any, measured: dict[str, Any]) -> None:
     console.print(f"\nsaved {out / 'result.json'}", highlight=False)
 
 
-PLACES = ("out", "data_folder", "download", "jobs", "resume")  # settings that change no figure
+PLACES = (
+    "out",
+    "data_folder",
+    "download",
+    "jobs",
+    "resume",
+    "checkpoint",
+    "rank",
+    "coordinator",
+)  # settings that change no figure
 
 
 def command_of(settings: Any) -> str:

@@ -30,8 +30,10 @@ def located(path: str) -> Iterator[None]:
 
 
 def concrete(x: Any) -> bool:
-    """True if x holds values to look at: outside jit and vmap, and not only a shape."""
-    return not isinstance(x, (Tracer, jax.ShapeDtypeStruct))
+    """True if x holds values to look at: outside jit and vmap, not only a shape, and not in part in other processes."""
+    if isinstance(x, (Tracer, jax.ShapeDtypeStruct)):
+        return False
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
 
 
 def check_key(name: str, key: Any) -> None:
@@ -198,11 +200,13 @@ def check_last_axis(name: str, x: Any) -> None:
 def check_finite(name: str, what: str, x: Any) -> None:
     """ValueError, with the first place, if a concrete array holds NaN or infinity. Under jit nothing is checked."""
     for leaf in jax.tree.leaves(x):
-        if not concrete(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
         # a constant of a jitted function has values too; float64 may overflow
         with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
             finite = bool(jnp.isfinite(leaf).all())
+        if not finite and not concrete(leaf):
+            raise ValueError(f"{name}: {what} has non-finite values, in this process or another")
         if not finite:
             bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
             if not len(bad):  # float64 that JAX takes as float32

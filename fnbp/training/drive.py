@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnbp.sharding import agreed
 from fnbp.training.checkpoints import Nothing
 from fnbp.training.loop import CAPACITY, Carry, copy, last_finite
 from fnbp.training.progress import Stop, bar
@@ -55,7 +56,7 @@ def drive(
     stopped = validate(watch, rule, reached) if watch.owed else ""
     stopped = stopped or over(rule, reached)
     with bar(rule.start, rule.last, watch.progress) as show:
-        while not stopped and not stop.reason:
+        while not stopped and not agree(stop):
             limit = min(step + pace, saver.next(step, rule.last))
             if watch.epochs:
                 limit = min(limit, (step // rule.batches + 1) * rule.batches)
@@ -81,11 +82,18 @@ def drive(
             if watch.callback is not None:
                 watch.callback(step, final)
             stopped = stopped or ("steps" if step == rule.last else "")
-            if saver.is_due(reached.step):
+            if agreed("due" if saver.is_due(reached.step) else ""):
                 saver.offer(reached.fit("", ""))
-            if asked == pace and time.perf_counter() - called < CALL_SECONDS:
+            slow = agreed("slow" if time.perf_counter() - called >= CALL_SECONDS else "")
+            if asked == pace and not slow:
                 pace = min(2 * pace, CAPACITY)
     return reached.fit(stopped, explain(stopped, step, reached.step, final, rule))
+
+
+def agree(stop: Stop) -> str:
+    """Why a signal asks to stop, in this process or another, or ""."""
+    stop.reason = agreed(stop.reason)
+    return stop.reason
 
 
 def over(rule: Rule, reached: Reached) -> str:
