@@ -6,6 +6,7 @@ the data split over all devices, then alone on one, and compares. If one of the 
 the others and says so; with --checkpoint the same command goes on from there.
 """
 
+import math
 import signal
 import socket
 import subprocess
