@@ -30,7 +30,7 @@ from fnbp.naming import by_pattern, check_patterns, map_named
 __all__ = ["mesh", "place", "places", "sharded", "split"]
 
 DATA, MODEL = "data", "model"
-SMALL = 1 << 10  # elements of a parameter that is not worth to be split
+SMALL = 1 << 9  # elements of a parameter that is not worth to be split
 
 
 def mesh(data: int = -1, model: int = 1, explicit: bool = False) -> Mesh:
@@ -105,7 +105,7 @@ def places(
         all others     whole on each device
 
     Along "data": whole on each device; with fully=True, each along the largest of its axes that is a multiple of data
-    and not split yet. What has less than 1,024 numbers stays whole. In a loop over depth each layer is split by itself.
+    and not split yet. What has less than 512 numbers stays whole. In a loop over depth each layer is split by itself.
 
     Options: params: arrays, or jax.ShapeDtypeStruct. patterns: for parameters whose name matches, as in fnbp.matching,
              a PartitionSpec in place of the above; of the layer's own axes, without that of a loop over depth.
