@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -239,7 +240,7 @@ def sharded(net: Layer, params: Any) -> Layer:
 
 def place_of(a: Any) -> NamedSharding | None:
     """Where an array lies on a mesh, of an array that is traced as its type has it."""
-    here = jax.typeof(a).sharding if isinstance(a, jax.core.Tracer) else getattr(a, "sharding", None)
+    here = jax.typeof(a).sharding if isinstance(a, Tracer) else getattr(a, "sharding", None)
     return here if isinstance(here, NamedSharding) and not here.mesh.empty else None
 
 

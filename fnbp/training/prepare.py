@@ -78,7 +78,8 @@ def streamed(request: Request, source: Passes | Rows, number: int | None) -> tup
     size = check_training("batch 0", request, x, y)
     loops = tuple(loop_of(request, Batching(size, None, partial, request.batches.augment)) for partial in (False, True))
     drop_last = isinstance(request.batches, Batches) and request.batches.drop_last
-    made = Streamed((loops[0], loops[1]), number, source, batches_at_once((first.x, first.y)))
+    place = over_data("fit", request.params, size)
+    made = Streamed((loops[0], loops[1]), number, source, batches_at_once((first.x, first.y)), place)
     return made, Form(size, drop_last, forms((x, y)))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fnbp.arrays.checks import as_arrays
 from fnbp.training.loop import Data, Marked
@@ -66,20 +67,28 @@ class Chunk(NamedTuple):
     stop: int
     x: Any
     y: Any
-    counts: np.ndarray | None
+    counts: Any
     positions: list[Any]
 
 
 class Streamed:
     """Batches come from a source, a chunk at a time; they are drawn in a thread, ahead of the training.
 
-    runs: the compiled loop for whole batches, and for batches of which some examples do not count.
+    runs: the compiled loop for whole batches, and for batches of which some examples do not count. place: where on a
+    mesh each batch lies, or None; of several processes each draws the same batches.
     """
 
     examples = 0  # on the device, to be put in order
 
-    def __init__(self, runs: tuple[Callable, Callable], number: int | None, source: Passes | Rows, most: int):
-        self.runs, self.number, self.source, self.most = runs, number, source, most
+    def __init__(
+        self,
+        runs: tuple[Callable, Callable],
+        number: int | None,
+        source: Passes | Rows,
+        most: int,
+        place: NamedSharding | None,
+    ):
+        self.runs, self.number, self.source, self.most, self.place = runs, number, source, most, place
         self.data: Data | None = None
         self.chunk: Chunk | None = None  # on the device
         self.ahead: Chunk | None = None  # on the device, too
@@ -162,6 +171,9 @@ class Streamed:
             for name, trees in (("x", [one.x for one in batches]), ("y", [one.y for one in batches]))
         )
         counts = None if is_whole(taken[0]) else under_one(self.most, [batches[0].counts])
+        if self.place is not None:
+            spec = PartitionSpec(None, *self.place.spec)
+            x, y, counts = jax.device_put((x, y, counts), NamedSharding(self.place.mesh, spec))
         return Chunk(first, stop, x, y, counts, positions)
 
     def position(self, step: int) -> Any:
