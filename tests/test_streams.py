@@ -358,3 +358,25 @@ def test_nothing_of_a_stream_is_kept_behind_a_fit():
     gc.collect()
     assert seen() is None
     assert not [one for one in threading.enumerate() if one.name == "fnbp batches"]
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("host", [False, True], ids=["stream", "host"])
+def test_batches_lie_over_the_devices_of_a_mesh(explicit, host):
+    net, x, y = fnbp.models.mlp(8, 4), X[:22].repeat(2, 0), Y[:22].repeat(2)
+    mesh = fnbp.sharding.mesh(4, explicit=explicit)
+    pairs = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 44, 8)]  # the last one of 4
+
+    def run(place):
+        params, state = net.init(jax.random.key(0), x)
+        if place:
+            params = fnbp.sharding.place(net, params, mesh, fully=True)
+        data = fnbp.Batches(x, y, 8, host=True) if host else fnbp.Stream(pairs)
+        return fnbp.fit(net, LOSS, params, state, data, optimizer=ADAM, key=KEY, steps=13, progress=False)
+
+    found, due = run(True), run(False)
+    np.testing.assert_allclose(found.history.loss, due.history.loss, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"fit: batch_size 6 cannot be split over 4 devices along 'data'"):
+        params, state = net.init(jax.random.key(0), x)
+        params = fnbp.sharding.place(net, params, mesh)
+        fnbp.fit(net, LOSS, params, state, fnbp.Stream([(x[:6], y[:6])]), optimizer=ADAM, key=KEY, steps=1)
