@@ -57,11 +57,16 @@ class Made:
     fields: tuple[Any, ...]
 
     @functools.cached_property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for calls of one constructor with equal arguments."""
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by name, also those that are the default."""
         whole = inspect.BoundArguments(self.given.signature, self.given.arguments.copy())
         whole.apply_defaults()
-        return self.constructor, *((name, frozen(value)) for name, value in whole.arguments.items())
+        return dict(whole.arguments)
+
+    @functools.cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for calls of one constructor with equal arguments."""
+        return self.constructor, *((name, frozen(value)) for name, value in self.arguments.items())
 
     @functools.cached_property
     def digest(self) -> int:

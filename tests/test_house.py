@@ -31,7 +31,7 @@ FLOORS = (  # rooms: files and packages; imports run down these, one way
     {"sharding"},
     {"backpropagation"},
     {"factors", "models", "interop", "training"},
-    {"comparison"},
+    {"comparison", "exchange"},
     {"testing", "__main__"},
     {"__init__"},
 )

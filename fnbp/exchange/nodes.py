@@ -1,0 +1,151 @@
+"""A net as a tree of layers, each turn of a loop over depth by itself, with the arrays of each layer, and back."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from fnbp.arrays.checks import check_parts, describe
+from fnbp.combinators.tie import look_up, put
+from fnbp.combinators.wrappers import freeze
+from fnbp.construction import Made
+from fnbp.exchange.rows import Held
+from fnbp.interop import from_jax
+from fnbp.layer import Keys, Layer, child
+
+Turned = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A layer of a net. turns: which turn it is of each loop over depth around it; params, state: of a leaf."""
+
+    path: str
+    layer: Layer
+    turns: tuple[int, ...]
+    params: Mapping[str, Any]
+    state: Mapping[str, Any]
+    parts: tuple["Node", ...] = ()
+
+    @property
+    def key(self) -> Turned:
+        """What tells it from all others."""
+        return self.path, self.turns
+
+    @property
+    def held(self) -> Held:
+        """The arrays of a leaf by name."""
+        return {**self.params, **self.state}
+
+    @property
+    def label(self) -> str:
+        """How a message calls it."""
+        return self.path + "".join(f", turn {turn}" for turn in self.turns)
+
+    @property
+    def made(self) -> Made | None:
+        """How it was made; None if nothing tells, or its init or forward was replaced since."""
+        made = self.layer.made
+        same = made is not None and all(a is b for a, b in zip(self.layer[:2], made.fields[:2], strict=True))
+        return made if same else None
+
+    def leaves(self) -> Iterator["Node"]:
+        """Every layer below that has arrays, first to last; of a loop over depth turn by turn."""
+        if not self.parts and self.held:
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
+
+
+def node_of(path: str, layer: Layer, params: Any, state: Any, turns: tuple[int, ...] = ()) -> Node:
+    """The tree of a net. ValueError if params or state do not belong to it."""
+    part = inner(layer)
+    if part is not None:
+        if layer.made is not None and layer.made.constructor is freeze:
+            params, state = state["params"], state["state"]
+        return Node(path, layer, turns, {}, {}, (node_of(f"{path}.{part.name}", part, params, state, turns),))
+    if layer.rebuild is None:
+        for what, tree in (("params", params), ("state", state)):
+            if not isinstance(tree, Mapping):
+                raise ValueError(f"{path}: {what} must be a dict, got {describe(tree)}; do they belong to another net?")
+        return Node(path, layer, turns, params, state)
+    for what, tree in (("params", params), ("state", state)):
+        check_parts(path, what, tree, len(layer.parts))
+    if layer.traits.tied:
+        source, target = layer.traits.tied
+        params = (put(params[0], target, look_up(params[0], source)),)
+    parts = []
+    for t in range(layer.traits.turns or 1):
+        p, s, at = params, state, turns
+        if layer.traits.turns:
+            p, s, at = *(jax.tree.map(lambda a, t=t: turn_of(a, t), tree) for tree in (params, state)), (*turns, t)
+        entries = enumerate(zip(layer.parts, p, s, strict=True))
+        parts += [node_of(child(path, i, part), part, p_i, s_i, at) for i, (part, p_i, s_i) in entries]
+    return Node(path, layer, turns, {}, {}, tuple(parts))
+
+
+def inner(layer: Layer) -> Layer | None:
+    """The net inside a leaf that holds one."""
+    if layer.made is None or layer.made.constructor not in (freeze, from_jax):
+        return None
+    one = next(iter(layer.made.arguments.values()))
+    return one if isinstance(one, Layer) else None
+
+
+def turn_of(a: Any, t: int) -> Any:
+    """Turn t of an array with one entry for each turn along its first axis, or of its shape."""
+    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype) if isinstance(a, jax.ShapeDtypeStruct) else a[t]
+
+
+def copies(path: str, layer: Layer) -> dict[str, str]:
+    """The parameters that a tie takes from another place, and that place: path.leaf -> path.leaf."""
+
+    def name(path: str, layer: Layer, keys: Keys) -> str:
+        if layer.rebuild is None:
+            return ".".join(map(str, (path, *keys)))
+        part = layer.parts[int(keys[0])]
+        return name(child(path, int(keys[0]), part), part, keys[1:])
+
+    found = {}
+    for i, part in enumerate(layer.parts):
+        inside = child(path, i, part)
+        if layer.traits.tied:
+            source, target = (name(inside, part, keys) for keys in layer.traits.tied)
+            found[target] = source
+        found |= copies(inside, part)
+    within = inner(layer)
+    return found if within is None else copies(f"{path}.{within.name}", within)
+
+
+def built(node: Node, values: Mapping[Turned, Mapping[str, Any]], differ: Callable[[Node, Any, Any], None]) -> Any:
+    """params and state of a node, of the arrays of each leaf. differ: is told when a tie meets two different arrays."""
+    if not node.parts:
+        found = values.get(node.key, {})
+        return tuple({leaf: found[leaf] for leaf in tree if leaf in found} for tree in (node.params, node.state))
+    trees = [built(part, values, differ) for part in node.parts]
+    if inner(node.layer) is not None:
+        params, state = trees[0]
+        frozen = node.made is not None and node.made.constructor is freeze
+        return ({}, {"params": params, "state": state}) if frozen else (params, state)
+    if node.layer.traits.turns:
+        n = len(node.layer.parts)
+        turns = [trees[i : i + n] for i in range(0, len(trees), n)]
+        each = [tuple(tuple(tree[k] for tree in turn) for turn in turns) for k in (0, 1)]
+        return tuple(jax.tree.map(lambda *a: np.stack(a), *trees) for trees in each)
+    params, state = (tuple(tree[k] for tree in trees) for k in (0, 1))
+    if node.layer.traits.tied:
+        source, target = node.layer.traits.tied
+        whole = params[0]
+        if there(whole, target):
+            if not np.array_equal(look_up(whole, source), look_up(whole, target), equal_nan=True):
+                differ(node, source, target)
+            params = (put(whole, target, None),)
+    return params, state
+
+
+def there(tree: Any, keys: Keys) -> bool:
+    """True where the keys lead to an array."""
+    *way, leaf = keys
+    return leaf in (look_up(tree, tuple(way)) if way else tree)

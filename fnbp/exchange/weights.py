@@ -1,0 +1,254 @@
+"""from_torch, to_torch, from_flax, to_flax."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnbp.arrays.checks import check_is, choose, describe
+from fnbp.exchange.nodes import Node, built, copies, node_of
+from fnbp.exchange.places import Finder
+from fnbp.exchange.rows import Row
+from fnbp.layer import Layer
+
+__all__ = ["from_flax", "from_torch", "to_flax", "to_torch"]
+
+Places = Mapping[str, str] | None
+MASKS = ("attn.bias", "attn.masked_bias")  # buffers of GPT-2
+
+
+def from_torch(
+    net: Layer, weights: Mapping[str, Any], params: Any, state: Any, places: Places = None, layout: str = "torch"
+) -> tuple[Any, Any]:
+    """Return params and state of a net with the weights of a PyTorch module, by the names of its state_dict.
+
+        from_torch(net, module.state_dict(), *net.init(key, x))      PyTorch itself is not imported
+
+        dense      W      = weight                      conv, conv_transpose  W = weight, axis 1 moved to the end
+        norms      gamma  = weight, beta = bias         batch_norm  mean, var = running_mean, running_var
+        embedding  E      = weight                      positions   P = weight, of an Embedding of 0, 1, 2, ...
+        cells      W, U, b, c = weight_ih, weight_hh, bias_ih, bias_hh      scan: with _l0; gates in the same order
+        attention  Q, K, V = the thirds of in_proj_weight, O = out_proj.weight, biases alike
+        tie        both names, or the source's alone
+
+    By default each layer takes the first entry that is left, which must bear one of its names, and those beside it: so
+    modules must have the order of our layers. transformer_block takes a TransformerEncoderLayer(norm_first=True) as
+    one, stacked and bidirectional an RNN, LSTM or GRU. places says where layers stand, by their paths in named:
+    {"serial[0].dense(5)": "encoder.fc1", "repeat(3)[0].dense(7)": "blocks.{}", "serial[1].scan(lstm_cell(5))":
+    "lstm.*_l1"}; {} is the turn of repeat, and * where the name of the array goes.
+
+    Two things are left out, since they do not matter: num_batches_tracked may be absent, count is then 1; the bias of
+    K, which softmax does not see. With layout "gpt2" also attn.bias and attn.masked_bias, which hold the causal mask.
+    What is no weight is not compared: eps, momentum, heads, strides. Each array takes the dtype of the one in params.
+
+    Options: params, state: those of the net, or their shapes. layout: "gpt2" for the names of GPT-2, whose matrices are
+             transposed, with or without "transformer." in front, for a net by models.gpt(..., approximate=True).
+    Source:  the documentation of each module in torch.nn, "Variables"; GPT2LMHeadModel of transformers.
+    Raises:  TypeError if net is not a Layer, or a layer has no counterpart; ValueError if an entry is missing, is left
+             over or has another shape, or the two places of a tie differ.
+    """
+    choose("layout", layout, {"torch": 0, "gpt2": 0}, "from_torch: ")
+    check_is("from_torch", "net", net, Layer)
+    given = arrays_of("from_torch", weights)
+    if layout == "gpt2":
+        given = {in_gpt2(name): a for name, a in given.items() if not name.endswith(MASKS)}
+    return taken("from_torch", net, given, params, state, places, layout)
+
+
+def to_torch(
+    net: Layer, params: Any, state: Any, places: Places = None, layout: str = "torch"
+) -> dict[str, np.ndarray]:
+    """Return the weights of a net as arrays of NumPy, by the names of a PyTorch module: what from_torch takes.
+
+        module.load_state_dict({name: torch.tensor(a) for name, a in to_torch(net, params, state).items()})
+
+    By default names are those of torch.nn.Sequential, "2.weight", with the same numbers as our serial and repeat; skip,
+    remat, cast, ragged, freeze and tie have none. The bias of K is 0. A tree of gradients goes likewise, and is then
+    that of the module. bfloat16 is returned as float32, since NumPy has none.
+
+    Options: places, layout: as in from_torch.
+    Raises:  TypeError if net is not a Layer, or a layer has no counterpart; ValueError if two layers have one place, or
+             params or state do not belong to the net.
+    """
+    choose("layout", layout, {"torch": 0, "gpt2": 0}, "to_torch: ")
+    return {name: array for name, array, _ in given_out("to_torch", net, params, state, places, layout)}
+
+
+def from_flax(
+    net: Layer, variables: Mapping[Any, Any], params: Any, state: Any, places: Places = None, layout: str = "linen"
+) -> tuple[Any, Any]:
+    """Return params and state of a net with the weights of a Flax module.
+
+        from_flax(net, module.init(key, x), *net.init(key, x))                               Linen
+        from_flax(net, nnx.to_pure_dict(nnx.state(module, (nnx.Param, nnx.BatchStat))), *net.init(key, x), layout="nnx")
+
+        dense      W = kernel^T                         conv            W = kernel, the last axis moved to the front
+        norms      gamma = scale, beta = bias           conv_transpose  W = kernel, axis -2 to the front, reversed
+        batch_norm mean, var = mean, var; count = 1     embedding, positions  E, P = embedding
+        attention  Q, K, V, O = kernels of query, key, value, out, whose heads are one axis; the bias of K is left out
+        rnn_cell   W, U, b = i.kernel^T, h.kernel^T, i.bias; c = 0
+        lstm_cell  W, U, c = ii if ig io, hi hf hg ho, transposed; b = 0
+        gru_cell   W, U = ir iz in, hr hz hn, transposed; b = biases of ir iz in, c = 0, 0, bias of hn
+
+    Flax orders what it holds by name, so there is no order to follow: by default the places are those of Sequential.
+    NNX counts its cells of one array for all gates as GRUCell and SimpleCell: dense_i, dense_h.
+
+    Options: params, state, places: as in from_torch; a place is "Dense_0", or "encoder.Dense_0". layout: "linen", where
+             batch_stats are a dict of their own, or "nnx".
+    Source:  flax.linen and flax.nnx, version 0.12.
+    Raises:  as from_torch.
+    """
+    choose("layout", layout, {"linen": 0, "nnx": 0}, "from_flax: ")
+    check_is("from_flax", "net", net, Layer)
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"from_flax: variables must be a dict, got {describe(variables)}")
+    trees = variables.values() if layout == "linen" else [variables]
+    given = arrays_of("from_flax", {name: a for tree in trees for name, a in flat(tree)})
+    return taken("from_flax", net, given, params, state, places, layout)
+
+
+def to_flax(net: Layer, params: Any, state: Any, places: Places = None, layout: str = "linen") -> dict[Any, Any]:
+    """Return the weights of a net as arrays of NumPy in the nested dicts of a Flax module: what from_flax takes.
+
+        module.apply(to_flax(net, params, state), x)                                                        Linen
+        held = nnx.state(module)                                                                            NNX
+        nnx.replace_by_pure_dict(held, to_flax(net, params, state, layout="nnx")); nnx.update(module, held)
+
+    By default names are those of Sequential, "layers_2" in Linen and "layers", 2 in NNX. Cells of Flax have one bias
+    where ours have two, and take their sum. The bias of K is 0.
+
+    Options: places, layout: as in from_flax.
+    Raises:  as to_torch; ValueError if the last third of c of gru_cell is not 0, which NNX has no place for.
+    """
+    choose("layout", layout, {"linen": 0, "nnx": 0}, "to_flax: ")
+    found: dict[Any, Any] = {"params": {}} if layout == "linen" else {}
+    for name, array, is_state in given_out("to_flax", net, params, state, places, layout):
+        keys: list[Any] = name.split(".")
+        if layout == "linen":
+            keys.insert(0, "batch_stats" if is_state else "params")
+        else:
+            keys = [int(key) if key.isdigit() else key for key in keys]
+        at = found
+        for key in keys[:-1]:
+            at = at.setdefault(key, {})
+        at[keys[-1]] = array
+    return found
+
+
+# --- both ways ---
+
+
+def taken(
+    maker: str, net: Layer, given: dict[str, np.ndarray], params: Any, state: Any, places: Places, library: str
+) -> tuple[Any, Any]:
+    """params and state, of arrays by name."""
+    forms = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), tree) for tree in (params, state))
+    root = node_of(net.name, net, *forms)
+    finder, doubled = Finder(maker, library, root, places), copies(net.name, net)
+    finder.determined(root, None if library == "torch" else "")
+    if library == "torch":
+        finder.in_order(given)
+    left, values = dict(given), {}
+    where: dict[str, str] = {}
+    for leaf in root.leaves():
+        values[leaf.key] = read(finder, leaf, left, given, doubled, where)
+    if left:
+        rest = ", ".join(f"{name} of shape {a.shape}" for name, a in left.items())
+        raise ValueError(f"{maker}: nothing in {net.name} takes {rest}")
+
+    def differ(node: Node, source: Any, target: Any) -> None:
+        raise ValueError(f"{maker}: {node.path} has one parameter at {source} and {target}, and their entries differ")
+
+    return jax.tree.map(jnp.asarray, built(root, values, differ))
+
+
+def read(
+    finder: Finder, leaf: Node, left: dict[str, Any], given: Mapping[str, np.ndarray], doubled: Mapping[str, str],
+    where: dict[str, str],
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The arrays of one layer. ValueError if one is missing or has another shape."""
+    of, place = finder.counterpart(leaf), finder.found.get(leaf.key)
+    theirs: dict[str, np.ndarray] = {}
+    for one in of.of(leaf.held):
+        due, ours = one.shape(leaf.held), leaves_of(leaf, one)
+        name = one.theirs if place is None else place.replace("*", one.theirs)
+        if place is None or name not in given:
+            if of.optional(one) or all(f"{leaf.path}.{piece.leaf}" in doubled for piece in one.pieces):
+                continue
+            close = "" if place is not None else f"; the next entry that is left is {next(iter(left), 'none')}"
+            raise ValueError(
+                f"{finder.maker}: no entry {name} of shape {due}, which {ours} needs{close}; there are "
+                f"{', '.join(list(given)[:8])}{', ...' if len(given) > 8 else ''}"
+            )
+        if name in where:
+            raise ValueError(f"{finder.maker}: {where[name]} and {ours} have one place, {name}")
+        where[name] = ours
+        left.pop(name, None)
+        if given[name].shape != due:
+            raise ValueError(f"{finder.maker}: {name} has shape {given[name].shape}, {ours} needs {due}")
+        theirs[one.theirs] = given[name]
+    return {name: a.astype(leaf.held[name].dtype) for name, a in of.back(leaf.held, theirs).items()}
+
+
+def leaves_of(leaf: Node, one: Row) -> str:
+    """The leaves of a row, with their shapes, as a message names them."""
+    held = [piece.leaf for piece in one.pieces if piece.leaf in leaf.held]
+    return ", ".join(f"{leaf.label}.{name} of shape {leaf.held[name].shape}" for name in dict.fromkeys(held))
+
+
+def given_out(
+    maker: str, net: Layer, params: Any, state: Any, places: Places, library: str
+) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """(name, array, True if it is of the state), layer by layer."""
+    check_is(maker, "net", net, Layer)
+    root = node_of(net.name, net, *(jax.tree.map(np.asarray, tree) for tree in (params, state)))
+    finder, seen = Finder(maker, library, root, places), {}
+    finder.determined(root, "")
+    for leaf in root.leaves():
+        of, place = finder.counterpart(leaf), finder.found[leaf.key]
+        try:
+            arrays = of.there(leaf.held)
+        except ValueError as error:
+            raise ValueError(f"{maker}: {leaf.label}: {error}") from error
+        for one in of.of(leaf.held):
+            name = place.replace("*", one.theirs)
+            if name in seen:
+                raise ValueError(f"{maker}: {seen[name]} and {leaf.label} have one place, {name}")
+            seen[name] = leaf.label
+            yield name, narrowed(arrays[one.theirs]), all(piece.leaf in leaf.state for piece in one.pieces)
+
+
+def narrowed(a: np.ndarray) -> np.ndarray:
+    """An array in a dtype of NumPy: bfloat16 as float32."""
+    return a.astype(np.float32) if a.dtype == jnp.bfloat16 else a
+
+
+def arrays_of(maker: str, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of a state_dict. TypeError unless it is a dict, and its entries are arrays."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{maker}: weights must be a dict of arrays by name, got {describe(weights)}")
+    found = {}
+    for name, a in weights.items():
+        if hasattr(a, "detach"):  # a tensor of PyTorch
+            a = a.detach().cpu()
+            a = a.float() if str(a.dtype) == "torch.bfloat16" else a
+        found[name] = np.asarray(a)
+        if found[name].dtype == object:
+            raise TypeError(f"{maker}: {name} must be an array, got {describe(a)}")
+    return found
+
+
+def in_gpt2(name: str) -> str:
+    """The name of an entry as GPT2LMHeadModel has it: a GPT2Model leaves out what stands in front."""
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def flat(tree: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, array) of nested dicts: "layers.0.kernel"."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
