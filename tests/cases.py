@@ -64,6 +64,10 @@ def gelu(x):
     return x * special.ndtr(x)
 
 
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def silu(x):
     return x * special.expit(x)
 
@@ -165,7 +169,7 @@ CASES = (
         "gelu:tanh",
         fnbp.gelu(approximate=True),
         ELEMENTWISE,
-        lambda p, x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        lambda p, x: gelu_tanh(x),
         lambda F, p, x: F.gelu(x, approximate="tanh"),
     ),
     Case(
@@ -513,6 +517,13 @@ CASES = (
         mixes=True,
     ),
     Case("gelu_mlp", fnbp.gelu_mlp(13, 7), FEATURES, lambda p, x: affine(p[2], gelu(affine(p[0], x)))),
+    Case(
+        "gelu_mlp:tanh",
+        fnbp.gelu_mlp(13, 7, approximate=True),
+        FEATURES,
+        lambda p, x: affine(p[2], gelu_tanh(affine(p[0], x))),
+        lambda F, p, x: F.linear(F.gelu(F.linear(x, p[0]["W"], p[0]["b"]), approximate="tanh"), p[2]["W"], p[2]["b"]),
+    ),
     Case(
         "swiglu",
         fnbp.swiglu(13, 7),

@@ -157,7 +157,7 @@ TABLE = {
     "tie": Entry(ANY, "net:net source:source target:target"),
     "from_jax": Entry(ANY, "apply:apply init=start name=label mask=rule mixes=mixes"),
     "residual": Entry("image", "n_out:size stride=stride project=bool?", 0.5),
-    "gelu_mlp": Entry(ANY, "hidden:size n_out:size W=init b=init? W_out=out?"),
+    "gelu_mlp": Entry(ANY, "hidden:size n_out:size W=init b=init? W_out=out? approximate=bool"),
     "swiglu": Entry(ANY, "hidden:size n_out:size W=init W_out=out?"),
     "transformer_block": Entry(
         "seq",
@@ -172,7 +172,9 @@ TABLE = {
     "models.lstm_classifier": Entry("seq", "units:size classes:size layers=size rate=rate", 0.3),
     "models.gru_classifier": Entry("seq", "units:size classes:size layers=size rate=rate", 0.3),
     "models.gpt": Entry(
-        "tokens", "vocabulary:vocabulary length:length layers:size heads:heads width:width rate=rate", 0.3
+        "tokens",
+        "vocabulary:vocabulary length:length layers:size heads:heads width:width rate=rate approximate=bool",
+        0.3,
     ),
     "softmax_cross_entropy": Entry(
         "loss", "ignore_index=ignored weights=class_weights label_smoothing=rate reduce=reduce"

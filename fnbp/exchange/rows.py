@@ -28,8 +28,8 @@ OUT_LAST = moving(0, -1)  # (n_out, *kernel, n_in) as (*kernel, n_in, n_out)
 COUNT = Order(lambda a: a.astype(np.int64), lambda a: a)
 # a kernel (n_in, *kernel, n_out) that is transposed, as one that is not: (*kernel, n_in, n_out), offsets reversed
 REVERSED = Order(
-    lambda a: np.moveaxis(np.flip(a, range(1, a.ndim - 1)), 0, -2),
-    lambda a: np.flip(np.moveaxis(a, -2, 0), range(1, a.ndim - 1)),
+    lambda a: np.moveaxis(np.flip(a, tuple(range(1, a.ndim - 1))), 0, -2),
+    lambda a: np.flip(np.moveaxis(a, -2, 0), tuple(range(1, a.ndim - 1))),
 )
 
 

@@ -39,20 +39,20 @@ Given = tuple[Row, ...] | Counterpart | Callable[[Arguments, Held], Counterpart 
 class Entry:
     """A layer in each library: rows, a function of its arguments and leaves, or why it has no counterpart there.
 
-    nnx and gpt2: where these differ from linen and torch.
+    nnx and gpt2: where these differ from linen and torch; () where they do not.
     """
 
     torch: Given
     linen: Given
-    nnx: Given | None = None
-    gpt2: Given | None = None
+    nnx: Given = ()
+    gpt2: Given = ()
 
     def of(self, library: str, arguments: Arguments, held: Held) -> Counterpart | str:
         """The counterpart of a layer that was made with these arguments, or why it has none."""
-        given = getattr(self, library)
-        given = getattr(self, {"nnx": "linen", "gpt2": "torch"}[library]) if given is None else given
-        made = given(arguments, held) if callable(given) else given
-        return Counterpart(made) if isinstance(made, tuple) else made
+        given: Given = getattr(self, library) or getattr(self, {"nnx": "linen", "gpt2": "torch"}[library])
+        if isinstance(given, tuple):
+            return Counterpart(given)
+        return given if isinstance(given, (Counterpart, str)) else given(arguments, held)
 
 
 def attention_in_torch(arguments: Arguments, held: Held) -> Counterpart | str:
@@ -63,9 +63,8 @@ def attention_in_torch(arguments: Arguments, held: Held) -> Counterpart | str:
         matrices = tuple(row(f"{leaf.lower()}_proj_weight", leaf) for leaf in "QKV")
     else:
         matrices = (row("in_proj_weight", "Q", "K", "V"),)
-    return Counterpart(
-        (*matrices, row("in_proj_bias", *BIASES), row("out_proj.weight", "O"), row("out_proj.bias", "b_O"))
-    )
+    out = row("out_proj.weight", "O"), row("out_proj.bias", "b_O")
+    return Counterpart((*matrices, row("in_proj_bias", *BIASES), *out))
 
 
 def attention_in_gpt2(arguments: Arguments, held: Held) -> Counterpart | str:

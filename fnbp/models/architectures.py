@@ -19,7 +19,7 @@ from fnbp.layers.embedding import embedding, positions
 from fnbp.layers.norm import batch_norm, layer_norm
 from fnbp.layers.pooling import flatten, global_avg_pool, last, max_pool
 from fnbp.layers.recurrent import gru_cell, lstm_cell
-from fnbp.models.blocks import residual, stacked, transformer_block
+from fnbp.models.blocks import gelu_mlp, residual, stacked, transformer_block
 
 __all__ = ["gpt", "gru_classifier", "lenet", "lstm_classifier", "mlp", "resnet"]
 
@@ -138,7 +138,9 @@ def classifier(name: str, cell: Callable[[int], Layer], units: int, classes: int
 
 @constructor
 @located("gpt")
-def gpt(vocabulary: int, length: int, layers: int, heads: int, width: int, rate: float = 0.0) -> Layer:
+def gpt(
+    vocabulary: int, length: int, layers: int, heads: int, width: int, rate: float = 0.0, approximate: bool = False
+) -> Layer:
     """A transformer that scores the token after each position, from that position and those before it.
 
         h = E[x] + P      h := transformer_block(h), layers times      y = E norm(h)
@@ -150,8 +152,9 @@ def gpt(vocabulary: int, length: int, layers: int, heads: int, width: int, rate:
     Source:  Radford et al. 2019, Language models are unsupervised multitask learners, section 2.3; E in two places:
              Press & Wolf 2016, arXiv:1608.05859.
     Options: layers: number of blocks. heads, width: those of transformer_block. rate: of dropout, on the embedding and
-             at the end of each branch.
-    Raises:  ValueError if a size is below 1, or heads does not divide width.
+             at the end of each branch. approximate: True for the tanh form of gelu, which GPT-2 has; with it, length
+             1024, 12 layers, 12 heads, width 768 and vocabulary 50257 are GPT-2 small: see fnbp.from_torch.
+    Raises:  ValueError if a size is below 1, or heads does not divide width; TypeError if approximate is not a bool.
     """
     check_size("gpt", "layers", layers)
     check_rate("gpt", rate)
@@ -160,7 +163,8 @@ def gpt(vocabulary: int, length: int, layers: int, heads: int, width: int, rate:
     if width % heads:
         raise ValueError(f"gpt: width must be a multiple of heads, got {width} for {heads}")
     start, at_end = initializers.normal(0.02), initializers.normal(0.02 / math.sqrt(2 * layers))
-    block = transformer_block(width, heads, rate=rate, W=start, W_out=at_end)
+    mlp = gelu_mlp(4 * width, width, start, "zeros", at_end, approximate)
+    block = transformer_block(width, heads, mlp=mlp, rate=rate, W=start, W_out=at_end)
     parts = (
         embedding(vocabulary, width, start),
         positions(length, start),

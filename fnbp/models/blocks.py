@@ -47,7 +47,12 @@ def residual(n_out: int, stride: int = 1, project: bool | None = None) -> Layer:
 @constructor
 @located("gelu_mlp")
 def gelu_mlp(
-    hidden: int, n_out: int, W: Maker = "glorot_uniform", b: Maker | None = "zeros", W_out: Maker | None = None
+    hidden: int,
+    n_out: int,
+    W: Maker = "glorot_uniform",
+    b: Maker | None = "zeros",
+    W_out: Maker | None = None,
+    approximate: bool = False,
 ) -> Layer:
     """The two dense layers of a transformer.
 
@@ -56,11 +61,11 @@ def gelu_mlp(
     Shapes:  x (..., n_in); y (..., n_out); between them hidden features.
     Source:  Vaswani et al. 2017, arXiv:1706.03762, section 3.3; gelu: Hendrycks & Gimpel 2016, arXiv:1606.08415.
     Options: W, b: initializers of W1 and of the biases, names or functions; b=None: no biases. W_out: initializer of
-             W2, by default W.
+             W2, by default W. approximate: that of gelu.
+    Raises:  TypeError if approximate is not a bool.
     """
-    return serial(
-        dense(hidden, W, b), gelu(), dense(n_out, W if W_out is None else W_out, b), name=f"gelu_mlp({hidden}, {n_out})"
-    )
+    first, second = dense(hidden, W, b), dense(n_out, W if W_out is None else W_out, b)
+    return serial(first, gelu(approximate), second, name=f"gelu_mlp({hidden}, {n_out})")
 
 
 @constructor
