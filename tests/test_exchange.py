@@ -59,19 +59,9 @@ def causal(module, x):
     return module(x, src_mask=torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype))
 
 
-class Start(NamedTuple):
-    """A cell as a layer of x alone: from h = 0."""
-
-    cell: fnbp.Layer
-
-
 def of_memory(module, x):
     """x, and its first two features as what it attends to."""
     return module(x, x[..., :2], x[..., :2], need_weights=False)[0]
-
-
-def by_memory(params, x):
-    return x, x[..., :2]
 
 
 RNN = {"batch_first": True}
@@ -163,7 +153,13 @@ def cell_of(layer):
 def apply_of(pair, state):
     """(params, x) -> y, with the manual backward."""
     apply = fnbp.to_jax(pair.layer, state, pair.ctx)
-    return (lambda params, x: apply(params, (None, x))[1]) if cell_of(pair.layer) else apply
+    return (lambda params, x: apply(params, (rest(pair, params, x), x))[1]) if cell_of(pair.layer) else apply
+
+
+def rest(pair, params, x):
+    """h of zeros; of an LSTM also s."""
+    h = jnp.zeros((len(x), params["U"].shape[1]))
+    return (h, h) if "lstm" in pair.layer.name else h
 
 
 def shapes_of(pair):
@@ -230,7 +226,7 @@ def test_outputs_and_gradients_are_pytorchs(x64, name):
         scale = max(1.0, np.abs(gradients[key]).max())
         np.testing.assert_allclose(gradients[key], parameter.grad.numpy(), rtol=0, atol=1e-12 * scale, err_msg=key)
     back = fnbp.to_torch(pair.layer, params, state)
-    assert list(back) == list(before)
+    assert back.keys() == before.keys()
     for key, a in before.items():
         np.testing.assert_array_equal(back[key], without_key_bias(key, a), err_msg=key)
         assert back[key].dtype == a.dtype
@@ -292,15 +288,12 @@ def test_attention_to_a_memory_of_another_width_is_pytorchs(x64):
 # --- Flax ---
 
 
-def linen(make):
-    """(nn) -> a module of Linen."""
-    return lambda nn, nnx: make(nn)
+def tolerance(name, layout):
+    """1e-12; NNX's attention rounds to float32 on its way, whatever dtype it is told."""
+    return 1e-5 if layout == "nnx" and "attention" in name else 1e-12
 
 
-def in_use(module, x):
-    return module(x, use_running_average=True)
-
-
+WIDE = {"dtype": np.float64, "param_dtype": np.float64}  # some modules compute in float32 unless told
 FLAX = {  # layer, module of Linen, module of NNX, x, tokens
     "dense": (fnbp.dense(7), lambda nn: nn.Dense(7), lambda nnx, r: nnx.Linear(5, 7, rngs=r), (3, 11, 5), 0),
     "dense, square": (fnbp.dense(5), lambda nn: nn.Dense(5), lambda nnx, r: nnx.Linear(5, 5, rngs=r), (3, 5), 0),
@@ -371,29 +364,29 @@ FLAX = {  # layer, module of Linen, module of NNX, x, tokens
     "embedding": (
         fnbp.embedding(13, 5),
         lambda nn: nn.Embed(13, 5),
-        lambda nnx, r: nnx.Embed(13, 5, rngs=r),
+        lambda nnx, r: nnx.Embed(13, 5, rngs=r, **WIDE),
         (3, 7),
         13,
     ),
     "attention": (
         fnbp.attention(2),
         lambda nn: nn.MultiHeadDotProductAttention(2),
-        lambda nnx, r: nnx.MultiHeadAttention(num_heads=2, in_features=6, decode=False, rngs=r),
+        lambda nnx, r: nnx.MultiHeadAttention(num_heads=2, in_features=6, decode=False, rngs=r, **WIDE),
         (3, 5, 6),
         0,
     ),
     "attention without b": (
         fnbp.attention(5, b=None),
         lambda nn: nn.MultiHeadDotProductAttention(5, use_bias=False),
-        lambda nnx, r: nnx.MultiHeadAttention(num_heads=5, in_features=5, use_bias=False, decode=False, rngs=r),
+        lambda nnx, r: nnx.MultiHeadAttention(num_heads=5, in_features=5, use_bias=False, decode=False, rngs=r, **WIDE),
         (3, 7, 5),
         0,
     ),
     **{
         name + kind: (
             fnbp.scan(cell(n)),
-            lambda nn, made=made, n=n: nn.RNN(getattr(nn, made)(n)),
-            lambda nnx, r, made=made, n=n: nnx.RNN(getattr(nnx, made)(5, n, rngs=r)),
+            lambda nn, made=made, n=n: nn.RNN(getattr(nn, made)(n, **WIDE)),
+            lambda nnx, r, made=made, n=n: nnx.RNN(getattr(nnx, made)(5, n, rngs=r, **WIDE)),
             (3, 11, 5),
             0,
         )
@@ -406,9 +399,11 @@ FLAX = {  # layer, module of Linen, module of NNX, x, tokens
     },
     "bidirectional": (
         fnbp.bidirectional(fnbp.lstm_cell(7)),
-        lambda nn: nn.Bidirectional(nn.RNN(nn.LSTMCell(7)), nn.RNN(nn.LSTMCell(7))),
+        lambda nn: nn.Bidirectional(nn.RNN(nn.LSTMCell(7, **WIDE)), nn.RNN(nn.LSTMCell(7, **WIDE))),
         lambda nnx, r: nnx.Bidirectional(
-            nnx.RNN(nnx.LSTMCell(5, 7, rngs=r), rngs=r), nnx.RNN(nnx.LSTMCell(5, 7, rngs=r), rngs=r), rngs=r
+            nnx.RNN(nnx.LSTMCell(5, 7, rngs=r, **WIDE), rngs=r),
+            nnx.RNN(nnx.LSTMCell(5, 7, rngs=r, **WIDE), rngs=r),
+            rngs=r,
         ),
         (3, 11, 5),
         0,
@@ -438,9 +433,9 @@ def in_flax(name, layout):
     pure = all_drawn(nnx.to_pure_dict(held))
 
     def use(weights, x):
-        state = jax.tree.map(lambda a: a, held)
+        state, others = jax.tree.map(lambda a: a, (held, rest))  # copies, which belong to the trace at hand
         nnx.replace_by_pure_dict(state, weights)
-        return nnx.merge(graph, state, rest)(x)
+        return nnx.merge(graph, state, others)(x)
 
     return layer, use, pure, x
 
@@ -477,14 +472,15 @@ def test_outputs_and_gradients_are_flaxs(x64, name, layout):
     ours, pull = jax.vjp(fnbp.to_jax(layer, state), params, x)
     dy = jnp.asarray(drawn(theirs.shape, 2))
     (dparams, dx), (their_dparams, their_dx) = pull(dy), their_pull(dy)
-    assert relative(ours, theirs) <= 1e-12
+    near = tolerance(name, layout)
+    assert relative(ours, theirs) <= near
     if jnp.issubdtype(x.dtype, jnp.floating):
-        assert relative(dx, their_dx) <= 1e-12
+        assert relative(dx, their_dx) <= near
     gradients = flat(fnbp.to_flax(layer, as_they_flow(layer, layout, dparams, state), state, layout=layout))
     for key, a in flat(their_dparams).items():
         if "mean" not in key and "var" not in key:
             scale = max(1.0, np.abs(a).max())
-            np.testing.assert_allclose(gradients[key], a, rtol=0, atol=1e-12 * scale, err_msg=key)
+            np.testing.assert_allclose(gradients[key], a, rtol=0, atol=near * scale, err_msg=key)
     back = flat(fnbp.to_flax(layer, params, state, layout=layout))
     assert back.keys() == flat(weights).keys()
     for key, a in flat(weights).items():
@@ -507,7 +503,7 @@ def test_flax_takes_ours_and_gives_back_the_same_function(x64, name, layout):
             fnbp.to_flax(layer, params, state, layout=layout)
         params["c"] = params["c"].at[-params["c"].size // 3 :].set(0)
     weights = fnbp.to_flax(layer, params, state, layout=layout)
-    assert relative(use(weights, x), fnbp.apply(layer, params, state, x)) <= 1e-12
+    assert relative(use(weights, x), fnbp.apply(layer, params, state, x)) <= tolerance(name, layout)
     again = fnbp.from_flax(layer, weights, params, state, layout=layout)
     assert relative(fnbp.apply(layer, *again, x), fnbp.apply(layer, params, state, x)) <= 1e-12
     if not any(word in name for word in ("rnn", "lstm", "gru", "bidirectional")):  # two biases come back as their sum
@@ -536,7 +532,7 @@ def test_cells_of_flax_are_ours(x64, name, layout):
         weights = all_drawn(module.init(jax.random.key(0), carry, x))
         theirs = module.apply(weights, carry, x)[1]
     else:
-        module = getattr(nnx, made)(5, 7, rngs=nnx.Rngs(0))
+        module = getattr(nnx, made)(5, 7, rngs=nnx.Rngs(0), **WIDE)
         held = nnx.state(module, nnx.Param)
         weights = all_drawn(nnx.to_pure_dict(held))
         nnx.replace_by_pure_dict(held, weights)

@@ -107,7 +107,7 @@ class Row:
 
     def stands_for(self, held: Held) -> bool:
         """True if the layer has what this row is about: a layer with b=None has no row for its bias."""
-        return any(piece.leaf in held for piece in self.pieces)
+        return any(piece.leaf in held or piece.like in held for piece in self.pieces)
 
 
 def row(theirs: str, *ours: str | Piece, order: Order = SAME) -> Row:

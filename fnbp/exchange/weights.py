@@ -16,7 +16,7 @@ from fnbp.layer import Layer
 __all__ = ["from_flax", "from_torch", "to_flax", "to_torch"]
 
 Places = Mapping[str, str] | None
-MASKS = ("attn.bias", "attn.masked_bias")  # buffers of GPT-2
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of GPT-2
 
 
 def from_torch(

@@ -1,0 +1,480 @@
+"""Whole nets beside modules of PyTorch and Flax: where each layer finds its place, GPT-2, and what is refused."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnbp
+from tests.cases import relative
+from tests.test_exchange import drawn, held_of, needs_flax, needs_torch
+
+KEY = jax.random.key(0)
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def made(net, x, dtype=float):
+    """params and state of a net, as shapes."""
+    return jax.eval_shape(net.init, KEY, jax.ShapeDtypeStruct(x, dtype))
+
+
+def filled(net, x, dtype=float):
+    """params and state of a net, drawn."""
+    return tuple(
+        jax.tree.map(lambda a: jnp.asarray(np.abs(drawn(a.shape, a.size)) + 0.5, a.dtype), tree)
+        for tree in made(net, x, dtype)
+    )
+
+
+def equal(one, other):
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), one, other)))
+
+
+# --- round trips, without any other library ---
+
+NETS = {
+    "mlp": (fnbp.models.mlp(7, 5), (3, 11)),
+    "lenet": (fnbp.models.lenet(), (2, 28, 28, 1)),
+    "resnet": (fnbp.models.resnet(8, width=2), (2, 8, 8, 3)),
+    "lstm_classifier": (fnbp.models.lstm_classifier(7, 5, 2, rate=0.5), (3, 11, 2)),
+    "gru_classifier": (fnbp.models.gru_classifier(7, 5), (3, 11, 2)),
+    "gpt": (fnbp.models.gpt(13, 7, 3, 2, 10, rate=0.1), (3, 7)),
+    "wrappers": (
+        fnbp.serial(
+            fnbp.cast(fnbp.dense(7), "bfloat16"), fnbp.remat(fnbp.skip(fnbp.dense(7))), fnbp.from_jax(fnbp.dense(5))
+        ),
+        (3, 11),
+    ),
+    "repeat": (fnbp.repeat(fnbp.serial(fnbp.repeat(fnbp.skip(fnbp.dense(5)), 2), fnbp.batch_norm()), 3), (3, 5)),
+    "freeze": (fnbp.serial(fnbp.freeze(fnbp.serial(fnbp.dense(7), fnbp.batch_norm())), fnbp.dense(2)), (3, 5)),
+    "bidirectional": (fnbp.serial(*[fnbp.bidirectional(fnbp.lstm_cell(5))] * 2), (3, 7, 2)),
+    "swiglu": (fnbp.transformer_block(4, 2, norm=fnbp.rms_norm, mlp=fnbp.swiglu(7, 4)), (2, 3, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_net_comes_back_from_pytorchs_names_bit_by_bit(name):
+    net, x = NETS[name]
+    params, state = filled(net, x, int if name == "gpt" else float)
+    weights = fnbp.to_torch(net, params, state)
+    shapes = made(net, x, int if name == "gpt" else float)
+    assert equal(fnbp.from_torch(net, weights, *shapes), (params, state))
+
+
+@pytest.mark.parametrize("layout", ["linen", "nnx"])
+@pytest.mark.parametrize("name", [name for name in NETS if not re.search("lstm|gru|bidirectional", name)])
+def test_a_net_comes_back_from_flaxs_names_bit_by_bit(name, layout):
+    net, x = NETS[name]
+    params, state = filled(net, x, int if name == "gpt" else float)
+    weights = fnbp.to_flax(net, params, state, layout=layout)
+    again = fnbp.from_flax(net, weights, params, state, layout=layout)
+    assert equal(again[0], params)
+
+
+def test_wrappers_do_not_change_the_names():
+    net, wrapped = fnbp.dense(5), fnbp.remat(fnbp.cast(fnbp.skip(fnbp.freeze(fnbp.dense(5))), "bfloat16"))
+    assert fnbp.to_torch(net, *filled(net, (3, 5))).keys() == fnbp.to_torch(wrapped, *filled(wrapped, (3, 5))).keys()
+
+
+def test_a_layer_with_another_backward_has_the_counterpart_of_its_forward():
+    net = fnbp.dense(5)
+    aligned = fnbp.replace_functions(net, backward=lambda params, res, dy: ({}, dy))
+    params, state = filled(net, (3, 5))
+    assert equal(fnbp.to_torch(aligned, params, state), fnbp.to_torch(net, params, state))
+    other = fnbp.replace_functions(net, forward=net.forward.__call__)
+    with pytest.raises(TypeError, match=r"to_torch: dense\(5\) has no counterpart: the table of fnbp.exchange has no"):
+        fnbp.to_torch(other, params, state)
+
+
+def test_weights_take_the_dtype_of_the_net_and_bfloat16_leaves_as_float32():
+    net = fnbp.dense(5)
+    params, state = filled(net, (3, 7))
+    low, _ = fnbp.from_torch(net, fnbp.to_torch(net, params, state), made(net, (3, 7), jnp.bfloat16)[0], state)
+    assert low["W"].dtype == jnp.bfloat16
+    out = fnbp.to_torch(net, low, state)["weight"]
+    assert out.dtype == np.float32 and np.array_equal(out, low["W"].astype(np.float32))
+
+
+def test_batch_norm_without_a_count_has_been_trained():
+    net = fnbp.batch_norm()
+    params, state = filled(net, (3, 5))
+    weights = fnbp.to_torch(net, params, state)
+    del weights["num_batches_tracked"]
+    assert fnbp.from_torch(net, weights, params, state)[1]["count"] == 1
+
+
+# --- places ---
+
+
+@needs_torch
+def test_layers_take_modules_in_their_order(x64):
+    import torch
+    from torch import nn
+
+    settings = {"dropout": 0.0, "activation": "gelu", "norm_first": True, "batch_first": True}
+    module = nn.ModuleDict(
+        {
+            "stem": nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.ReLU()),
+            "reader": nn.LSTM(5, 5, num_layers=2, bidirectional=True, batch_first=True),
+            "blocks": nn.ModuleList([nn.TransformerEncoderLayer(10, 2, 40, **settings) for _ in range(3)]),
+            "head": nn.Linear(10, 7),
+        }
+    ).double().eval()  # fmt: skip
+    net = fnbp.serial(
+        fnbp.conv(5, 3, b=None), fnbp.batch_norm(), fnbp.relu(), fnbp.reshape(-1, 5),
+        fnbp.bidirectional(fnbp.lstm_cell(5)), fnbp.bidirectional(fnbp.lstm_cell(5)),
+        fnbp.repeat(fnbp.transformer_block(10, 2, causal=False), 3), fnbp.dense(7),
+    )  # fmt: skip
+    for i, parameter in enumerate(module.parameters()):
+        parameter.data = torch.tensor(drawn(parameter.shape, i)) / 2
+    module["stem"][1].num_batches_tracked += 1
+    x = drawn((2, 3, 2, 3), 1)
+    params, state = fnbp.from_torch(net, module.state_dict(), *made(net, x.shape))
+    h = module["stem"](torch.tensor(x).movedim(-1, 1)).movedim(1, -1).flatten(1, 2)
+    h, _ = module["reader"](h)
+    for block in module["blocks"]:
+        h = block(h)
+    assert relative(fnbp.apply(net, params, state, x), module["head"](h).detach().numpy()) <= 1e-12
+
+    path = "serial[4].parallel(concat)[0].scan(lstm_cell(5))"
+    places = {
+        "serial[0].conv(5, 3)": "stem.0", "serial[1].batch_norm": "stem.1", "serial[4].parallel(concat)": "reader",
+        "serial[5].parallel(concat)[0].scan(lstm_cell(5))": "reader.*_l1",
+        "serial[5].parallel(concat)[1].scan(lstm_cell(5), reverse)": "reader.*_l1_reverse",
+        "serial[6].repeat(3)": "blocks", "serial[7].dense(7)": "head",
+    }  # fmt: skip
+    back = fnbp.to_torch(net, params, state, places)
+    assert back.keys() == held_of(module).keys()
+    assert equal(fnbp.from_torch(net, dict(reversed(back.items())), params, state, places), (params, state))
+    assert path in str(fnbp.named(net, params))
+    places["serial[6].repeat(3)[0].transformer_block(10, 2)"] = "blocks.{}"
+    assert fnbp.to_torch(net, params, state, places).keys() == back.keys()
+
+
+def test_places_tell_layers_apart_that_stand_in_another_order():
+    net = fnbp.serial(fnbp.dense(5), fnbp.tanh(), fnbp.dense(5))
+    params, state = filled(net, (3, 5))
+    places = {"serial[0].dense(5)": "z.first", "serial[2].dense(5)": "a.second"}
+    weights = fnbp.to_torch(net, params, state, places)
+    turned = dict(sorted(weights.items()))
+    assert next(iter(turned)) == "a.second.bias"
+    assert equal(fnbp.from_torch(net, turned, params, state, places)[0], params)
+    swapped = fnbp.from_torch(net, turned, params, state)[0]
+    assert equal(swapped, (params[2], {}, params[0]))
+    some = fnbp.from_torch(net, turned, params, state, {"serial[0].dense(5)": "z.first"})[0]
+    assert equal(some, params)
+
+
+@needs_flax
+@pytest.mark.parametrize("layout", ["linen", "nnx"])
+def test_sequential_of_flax_needs_no_places(x64, layout):
+    from flax import linen, nnx
+
+    net = fnbp.serial(fnbp.dense(7), fnbp.relu(), fnbp.serial(fnbp.dense(5), fnbp.tanh()))
+    x = jnp.asarray(drawn((3, 11), 1))
+    params, state = filled(net, x.shape)
+    weights = fnbp.to_flax(net, params, state, layout=layout)
+    if layout == "linen":
+        inner = linen.Sequential([linen.Dense(5), linen.tanh])
+        theirs = linen.Sequential([linen.Dense(7), linen.relu, inner]).apply(weights, x)
+    else:
+        r = nnx.Rngs(0)
+        inner = nnx.Sequential(nnx.Linear(7, 5, rngs=r), nnx.tanh)
+        module = nnx.Sequential(nnx.Linear(11, 7, rngs=r), nnx.relu, inner)
+        held = nnx.state(module)
+        nnx.replace_by_pure_dict(held, weights)
+        nnx.update(module, held)
+        theirs = module(x)
+    assert relative(fnbp.apply(net, params, state, x), theirs) <= 1e-12
+
+
+@needs_flax
+def test_a_compact_module_of_linen_needs_places(x64):
+    import flax.linen as nn
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(7)(x)
+            x = nn.BatchNorm(use_running_average=True)(x)
+            return nn.Dense(5)(nn.relu(x))
+
+    net, x = fnbp.serial(fnbp.dense(7), fnbp.batch_norm(), fnbp.relu(), fnbp.dense(5)), jnp.asarray(drawn((3, 11), 1))
+    places = {"serial[0].dense(7)": "Dense_0", "serial[1].batch_norm": "BatchNorm_0", "serial[3].dense(5)": "Dense_1"}
+    params, state = fnbp.from_flax(net, Net().init(KEY, x), *made(net, x.shape), places)
+    weights = fnbp.to_flax(net, params, state, places)
+    assert relative(fnbp.apply(net, params, state, x), Net().apply(weights, x)) <= 1e-6  # drawn in float32
+    assert set(weights) == {"params", "batch_stats"}
+
+
+# --- GPT-2 ---
+
+
+def gpt2(vocabulary, length, layers, heads, width):
+    """GPT-2 in PyTorch, with the names and shapes of its published weights."""
+    import torch
+    from torch import nn
+
+    class Conv1D(nn.Module):
+        def __init__(self, n_in, n_out):
+            super().__init__()
+            self.weight, self.bias = (
+                nn.Parameter(0.02 * torch.randn(n_in, n_out)),
+                nn.Parameter(0.1 * torch.randn(n_out)),
+            )
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c_attn, self.c_proj = Conv1D(width, 3 * width), Conv1D(width, width)
+
+        def forward(self, x):
+            q, k, v = (a.unflatten(-1, (heads, -1)).movedim(2, 1) for a in self.c_attn(x).chunk(3, -1))
+            scores = q @ k.mT / (width // heads) ** 0.5
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            o = scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+            return self.c_proj(o.movedim(1, 2).flatten(2))
+
+    class Perceptron(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c_fc, self.c_proj = Conv1D(width, 4 * width), Conv1D(4 * width, width)
+
+        def forward(self, x):
+            return self.c_proj(nn.functional.gelu(self.c_fc(x), approximate="tanh"))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln_1, self.attn = nn.LayerNorm(width), Attention()
+            self.ln_2, self.mlp = nn.LayerNorm(width), Perceptron()
+
+        def forward(self, x):
+            x = x + self.attn(self.ln_1(x))
+            return x + self.mlp(self.ln_2(x))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+            self.wte.weight.data *= 0.02
+            self.h, self.ln_f = nn.ModuleList([Block() for _ in range(layers)]), nn.LayerNorm(width)
+
+        def forward(self, x):
+            h = self.wte(x) + self.wpe.weight[: x.shape[1]]
+            for block in self.h:
+                h = block(h)
+            return self.ln_f(h)
+
+    class WithHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transformer, self.lm_head = Model(), nn.Linear(width, vocabulary, bias=False)
+            self.lm_head.weight = self.transformer.wte.weight
+
+        def forward(self, x):
+            return self.lm_head(self.transformer(x))
+
+    torch.manual_seed(0)
+    return WithHead()
+
+
+def differences(sizes, x):
+    """|ours - theirs| / |theirs| of the scores, and the largest of all gradients, by the mean cross-entropy."""
+    import torch
+
+    module, y = gpt2(*sizes), np.roll(x, -1, 1)
+    net = fnbp.models.gpt(*sizes, approximate=True)
+    params, state = fnbp.from_torch(net, module.state_dict(), *made(net, x.shape, int), layout="gpt2")
+    scores = module(torch.tensor(x))
+    torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.tensor(y).flatten()).backward()
+    done = jax.jit(fnbp.backprop(net, fnbp.softmax_cross_entropy()))(params, state, x, y)
+    gradients = fnbp.to_torch(net, done.grads, state, layout="gpt2")
+    assert gradients.keys() == module.state_dict().keys()
+    worst = 0.0
+    for name, parameter in module.named_parameters():
+        theirs, ours = parameter.grad.numpy(), gradients[name]
+        if name.endswith("c_attn.bias"):  # that of the keys is 0, but for rounding
+            theirs, ours = (np.concatenate([a[: len(a) // 3], a[2 * len(a) // 3 :]]) for a in (theirs, ours))
+        worst = max(worst, np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+    back = fnbp.to_torch(net, params, state, layout="gpt2")
+    for name, a in module.state_dict().items():
+        a = a.numpy().copy()
+        if name.endswith("c_attn.bias"):
+            a[len(a) // 3 : 2 * len(a) // 3] = 0
+        np.testing.assert_array_equal(back[name], a)
+    return relative(done.prediction, scores.detach().numpy()), worst
+
+
+@needs_torch
+def test_a_small_gpt2_is_pytorchs():
+    x = np.random.default_rng(0).integers(0, 13, (2, 7))
+    assert max(differences((13, 11, 3, 2, 10), x)) <= 1e-5
+
+
+@needs_torch
+@pytest.mark.slow
+def test_gpt2_small_is_pytorchs():
+    x = np.random.default_rng(0).integers(0, 50257, (1, 16))
+    output, gradient = differences((50257, 1024, 12, 12, 768), x)
+    print(f"GPT-2 small: scores differ by {output:.1e}, gradients by {gradient:.1e} at most")
+    assert output <= 1e-4 and gradient <= 1e-4
+
+
+GPT, TOKENS = fnbp.models.gpt(13, 7, 2, 2, 6, approximate=True), (3, 7)
+
+
+def test_published_weights_of_gpt2_are_taken_without_their_prefix_masks_and_head():
+    params, state = filled(GPT, TOKENS, int)
+    weights = fnbp.to_torch(GPT, params, state, layout="gpt2")
+    bare = {name.removeprefix("transformer."): a for name, a in weights.items() if name != "lm_head.weight"}
+    bare |= {"h.0.attn.bias": np.ones((1, 1, 7, 7)), "h.1.attn.masked_bias": np.array(-1e4)}
+    assert equal(fnbp.from_torch(GPT, bare, params, state, layout="gpt2"), (params, state))
+    assert weights["transformer.h.1.attn.c_attn.weight"].shape == (6, 18)
+    assert weights["transformer.h.1.mlp.c_fc.weight"].shape == (6, 24)
+
+
+# --- what is refused ---
+
+DENSE = fnbp.serial(fnbp.dense(5), fnbp.tanh(), fnbp.dense(2))
+PARAMS, STATE = filled(DENSE, (3, 7))
+WEIGHTS = fnbp.to_torch(DENSE, PARAMS, STATE)
+FLAX, GROUPED = fnbp.to_flax(DENSE, PARAMS, STATE), fnbp.conv_transpose(4, 3, groups=2)
+
+
+def changed(**arrays):
+    return {
+        name: a
+        for name, a in (WEIGHTS | {k.replace("_", ".", 1): a for k, a in arrays.items()}).items()
+        if a is not None
+    }
+
+
+def take(weights, places=None, net=DENSE, **options):
+    return fnbp.from_torch(net, weights, PARAMS, STATE, places, **options)
+
+
+def give(net, x, places=None, dtype=float, **options):
+    return fnbp.to_torch(net, *filled(net, x, dtype), places, **options)
+
+
+def user_layer():
+    init = lambda key, x: {"g": jnp.ones(x.shape[-1])}  # noqa: E731
+    return fnbp.stateless(init, lambda p, x: (p["g"] * x, (x,)), lambda p, res, dy: ({}, dy), "mine")
+
+
+REFUSED = [
+    (
+        lambda: take(changed(**{"2_bias": None})),
+        ValueError,
+        r"from_torch: no entry 2\.bias of shape \(2,\), which serial\[2\]\.dense\(2\)\.b of shape \(2,\) needs; there "
+        r"are 0\.weight, 0\.bias, 2\.weight",
+    ),
+    (
+        lambda: take({"0.weight": WEIGHTS["0.weight"]}),
+        ValueError,
+        r"no entry 0\.bias of shape \(5,\), which serial\[0\]\.dense\(5\)\.b of shape \(5,\) needs",
+    ),
+    (
+        lambda: take(changed(**{"2_weight": np.ones((5, 2))})),
+        ValueError,
+        r"from_torch: 2\.weight has shape \(5, 2\), serial\[2\]\.dense\(2\)\.W of shape \(2, 5\) needs \(2, 5\)",
+    ),
+    (
+        lambda: take(changed(**{"3_weight": np.ones((5, 3))})),
+        ValueError,
+        r"from_torch: nothing in serial takes 3\.weight of shape \(5, 3\)",
+    ),
+    (
+        lambda: take({"norm.running_mean": np.ones(3), **WEIGHTS}),
+        ValueError,
+        r"no entry weight of shape \(5, 7\), which .*\.W of shape \(5, 7\) needs; the next entry that is left is no",
+    ),
+    (lambda: take({}), ValueError, r"no entry weight .*; the next entry that is left is none; there are"),
+    (lambda: take([1]), TypeError, r"from_torch: weights must be a dict of arrays by name, got a list of 1"),
+    (lambda: take(changed(**{"2_bias": "x"})), ValueError, r"2\.bias has shape \(\)"),
+    (lambda: take(changed(**{"2_bias": object()})), TypeError, r"from_torch: 2\.bias must be an array, got object"),
+    (lambda: take(WEIGHTS, net=fnbp.relu), TypeError, r"from_torch: net must be a Layer, got function relu; call it"),
+    (lambda: take(WEIGHTS, net=fnbp.dense(5)), ValueError, r"dense\(5\): params must be a dict, got a tuple of 3"),
+    (lambda: take(WEIGHTS, net=fnbp.serial(fnbp.dense(5))), ValueError, r"serial: params must have 1 entries"),
+    (lambda: take(WEIGHTS, layout="keras"), ValueError, r"from_torch: unknown layout 'keras'"),
+    (lambda: take(WEIGHTS, ["fc"]), TypeError, r"from_torch: places must be a dict, such as .* got a list of 1"),
+    (
+        lambda: take(WEIGHTS, {"serial[0].dense(6)": "fc"}),
+        ValueError,
+        r"no layer of serial is 'serial\[0\]\.dense\(6\)'; the nearest is serial\[0\]\.dense\(5\)",
+    ),
+    (
+        lambda: take(WEIGHTS, {"serial[0].dense(5)": "a.*.*"}),
+        TypeError,
+        r"the place of serial\[0\]\.dense\(5\) must be a text with at most one \*",
+    ),
+    (
+        lambda: take(WEIGHTS, {"serial[0].dense(5)": "0", "serial[2].dense(2)": "0"}),
+        ValueError,
+        r"from_torch: serial\[0\]\.dense\(5\)\.W of shape \(5, 7\) and serial\[2\].* have one place, 0\.weight",
+    ),
+    (
+        lambda: fnbp.to_torch(DENSE, PARAMS, STATE, {"serial[0].dense(5)": "0", "serial[2].dense(2)": "0"}),
+        ValueError,
+        r"to_torch: serial\[0\]\.dense\(5\) and serial\[2\]\.dense\(2\) have one place, 0\.weight",
+    ),
+    (
+        lambda: give(fnbp.serial(fnbp.dense(5), fnbp.bias()), (3, 7)),
+        TypeError,
+        r"to_torch: serial\[1\]\.bias has no counterpart: PyTorch has no module that adds only a bias",
+    ),
+    (
+        lambda: give(fnbp.skip(fnbp.attention(2, rotary=10.0)), (3, 5, 8)),
+        TypeError,
+        r"skip\[0\]\.attention\(2\) has no counterpart: torch.nn.MultiheadAttention has no rotary embedding",
+    ),
+    (
+        lambda: give(fnbp.attention(2, 1), (3, 5, 8)),
+        TypeError,
+        r"attention\(2, 1\) has no counterpart: torch.nn.MultiheadAttention has as many key/value heads as heads",
+    ),
+    (lambda: give(fnbp.scan(user_cell()), (3, 5, 7)), TypeError, r"only scans of rnn_cell, lstm_cell and gru_cell"),
+    (lambda: give(user_layer(), (3, 7)), TypeError, r"mine has no counterpart: the table of fnbp.exchange has no"),
+    (
+        lambda: fnbp.from_torch(
+            GPT, fnbp.to_torch(GPT, *filled(GPT, TOKENS, int)) | {"4.weight": np.ones((13, 6))}, *made(GPT, TOKENS, int)
+        ),
+        ValueError,
+        r"from_torch: tie has one parameter at \(0, 'E'\) and \(4, 'W'\), and their entries differ",
+    ),
+    (lambda: fnbp.from_flax(DENSE, 3, PARAMS, STATE), TypeError, r"from_flax: variables must be a dict, got int 3"),
+    (lambda: fnbp.from_flax(DENSE, FLAX, PARAMS, STATE, layout="torch"), ValueError, r"unknown layout 'torch'"),
+    (lambda: fnbp.to_flax(DENSE, PARAMS, STATE, layout="x"), ValueError, r"to_flax: unknown layout 'x'"),
+    (
+        lambda: fnbp.from_flax(DENSE, {"params": {"Dense_0": FLAX["params"]["layers_0"]}}, PARAMS, STATE),
+        ValueError,
+        r"from_flax: no entry layers_0\.kernel of shape \(7, 5\), which serial\[0\].* there are Dense_0\.kernel",
+    ),
+    (
+        lambda: fnbp.to_flax(GROUPED, *filled(GROUPED, (2, 5, 6))),
+        TypeError,
+        r"to_flax: conv_transpose\(4, 3\) has no counterpart: ConvTranspose of Flax has no groups",
+    ),
+]  # fmt: skip
+
+
+def user_cell():
+    return fnbp.stateless(
+        lambda key, hx: {"g": jnp.ones(hx[1].shape[-1])},
+        lambda p, hx: ((hx[1], hx[1]), ()),
+        lambda p, res, d: ({}, d),
+        "mine",
+    )
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), REFUSED, ids=[re.sub(r"\W+", " ", m)[:60] for *_, m in REFUSED])
+def test_it_is_refused(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
