@@ -19,14 +19,27 @@ PRINTED = {  # name -> what it prints, as regular expressions, and the package t
         ],
         "jax",
     ),
-    "in_flax": (["same gradients: True", "the loss falls: True"], "flax"),
-    "in_equinox": (["the loss falls: True"], "equinox"),
+    "in_flax": (
+        [
+            "same gradients: True",
+            "the loss falls: True",
+            "steps that the statistics have seen: 30",
+            r"in use: \(12, 3\)",
+        ],
+        "flax",
+    ),
+    "in_nnx": (
+        ["same gradients: True", "the loss falls: True", "steps that the statistics have seen: 31"],
+        "flax",
+    ),
+    "in_equinox": (["the loss falls: True", "steps that the statistics have seen: 100"], "equinox"),
     "new_layer": (["True", r"\(17,\)"], "jax"),
     "train_and_save": (
         [
             *(rf"serial\[{i}\]\.dense\({n}\)\.{leaf}" for i, n in ((0, 64), (2, 10)) for leaf in "Wb"),
             "the same after loading: True",
             "91% of 360 digits",
+            "for PyTorch: 0.weight 0.bias 2.weight 2.bias",
         ],
         "safetensors",
     ),

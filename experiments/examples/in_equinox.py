@@ -1,4 +1,4 @@
-"""A manual backward inside an Equinox model: params are a field of a module, the function is static."""
+"""A manual backward inside an Equinox model: params are a field of a module, state is in its eqx.nn.State."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,17 @@ class Manual(eqx.Module):
     """Any Layer of fnbp as an Equinox module, for a batch."""
 
     params: dict | tuple
+    index: eqx.nn.StateIndex
     apply: Callable = eqx.field(static=True)
 
     def __init__(self, layer, x, key):
-        self.params = layer.init(key, x)[0]
-        self.apply = fnbp.to_jax(layer)
+        self.params, state = layer.init(key, x)
+        self.index = eqx.nn.StateIndex(state)
+        self.apply = fnbp.to_jax(layer, with_state=True)
 
-    def __call__(self, x):
-        return self.apply(self.params, x)
+    def __call__(self, x, state, ctx=fnbp.Context()):
+        y, new = self.apply(self.params, state.get(self.index), x, ctx)
+        return y, state.set(self.index, new)
 
 
 class Regressor(eqx.Module):
@@ -29,23 +32,28 @@ class Regressor(eqx.Module):
     reader: Manual
     head: eqx.nn.Linear
 
-    def __call__(self, x):
-        return jax.vmap(self.head)(self.reader(x))
+    def __init__(self, layer, x, key):
+        self.reader, self.head = Manual(layer, x, key), eqx.nn.Linear(11, 1, key=key)
+
+    def __call__(self, x, state, ctx=fnbp.Context()):
+        y, state = self.reader(x, state, ctx)
+        return jax.vmap(self.head)(y), state
 
 
-@eqx.filter_jit
-@eqx.filter_value_and_grad
-def loss(model, x, y):
-    """The mean squared error."""
-    return jnp.mean((model(x)[:, 0] - y) ** 2)
+def loss(model, state, x, y):
+    """The mean squared error, and the new state."""
+    prediction, state = model(x, state, fnbp.Context(train=True))
+    return jnp.mean((prediction[:, 0] - y) ** 2), state
 
 
 x = jax.random.normal(jax.random.key(0), (32, 6, 3))
 y = x[:, :, 0].sum(1)
-reader = Manual(fnbp.serial(fnbp.scan(fnbp.lstm_cell(11)), fnbp.last()), x, jax.random.key(1))
-model = Regressor(reader, eqx.nn.Linear(11, 1, key=jax.random.key(2)))
-first, _ = loss(model, x, y)
+reader = fnbp.serial(fnbp.scan(fnbp.lstm_cell(11)), fnbp.last(), fnbp.batch_norm())
+model, state = eqx.nn.make_with_state(Regressor)(reader, x, jax.random.key(1))
+gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss, has_aux=True))
+(first, _), _ = gradient(model, state, x, y)
 for _ in range(100):
-    _, gradient = loss(model, x, y)
-    model = eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, gradient))
-print("the loss falls:", bool(loss(model, x, y)[0] < first / 4))
+    (value, state), grads = gradient(model, state, x, y)
+    model = eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, grads))
+print("the loss falls:", bool(value < first / 4))
+print("steps that the statistics have seen:", state.get(model.reader.index)[2]["count"])

@@ -1,6 +1,4 @@
-"""A manual backward inside a Flax model: fnbp.to_jax makes a jax.custom_vjp of any layer or net."""
-
-from collections.abc import Callable
+"""A manual backward inside a Flax model of Linen: params, and state among the batch_stats."""
 
 import flax.linen as nn
 import jax
@@ -9,35 +7,53 @@ import optax
 
 import fnbp
 
-block = fnbp.serial(fnbp.layer_norm(), fnbp.dense(16), fnbp.gelu(), fnbp.dense(8))
-manual = fnbp.to_jax(block)  # manual(params, x), for jax.grad
-automatic = fnbp.to_jax(fnbp.from_jax(block))  # the same net by jax.vjp, to compare
+block = fnbp.serial(fnbp.dense(16), fnbp.batch_norm(), fnbp.gelu(), fnbp.dense(8))
+
+
+class Manual(nn.Module):
+    """Any Layer of fnbp as a module of Linen."""
+
+    layer: fnbp.Layer
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        params = self.param("params", lambda key: self.layer.init(key, x)[0])
+        state = self.variable("batch_stats", "state", lambda: self.layer.init(jax.random.key(0), x)[1])
+        ctx = fnbp.Context(self.make_rng("dropout") if self.has_rng("dropout") else None, train=train)
+        y, new = fnbp.to_jax(self.layer, with_state=True)(params, state.value, x, ctx)
+        if train and not self.is_initializing():
+            state.value = new
+        return y
 
 
 class Classifier(nn.Module):
     """Two layers of Flax around one of fnbp."""
 
-    middle: Callable
+    layer: fnbp.Layer
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, train=False):
         x = nn.Dense(8)(x)
-        params = self.param("block", lambda key: block.init(key, x)[0])
-        return nn.Dense(3)(x + self.middle(params, x))
+        return nn.Dense(3)(x + Manual(self.layer)(x, train))
 
 
-def loss(params, model, x, y):
-    """The mean cross-entropy."""
-    return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
+def loss(params, held, layer, x, y):
+    """The mean cross-entropy, and the new state."""
+    scores, new = Classifier(layer).apply({"params": params, **held}, x, True, mutable=["batch_stats"])
+    return optax.softmax_cross_entropy_with_integer_labels(scores, y).mean(), new
 
 
 x, y = jax.random.normal(jax.random.key(0), (12, 5)), jnp.arange(12) % 3
-params = Classifier(manual).init(jax.random.key(1), x)
-ours, theirs = (jax.grad(loss)(params, Classifier(middle), x, y) for middle in (manual, automatic))
-print("same gradients:", all(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), ours, theirs))))
+held = Classifier(block).init(jax.random.key(1), x, True)
+params = held.pop("params")
+gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
 
-before = loss(params, Classifier(manual), x, y)
-for _ in range(20):
-    gradient = jax.grad(loss)(params, Classifier(manual), x, y)
-    params = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)
-print("the loss falls:", bool(loss(params, Classifier(manual), x, y) < before / 2))
+(first, _), ours = gradient(params, held, block, x, y)
+_, theirs = gradient(params, held, fnbp.from_jax(block), x, y)  # the same net by jax.vjp, to compare
+print("same gradients:", all(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), ours, theirs))))
+for _ in range(30):
+    (value, held), grads = gradient(params, held, block, x, y)
+    params = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+print("the loss falls:", bool(value < first / 2))
+print("steps that the statistics have seen:", held["batch_stats"]["Manual_0"]["state"][1]["count"])
+print("in use:", Classifier(block).apply({"params": params, **held}, x).shape)

@@ -1,4 +1,4 @@
-"""Train a net by its manual backward, save its parameters by name as safetensors, load them and predict."""
+"""Train a net by its manual backward, save its parameters as safetensors, by its names and by PyTorch's, and predict."""
 
 import tempfile
 from pathlib import Path
@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 from safetensors.flax import load_file, save_file
+from safetensors.numpy import save_file as save_arrays
 from sklearn.datasets import load_digits
 
 import fnbp
@@ -22,7 +23,8 @@ done = fnbp.fit(
     optimizer=optax.adam(3e-3), key=jax.random.key(1), batch_size=32, epochs=20, progress=False,
 )  # fmt: skip
 
-file = Path(tempfile.mkdtemp()) / "digits.safetensors"
+folder = Path(tempfile.mkdtemp())
+file = folder / "digits.safetensors"
 save_file(fnbp.named(net, done.params), file)
 loaded = fnbp.with_named(net, params, load_file(file))
 
@@ -30,3 +32,8 @@ print(*fnbp.named(net, params), sep="\n")
 prediction, before = (fnbp.predict(net, p, done.state, x[test]).argmax(-1) for p in (loaded, done.params))
 print("the same after loading:", bool((prediction == before).all()))
 print(f"{(prediction == y[test]).mean():.0%} of {len(prediction)} digits")
+
+# for torch.nn.Sequential(Linear(64, 64), ReLU(), Linear(64, 10)).load_state_dict(safetensors.torch.load_file(...))
+weights = fnbp.to_torch(net, done.params, done.state)
+save_arrays(weights, folder / "torch.safetensors")
+print("for PyTorch:", *weights)

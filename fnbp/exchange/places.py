@@ -16,6 +16,7 @@ from fnbp.exchange.rows import Counterpart
 from fnbp.exchange.table import counterpart
 
 Found = dict[Turned, str]
+BY_NAME = {"lm_head.*": "torch"}  # the one matrix of GPT-2 that is a Linear
 CHILDREN = {"torch": "{}", "gpt2": "{}", "linen": "layers_{}", "nnx": "layers.{}"}  # part i of a Sequential
 
 
@@ -64,7 +65,8 @@ class Finder:
 
     def counterpart(self, leaf: Node) -> Counterpart:
         """What a layer is in the library. TypeError, with the path, if it has no counterpart."""
-        found = counterpart(self.library, leaf.made, leaf.held)
+        library = BY_NAME.get(self.found.get(leaf.key, ""), self.library)
+        found = counterpart(library, leaf.made, leaf.held)
         if isinstance(found, str):
             raise TypeError(f"{self.maker}: {leaf.label} has no counterpart: {found}")
         return found
