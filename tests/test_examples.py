@@ -29,10 +29,10 @@ PRINTED = {  # name -> what it prints, as regular expressions, and the package t
         "flax",
     ),
     "in_nnx": (
-        ["same gradients: True", "the loss falls: True", "steps that the statistics have seen: 31"],
+        ["same gradients: True", "the loss falls: True", "steps that the statistics have seen: 32"],
         "flax",
     ),
-    "in_equinox": (["the loss falls: True", "steps that the statistics have seen: 100"], "equinox"),
+    "in_equinox": (["the loss falls: True", "steps that the statistics have seen: 101"], "equinox"),
     "new_layer": (["True", r"\(17,\)"], "jax"),
     "train_and_save": (
         [

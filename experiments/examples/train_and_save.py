@@ -1,4 +1,4 @@
-"""Train a net by its manual backward, save its parameters as safetensors, by its names and by PyTorch's, and predict."""
+"""Train a net by its manual backward, save its parameters by its names and by PyTorch's, load them and predict."""
 
 import tempfile
 from pathlib import Path
