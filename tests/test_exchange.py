@@ -564,20 +564,23 @@ def test_every_layer_is_in_the_table_or_has_no_weights():
 
 
 def test_every_entry_of_the_table_is_tried():
-    told = {id(f) for f in TABLE} | {id(f) for f in BLOCKS}
-    for tried in ([pair.layer for pair in TORCH.values()], [layer for layer, *_ in FLAX.values()]):
-        seen = {id(part.made.constructor) for layer in tried for part in every(layer)}
-        names = {f.__name__ for f in (*TABLE, *BLOCKS) if id(f) in told - seen}
-        assert names <= {
-            "bias",
-            "gpt",
-            "positions",
-            "transformer_block",
-            "stacked",
-            "rnn_cell",
-            "lstm_cell",
-            "gru_cell",
-        }
+    for layers, elsewhere in (
+        ([pair.layer for pair in TORCH.values()], set()),
+        ([layer for layer, *_ in FLAX.values()], {"rnn_cell", "lstm_cell", "gru_cell", "positions"}),
+    ):
+        tried = {part.made.constructor for layer in layers for part in every(layer)}
+        in_torch = {f for f, of in BLOCKS.items() if "torch" in of} if not elsewhere else {fnbp.bidirectional}
+        assert {f.__name__ for f in (set(TABLE) | in_torch) - tried} == {"bias"} | elsewhere
+
+
+@pytest.mark.parametrize("layout", ["linen", "nnx"])
+def test_positions_are_an_embed(layout):
+    net = fnbp.positions(7)
+    params, state = net.init(jax.random.key(0), jnp.zeros((2, 5, 3)))
+    weights = fnbp.to_flax(net, params, state, layout=layout)
+    (table,) = flat(weights).values()
+    np.testing.assert_array_equal(table, params["P"])
+    assert "embedding" in str(weights)
 
 
 def every(layer):

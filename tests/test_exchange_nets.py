@@ -444,6 +444,17 @@ REFUSED = [
         ValueError,
         r"from_torch: tie has one parameter at \(0, 'E'\) and \(4, 'W'\), and their entries differ",
     ),
+    (
+        lambda: take(changed(**{"2_bias": np.ones(2, int)})),
+        TypeError,
+        r"2\.bias must be of floating point numbers, got int64 of shape \(2,\)",
+    ),
+    (lambda: take(WEIGHTS, {"serial": "a.*"}), ValueError, r"serial has several layers, so its place has no \*, got"),
+    (
+        lambda: take(WEIGHTS, {"serial[0].dense(5)": "a.{}"}),
+        ValueError,
+        r"the place of serial\[0\]\.dense\(5\) may have 0 \{\}, one for each repeat around it, got 'a\.\{\}'",
+    ),
     (lambda: fnbp.from_flax(DENSE, 3, PARAMS, STATE), TypeError, r"from_flax: variables must be a dict, got int 3"),
     (lambda: fnbp.from_flax(DENSE, FLAX, PARAMS, STATE, layout="torch"), ValueError, r"unknown layout 'torch'"),
     (lambda: fnbp.to_flax(DENSE, PARAMS, STATE, layout="x"), ValueError, r"to_flax: unknown layout 'x'"),

@@ -46,10 +46,8 @@ class Node:
 
     @property
     def made(self) -> Made | None:
-        """How it was made; None if nothing tells, or its init or forward was replaced since."""
-        made = self.layer.made
-        same = made is not None and all(a is b for a, b in zip(self.layer[:2], made.fields[:2], strict=True))
-        return made if same else None
+        """How it was made; None if nothing tells."""
+        return intact(self.layer)
 
     def leaves(self) -> Iterator["Node"]:
         """Every layer below that has arrays, first to last; of a loop over depth turn by turn."""
@@ -57,6 +55,13 @@ class Node:
             yield self
         for part in self.parts:
             yield from part.leaves()
+
+
+def intact(layer: Layer) -> Made | None:
+    """How a layer was made; None if nothing tells, or its init or forward was replaced since."""
+    made = layer.made
+    same = made is not None and all(a is b for a, b in zip(layer[:2], made.fields[:2], strict=True))
+    return made if same else None
 
 
 def node_of(path: str, layer: Layer, params: Any, state: Any, turns: tuple[int, ...] = ()) -> Node:

@@ -73,8 +73,8 @@ class Finder:
 
     def determined(self, node: Node, place: str | None = None) -> None:
         """Find what places say, and if a place of this node is given all places below."""
-        own = self.explicit.get(node.path)
-        place = place if own is None else own.format(*node.turns)
+        own = self.said(node)
+        place = place if own is None else own
         if not node.parts:
             if place is not None and node.held:
                 self.found[node.key] = starred(place, self.counterpart(node).suffix)
@@ -88,6 +88,22 @@ class Finder:
             return
         for i, part in enumerate(node.parts):
             self.determined(part, place if is_wrapper(node) else join(place, CHILDREN[self.library].format(i)))
+
+    def said(self, node: Node) -> str | None:
+        """The place that the user gives a node. ValueError if it does not fit the node."""
+        own = self.explicit.get(node.path)
+        if own is None:
+            return None
+        if "*" in own and node.parts and not is_wrapper(node):
+            raise ValueError(f"{self.maker}: {node.path} has several layers, so its place has no *, got {shown(own)}")
+        try:
+            return own.format(*node.turns)
+        except (IndexError, KeyError, ValueError) as error:
+            n = len(node.turns)
+            raise ValueError(
+                f"{self.maker}: the place of {node.path} may have {n} {{}}, one for each repeat around it, got "
+                f"{shown(own)}"
+            ) from error
 
     def in_order(self, names: Iterable[str]) -> None:
         """Find the places that are not known yet: each layer takes the first name that is left, and those beside it."""

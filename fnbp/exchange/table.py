@@ -6,6 +6,7 @@ from typing import Any
 
 from fnbp.combinators.loops import scan
 from fnbp.construction import Made
+from fnbp.exchange.nodes import intact
 from fnbp.exchange.rows import (
     CHANNELS_SECOND,
     COUNT,
@@ -150,7 +151,7 @@ def scanned(library: str) -> Callable[[Arguments, Held], Counterpart | str]:
     """A scan of a cell: RNN, LSTM or GRU of PyTorch, RNN of Flax."""
 
     def of(arguments: Arguments, held: Held) -> Counterpart | str:
-        made = arguments["cell"].made
+        made = intact(arguments["cell"])
         if made is None or made.constructor not in (rnn_cell, lstm_cell, gru_cell):
             return "only scans of rnn_cell, lstm_cell and gru_cell have counterparts"
         if library == "torch":

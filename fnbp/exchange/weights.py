@@ -39,13 +39,14 @@ def from_torch(
     {"serial[0].dense(5)": "encoder.fc1", "repeat(3)[0].dense(7)": "blocks.{}", "serial[1].scan(lstm_cell(5))":
     "lstm.*_l1"}; {} is the turn of repeat, and * where the name of the array goes.
 
-    Two things are left out, since they do not matter: num_batches_tracked may be absent, count is then 1; the bias of
-    K, which softmax does not see. With layout "gpt2" also attn.bias and attn.masked_bias, which hold the causal mask.
-    What is no weight is not compared: eps, momentum, heads, strides. Each array takes the dtype of the one in params.
+    The bias of K is left out: softmax does not see it. num_batches_tracked may be absent; count is then 1. With layout
+    "gpt2" attn.bias and attn.masked_bias, which hold the causal mask, are left out. What is no weight is not compared:
+    eps, momentum, heads, strides, the activation. Each array takes the dtype of the one in params.
 
     Options: params, state: those of the net, or their shapes. layout: "gpt2" for the names of GPT-2, whose matrices are
              transposed, with or without "transformer." in front, for a net by models.gpt(..., approximate=True).
-    Source:  the documentation of each module in torch.nn, "Variables"; GPT2LMHeadModel of transformers.
+    Source:  the docstring of each module of torch.nn, "Attributes"; for GPT-2 GPT2Attention, GPT2MLP and GPT2Block in
+             models/gpt2/modeling_gpt2.py of transformers.
     Raises:  TypeError if net is not a Layer, or a layer has no counterpart; ValueError if an entry is missing, is left
              over or has another shape, or the two places of a tie differ.
     """
@@ -92,8 +93,10 @@ def from_flax(
         lstm_cell  W, U, c = ii if ig io, hi hf hg ho, transposed; b = 0
         gru_cell   W, U = ir iz in, hr hz hn, transposed; b = biases of ir iz in, c = 0, 0, bias of hn
 
-    Flax orders what it holds by name, so there is no order to follow: by default the places are those of Sequential.
-    NNX counts its cells of one array for all gates as GRUCell and SimpleCell: dense_i, dense_h.
+    Flax sorts what it holds by name, so there is no order to follow: by default the places are those of Sequential. The
+    names of the cells are those of Linen. In NNX rnn_cell is SimpleCell and gru_cell is GRUCell, with dense_i and
+    dense_h for all gates, so b holds all biases and c is 0; lstm_cell is LSTMCell. A scan is RNN, bidirectional is
+    Bidirectional.
 
     Options: params, state, places: as in from_torch; a place is "Dense_0", or "encoder.Dense_0". layout: "linen", where
              batch_stats are a dict of their own, or "nnx".
@@ -117,7 +120,7 @@ def to_flax(net: Layer, params: Any, state: Any, places: Places = None, layout: 
         nnx.replace_by_pure_dict(held, to_flax(net, params, state, layout="nnx")); nnx.update(module, held)
 
     By default names are those of Sequential, "layers_2" in Linen and "layers", 2 in NNX. Cells of Flax have one bias
-    where ours have two, and take their sum. The bias of K is 0.
+    where ours have two, and take their sum, so a gradient of ours is not theirs there. The bias of K is 0.
 
     Options: places, layout: as in from_flax.
     Raises:  as to_torch; ValueError if the last third of c of gru_cell is not 0, which NNX has no place for.
@@ -188,6 +191,8 @@ def read(
         left.pop(name, None)
         if given[name].shape != due:
             raise ValueError(f"{finder.maker}: {name} has shape {given[name].shape}, {ours} needs {due}")
+        if not jnp.issubdtype(given[name].dtype, jnp.floating) and not of.optional(one):
+            raise TypeError(f"{finder.maker}: {name} must be of floating point numbers, got {describe(given[name])}")
         theirs[one.theirs] = given[name]
     return {name: a.astype(leaf.held[name].dtype) for name, a in of.back(leaf.held, theirs).items()}
 
