@@ -168,7 +168,7 @@ def join(settings: Settings) -> None:
     if settings.devices is not None or settings.rank is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", settings.devices or 1)
-    wait = {"initialization_timeout": settings.timeout}
+    wait: dict[str, Any] = {"initialization_timeout": settings.timeout}
     try:
         if settings.rank is not None:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")

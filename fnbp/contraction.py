@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.arrays.checks import describe
-from fnbp.factor import MIXED, Factor, Mixed, Placed
+from fnbp.factor import MIXED, Factor, Mixed
 from fnbp.layer import Layer, checked
 
 __all__ = ["keep", "per_example", "sq_norms", "total", "with_path"]
@@ -112,9 +112,7 @@ def contract_leaf(contract: Contraction, leaf: Any, path: str, key: str = "") ->
         return total(leaf)
     if isinstance(leaf, Mixed):
         raise TypeError(f"{path}: {MIXED}")
-    if isinstance(leaf, Placed) and contract is not keep:
-        leaf = leaf.factor  # a contraction of your own sees the factor that the layer returned
-    own = leaf.scaled(leaf.examples)
+    own = (leaf if contract is keep else leaf.bare()).scaled(leaf.examples)
     if isinstance(contract, WithPath):
         return Contracted(contract.contract(f"{path}.{key}" if key else path, own), contract.contract)
     return Contracted(contract(own), contract)

@@ -102,6 +102,10 @@ class Factor(ABC):
     def scaled(self, c: Any) -> "Factor":
         """The factor with d times c: a number, or one number for each example, (m,)."""
 
+    def bare(self) -> "Factor":
+        """The factor as its layer returned it, without where its parameter lies."""
+        return self
+
     def example_axes(self) -> Any:
         """For each array of the factor, which of its axes is the example: 0, or behind those of loops around it."""
         return jax.tree.map(lambda a: 0, self)
@@ -317,6 +321,9 @@ class Placed(Factor):
     @property
     def sliced(self) -> bool:  # type: ignore[override]
         return self.factor.sliced
+
+    def bare(self) -> Factor:
+        return self.factor
 
     def example_axes(self) -> "Placed":
         return replace(self, factor=self.factor.example_axes())
