@@ -36,6 +36,7 @@ from fnbp.measurement import *
 from fnbp.models.blocks import *
 from fnbp.naming import *
 from fnbp.rendering.tables import *
+from fnbp.steps import *
 from fnbp.training.checkpoints import *
 from fnbp.training.data import *
 from fnbp.training.evaluation import *

@@ -180,6 +180,27 @@ def written(value: Any) -> str:
     return repr(value)
 
 
+def once(maker: Callable, *args: Any) -> Any:
+    """maker(*args), made once for equal arguments, so that what is compiled for them is compiled once.
+
+    Layers and losses are equal if equal calls made them, optax transformations if their functions are the same objects.
+    With a bound method among the arguments it is made anew: what its object holds may have changed.
+    """
+    if any(isinstance(leaf, MethodType) for leaf in jax.tree.leaves(args)):
+        return maker(*args)
+    try:
+        hash(args)
+    except TypeError:
+        return maker(*args)
+    return remembered(maker, *args)
+
+
+@functools.lru_cache(maxsize=16, typed=True)  # a NamedTuple equals another of the same functions, whatever its type
+def remembered(maker: Callable, *args: Any) -> Any:
+    """maker(*args), of the last calls."""
+    return maker(*args)
+
+
 # --- of a NamedTuple whose last field is made ---
 
 

@@ -22,6 +22,7 @@ from fnbp.arrays.checks import (
 )
 from fnbp.arrays.masks import RULES, Rule, kept, refused
 from fnbp.construction import Made, call_of, hashed, is_alike, is_other, itself, reduced
+from fnbp.steps import Steps
 
 __all__ = [
     "Context",
@@ -50,6 +51,7 @@ class Traits:
     carries True if it takes a pair (h_0, x) too, and returns (h_T, y) then
     turns   of a loop over depth: how many layers its arrays hold, along their first axis; None for any other layer
     tied    of a combinator that adds the factors of two parameters: where those stand in its part's params
+    steps   how it takes a sequence one position at a time, if its positions are not each by itself: see fnbp.Steps
     """
 
     mask: Rule = refused
@@ -59,6 +61,7 @@ class Traits:
     carries: bool = False
     turns: int | None = None
     tied: tuple[Keys, ...] = ()
+    steps: Steps | None = None
 
 
 class Init(Protocol):

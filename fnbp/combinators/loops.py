@@ -1,5 +1,6 @@
 """Loops that are compiled once: over time, with the same weights in every turn, and over depth, with others."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from fnbp.combinators.parts import at_path, one_part, placed
 from fnbp.construction import constructor
 from fnbp.contraction import is_open
 from fnbp.layer import Context, Layer, Static, mask_of, mixing, shape_of, traits_of
+from fnbp.steps import Steps
 
 __all__ = ["repeat", "scan"]
 
@@ -82,9 +84,8 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
         h[t], y[t] = cell(h[t-1], x[t])
         dh[t-1], dx[t] = its backward of (dh[t], dy[t]), last turn first      weights: one contraction after the loop
 
-    A cell is a Layer from (h, x) to (h, y); h is any tree, and None stands for where it starts: zeros. A scan takes x,
-    and returns y; given (h_0, x) it returns (h_T, y), as the cell does. Where Context.mask is False h stays as it is
-    and y is 0. It is a leaf: its params are the cell's.
+    A cell is a Layer from (h, x) to (h, y); h is any tree, None its start: zeros. A scan takes x and returns y; given
+    (h_0, x) it returns (h_T, y). Where Context.mask is False h stays and y is 0. It is a leaf with the cell's params.
 
     Shapes:  x (m, T, ...); y (m, T, ...); mask (m, T); saved: what the cell saves, T times.
     Source:  Werbos 1990, Proceedings of the IEEE 78, Backpropagation through time.
@@ -135,7 +136,26 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
         factors, dx = jax.tree.map(over_time, factors, is_leaf=is_open), example_first(dx)
         return factors, (None if from_zeros.value else dh_0, dx) if given else dx
 
-    return Layer(init, forward, backward, name, traits=traits_of(cell, positions_stay, carries=True))
+    steps = None if reverse else steps_of(turned, forward)
+    return Layer(init, forward, backward, name, traits=traits_of(cell, positions_stay, carries=True, steps=steps))
+
+
+def steps_of(cell: Layer, forward: Callable) -> Steps:
+    """How a scan goes from one position to the next: it keeps h, and the state of its cell."""
+
+    def onward(params: Any, state: Any, h: Any, x: Any) -> tuple[Any, tuple]:
+        (h, y), state, _ = forward(params, state, (h, x), Context())
+        return y, (h, state)
+
+    def first(params: Any, state: Any, x: Any, length: int) -> tuple[Any, tuple]:
+        return onward(params, state, None, x)
+
+    def then(params: Any, state: Any, kept: tuple, x: Any) -> tuple[Any, tuple]:
+        h, state = kept
+        due = start_of(cell, params, state, x, Context())  # another dtype where cast asks for shapes
+        return onward(params, state, jax.tree.map(lambda a, b: a.astype(b.dtype), h, due), x)
+
+    return Steps(first, then)
 
 
 def positions_stay(name: str, x: Any, mask: Any) -> Any:
@@ -166,8 +186,12 @@ def check_sequence(name: str, x: Any) -> tuple[Any, Any]:
 
 def of_zeros(cell: Layer, params: Any, state: Any, x: jax.Array, ctx: Context) -> Any:
     """The h that the cell takes None for."""
-    h, _ = shape_of(cell, params, state, (None, x[:, 0]), replace(ctx, mask=None))
-    return zeros_of(h, x)
+    return zeros_of(start_of(cell, params, state, x, ctx), x)
+
+
+def start_of(cell: Layer, params: Any, state: Any, x: jax.Array, ctx: Context) -> Any:
+    """Shapes and dtypes of that h."""
+    return shape_of(cell, params, state, (None, x[:, 0]), replace(ctx, mask=None))[0]
 
 
 def mask_in_time(name: str, ctx: Context, x: jax.Array) -> jax.Array | None:

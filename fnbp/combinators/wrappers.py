@@ -13,10 +13,12 @@ from fnbp.arrays.masks import check_mask, kept
 from fnbp.arrays.sums import like
 from fnbp.combinators.factors import Cast
 from fnbp.combinators.parts import at_path, one_part, placed
+from fnbp.combinators.stepping import beginning, going_on
 from fnbp.construction import constructor
 from fnbp.contraction import Contracted, is_open
 from fnbp.factor import Factor
-from fnbp.layer import Layer, counting, map_layers, mask_behind, mask_of, shape_of, traits_of
+from fnbp.layer import Context, Layer, counting, map_layers, mask_behind, mask_of, shape_of, traits_of
+from fnbp.steps import Steps
 
 __all__ = ["cast", "freeze", "ragged", "remat", "skip"]
 
@@ -248,7 +250,8 @@ def freeze(layer: Layer) -> Layer:
     """
     check_is("freeze", "the layer", layer, Layer)
     name = f"freeze({layer.name})"
-    still = at_path(name, map_layers(standing, layer))
+    net = map_layers(standing, layer)
+    still = at_path(name, net)
 
     def init(key, x):
         params, state = still.init(key, x)
@@ -266,7 +269,15 @@ def freeze(layer: Layer) -> Layer:
         _, dx = still.backward(frozen, res, dy)
         return {}, dx
 
-    return Layer(init, forward, backward, name, traits=traits_of(still, mask_of(still)))
+    def first(params, state, x, length):
+        y, kept, _ = beginning(net, length).forward(state["params"], state["state"], x, Context())
+        return y, kept
+
+    def then(params, state, kept, x):
+        y, kept, _ = going_on(net).forward(state["params"], kept, x, Context())
+        return y, kept
+
+    return Layer(init, forward, backward, name, traits=traits_of(still, mask_of(still), steps=Steps(first, then)))
 
 
 def standing(path: str, layer: Layer) -> Layer:

@@ -15,9 +15,10 @@ from fnbp.arrays.placement import reshaped
 from fnbp.arrays.sums import wide
 from fnbp.construction import constructor
 from fnbp.factor import Outer, Sum
-from fnbp.layer import Layer, Static, Traits, counting
+from fnbp.layer import Context, Layer, Static, Traits, counting
 from fnbp.layers.initializers import initializer_of
 from fnbp.layers.parameters import Shapes, add_bias, drawn, due, optional, those_of
+from fnbp.steps import Steps
 
 __all__ = ["attention"]
 
@@ -55,9 +56,8 @@ def attention(
     Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2.
     Options:  kv_heads: number of key/value heads; each serves heads / kv_heads query heads. causal: a query sees no
               later position. rotary: base of the rotary embedding (the paper's is 10,000), which turns pairs (2i, 2i+1)
-              of q and k by position times base^(-2i / d); K has a bias only with rotary: otherwise it would shift all
-              of a query's scores alike, which softmax ignores. W, b: initializers of the matrices and of the biases,
-              names or functions; b=None: no biases. W_out: initializer of O, by default W.
+              of q and k by position times base^(-2i / d); K has a bias only with rotary: softmax would not see it. W,
+              b: initializers of matrices and biases, or their names; b=None: no biases. W_out: that of O, by default W.
     Raises:   ValueError if sizes, a mask or params do not fit; TypeError if x is not floating point.
     """
     kv = heads if kv_heads is None else kv_heads
@@ -88,7 +88,40 @@ def attention(
         dx, dz = dq @ params["Q"], dk @ params["K"] + dv @ params["V"]
         return factors | biases, (dx, dz) if pair.value else dx + dz
 
-    return Layer(init, *counting(name, of_memory, forward, backward), name, traits=Traits(of_memory))
+    steps = steps_of(name, forward, kv, heads // kv, rotary) if causal else None
+    return Layer(init, *counting(name, of_memory, forward, backward), name, traits=Traits(of_memory, steps=steps))
+
+
+def steps_of(name: str, forward: Callable, kv: int, group: int, rotary: float | None) -> Steps:
+    """How causal attention goes from one position to the next: it keeps the keys and values of those before.
+
+    kept: k, turned, and v (m, length, kv, d), 0 behind the last position; at, the number of positions there are.
+    """
+
+    def first(params: dict, state: dict, x: Any, length: int) -> tuple[Any, dict]:
+        if isinstance(x, tuple):
+            raise TypeError(f"{name}: it goes step by step over one sequence, got {describe(x)}")
+        y, _, (_, _, _, k_turned, v_heads, *_) = forward(params, state, x, Context())
+        behind = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))
+        at = jnp.asarray(x.shape[1], jnp.int32)
+        return y, {"k": jnp.pad(k_turned, behind), "v": jnp.pad(v_heads, behind), "at": at}
+
+    def then(params: dict, state: dict, kept: dict, x: jax.Array) -> tuple[Any, dict]:
+        at, length = kept["at"], kept["k"].shape[1]
+        q, k, v = (affine(params, leaf, x) for leaf in "QKV")
+        q_turned = rotate(split_heads(q, kv, group), rotary, at=at, length=length)
+        k_turned = rotate(split_heads(k, kv), rotary, at=at, length=length)
+        keys, values = put_at(kept["k"], at, k_turned), put_at(kept["v"], at, split_heads(v, kv))
+        seen = (jnp.arange(length) <= at)[None, None, None, None]
+        o_heads, _ = attend(q_turned, keys.astype(q.dtype), values.astype(q.dtype), seen)
+        return affine(params, "O", merge_heads(o_heads)), {"k": keys, "v": values, "at": at + 1}
+
+    return Steps(first, then)
+
+
+def put_at(kept: jax.Array, at: jax.Array, a: jax.Array) -> jax.Array:
+    """kept (m, length, ...) with a (m, 1, ...) at one position, in the dtype of kept."""
+    return jax.lax.dynamic_update_slice_in_dim(kept, a.astype(kept.dtype), at, 1)
 
 
 def of_memory(name: str, x: Any, mask: Any) -> Any:
@@ -166,14 +199,19 @@ def merge_heads(a: jax.Array) -> jax.Array:
     return reshaped(a, *a.shape[:2], math.prod(a.shape[2:]))
 
 
-def rotate(a: jax.Array, base: float | None, sign: int = 1) -> jax.Array:
-    """Turn each pair (2i, 2i + 1) of a (m, T, ..., d) at position t by the angle t base^(-2i / d); None: no turn."""
+def rotate(a: jax.Array, base: float | None, sign: int = 1, at: jax.Array | None = None, length: int = 0) -> jax.Array:
+    """Turn each pair (2i, 2i + 1) of a (m, T, ..., d) at position t by the angle t base^(-2i / d); None: no turn.
+
+    at: the position of the only one in a, which is below length; by default a has all positions from 0 on.
+    """
     if base is None:
         return a
-    d = a.shape[-1]
-    angle = sign * np.arange(a.shape[1])[:, None] * base ** -(np.arange(0, d, 2) / d)
-    angle = angle.reshape(a.shape[1], *[1] * (a.ndim - 3), d // 2)
+    d, T = a.shape[-1], a.shape[1]
+    angle = sign * np.arange(T if at is None else length)[:, None] * base ** -(np.arange(0, d, 2) / d)
     cos, sin = (jnp.asarray(f(angle), wide(a).dtype) for f in (np.cos, np.sin))
+    if at is not None:
+        cos, sin = (jax.lax.dynamic_slice_in_dim(table, at, 1) for table in (cos, sin))
+    cos, sin = (table.reshape(T, *[1] * (a.ndim - 3), d // 2) for table in (cos, sin))
     even, odd = wide(a)[..., ::2], wide(a)[..., 1::2]
     pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return reshaped(pairs, *a.shape).astype(a.dtype)

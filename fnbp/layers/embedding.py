@@ -1,7 +1,7 @@
 """Embeddings of tokens and of positions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import jax
@@ -24,9 +24,10 @@ from fnbp.arrays.placement import by_example, each_example, over_examples
 from fnbp.arrays.sums import wide
 from fnbp.construction import constructor
 from fnbp.factor import Factor, along_examples, chunked, register_factor
-from fnbp.layer import Layer, parameterless, stateless
+from fnbp.layer import Context, Layer, parameterless, stateless
 from fnbp.layers.initializers import initializer_of
 from fnbp.layers.parameters import Shapes, check_numbers, weights
+from fnbp.steps import Steps
 
 __all__ = ["embedding", "positions", "sinusoids"]
 
@@ -189,7 +190,27 @@ def positions(length: int, P: str | Callable = "normal") -> Layer:
     def backward(params: dict, res: tuple, dy: Tokens) -> tuple[dict, Tokens]:
         return {"P": Rows(dy, length)}, dy
 
-    return stateless(init, forward, backward, name, mask="position", alone=True)
+    def rows(params: dict, x: Any, length: int) -> Any:
+        if length > params["P"].shape[0]:
+            raise ValueError(f"{name}: a sequence has at most {params['P'].shape[0]} positions, got {length}")
+        return params["P"][:length]
+
+    layer = stateless(init, forward, backward, name, mask="position", alone=True)
+    return in_steps(layer, rows)
+
+
+def in_steps(layer: Layer, rows: Callable[[dict, Any, int], Any]) -> Layer:
+    """A layer that adds a row of its own to each position, with its steps. rows: (params, x, length) -> (length, d)."""
+
+    def first(params: dict, state: dict, x: Any, length: int) -> tuple[Any, dict]:
+        y = layer.forward(params, state, x, Context())[0]
+        return y, {"rows": rows(params, x, length), "at": jnp.asarray(x.shape[1], jnp.int32)}
+
+    def then(params: dict, state: dict, kept: dict, x: jax.Array) -> tuple[Any, dict]:
+        row = jax.lax.dynamic_slice_in_dim(kept["rows"], kept["at"], 1)
+        return x + row, {**kept, "at": kept["at"] + 1}
+
+    return layer._replace(traits=replace(layer.traits, steps=Steps(first, then)))
 
 
 @constructor
@@ -220,4 +241,5 @@ def sinusoids(base: float = 10_000.0) -> Layer:
     def backward(res: tuple, dy: Tokens) -> Tokens:
         return dy
 
-    return parameterless(forward, backward, "sinusoids", "position")
+    layer = parameterless(forward, backward, "sinusoids", "position")
+    return in_steps(layer, lambda params, x, length: jnp.asarray(waves(length, x.shape[-1]), x.dtype))

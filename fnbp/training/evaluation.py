@@ -12,11 +12,11 @@ from jax.core import Tracer
 from fnbp.arrays.checks import as_arrays, check_is, check_size, describe
 from fnbp.arrays.placement import placement, summed
 from fnbp.arrays.sums import wide
+from fnbp.construction import once
 from fnbp.layer import Context, Layer, mask_behind, mixing
 from fnbp.losses.loss import Loss, check_target, losses_of
 from fnbp.losses.metrics import Metric, as_metrics
 from fnbp.sharding import predicted
-from fnbp.training.loop import once
 
 __all__ = ["evaluate", "predict"]
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, NamedTuple
 
 import jax
@@ -73,27 +72,6 @@ def permutation(key: jax.Array, epoch: jax.Array | int, examples: int) -> jax.Ar
 def copy(tree: Any) -> Any:
     """The same values in buffers of their own."""
     return jax.tree.map(jnp.copy, tree)
-
-
-def once(maker: Callable, *args: Any) -> Any:
-    """maker(*args), made once for equal arguments, so that what is compiled for them is compiled once.
-
-    Layers and losses are equal if equal calls made them, optax transformations if their functions are the same objects.
-    With a bound method among the arguments it is made anew: what its object holds may have changed.
-    """
-    if any(isinstance(leaf, MethodType) for leaf in jax.tree.leaves(args)):
-        return maker(*args)
-    try:
-        hash(args)
-    except TypeError:
-        return maker(*args)
-    return made(maker, *args)
-
-
-@functools.lru_cache(maxsize=16, typed=True)  # a NamedTuple equals another of the same functions, whatever its type
-def made(maker: Callable, *args: Any) -> Any:
-    """maker(*args), of the last calls."""
-    return maker(*args)
 
 
 def losses_at(net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context) -> jax.Array:

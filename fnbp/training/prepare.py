@@ -9,12 +9,13 @@ import numpy as np
 import optax
 
 from fnbp.arrays.checks import as_arrays
+from fnbp.construction import once
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
 from fnbp.sharding import over_data, sharded
 from fnbp.training.data import Batches, Stream, Validation, is_stream
 from fnbp.training.evaluation import batches, examples_of, figures, validation_of
-from fnbp.training.loop import CAPACITY, Batching, compiled_loop, once, permutation
+from fnbp.training.loop import CAPACITY, Batching, compiled_loop, permutation
 from fnbp.training.requests import arrays_of, check_augmented, check_data
 from fnbp.training.sources import Passes, Rows
 from fnbp.training.steps import Record
