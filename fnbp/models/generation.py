@@ -58,10 +58,9 @@ def generate(
     check_is("generate", "cache", cache, bool)
     check_sizes(length=length, window=window, top_k=top_k)
     temperature = check_draws(key, temperature)
-    params, state, prompt = (
-        as_arrays("generate", what, a) for what, a in (("params", params), ("state", state), ("prompt", prompt))
-    )
     check_prompt(prompt, window)
+    prompt = as_arrays("generate", "prompt", prompt)
+    params, state = as_arrays("generate", "params", params), as_arrays("generate", "state", state)
     leaves, tree = jax.tree.flatten(jax.tree.map(jax.typeof, (params, state)))
     k = once(scored, net, tuple(leaves), tree, prompt.shape, positions_of(prompt.shape[1], length, window))
     if top_k is not None and top_k > k:
@@ -174,19 +173,21 @@ def scored(net: Layer, leaves: tuple[Any, ...], tree: Any, shape: tuple[int, int
     except ValueError as error:
         came = f"the prompt's {shape[1]} and all but the last of those to write"
         raise ValueError(
-            f"generate: {net.name} does not take {positions} positions ({came}): {error}. A shorter window= lets it "
+            f"generate: the net does not take {positions} positions ({came}): {error}. A shorter window= lets it "
             "write more than it sees at once"
         ) from error
     if not of_kind(scores, jnp.floating) or scores.shape[:2] != tokens.shape or scores.ndim != 3:
         raise ValueError(
-            f"generate: {net.name} must return scores (m, T, k) of the next token at each position, got "
+            f"generate: the net must return scores (m, T, k) of the next token at each position, got "
             f"{describe(scores)} for tokens of shape {tokens.shape}"
         )
     k = scores.shape[-1]
-    try:  # with a value, which embedding looks at
-        jax.eval_shape(lambda params, state: forward(params, state, np.array([[k - 1]], np.int32)), params, state)
+    with jax.ensure_compile_time_eval():
+        last = jnp.full((1, 1), k - 1, jnp.int32)  # a value, which embedding looks at
+    try:
+        jax.eval_shape(lambda params, state: forward(params, state, last), params, state)
     except ValueError as error:
-        raise ValueError(f"generate: {net.name} scores {k} tokens, but does not read all of them: {error}") from error
+        raise ValueError(f"generate: the net scores {k} tokens, but does not read all of them: {error}") from error
     return k
 
 
