@@ -1,6 +1,7 @@
 """The experiments: what they print and save, and what they say to mistakes."""
 
 import ast
+import dataclasses
 import gzip
 import hashlib
 import importlib
@@ -24,6 +25,7 @@ from experiments import (
     architectures,
     digits,
     false_alarms,
+    generation,
     gradient_cost,
     images,
     localisation,
@@ -337,6 +339,26 @@ def test_charlm_learns_in_turns_and_writes(fake_text, tmp_path, monkeypatch, cap
         assert measured["against"]["PyTorch eager"]["apart"] <= 1e-4
         ends = [losses[-1][1] for losses in measured["validation"].values()]
         assert max(ends) - min(ends) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [8, 40])
+def test_generation_writes_the_same_letters_both_ways(fake_text, tmp_path, monkeypatch, capsys, block):
+    monkeypatch.setattr(generation, "LEAST", 0)  # so short a text shows nothing of the time
+    settings = generation.Settings(
+        letters=20, prompt="to be", block=block, top_k=3, train_steps=2, samples=2, data_folder=fake_text, out=tmp_path
+    )
+    assert generation.main(settings) == 0
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert measured["scores_apart_float64"] <= 1e-12
+    assert measured["drawn"]["same"] and measured["highest_score"]["same"] and "to be" in capsys.readouterr().out
+    for change, words in (
+        ({"prompt": "Z"}, "--prompt must be"),
+        ({"block": 4}, "more than"),
+        ({"top_k": 99}, "--top-k"),
+    ):
+        with pytest.raises(report.InputError, match=words):
+            generation.main(dataclasses.replace(settings, **change))
 
 
 def test_settings_can_be_picked_without_the_last_tenth():
