@@ -1,7 +1,7 @@
 """Checkpoints and batches from an iterator cost little, memory stays flat, and a second fit begins at once.
 
 The recipe of experiments.charlm, on blocks that an iterator cuts from the text, with a checkpoint every 250 steps, in
-turns with the same training on arrays without checkpoints. Then a small net makes 10,000 steps in one fit; then 100 fits.
+turns with the same training on arrays without checkpoints. Then a small net makes 10,000 steps in a fit, and 100 fits.
 """
 
 import gc
