@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib
@@ -29,8 +30,10 @@ from experiments import (
     gradient_cost,
     images,
     localisation,
+    long_runs,
     nielsen,
     rows,
+    scaling,
     worked_example,
 )
 from experiments.charlm import __main__ as charlm
@@ -319,6 +322,26 @@ def fake_text(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "TEXT_SHA256", hashlib.sha256(raw).hexdigest())
     monkeypatch.delenv("FNBP_DATA", raising=False)
     return tmp_path
+
+
+@pytest.mark.slow
+def test_long_runs_are_measured(fake_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(long_runs, "Recipe", functools.partial(long_runs.Recipe, layers=1, heads=2, width=8, block=8))
+    settings = long_runs.Settings(steps=20, turns=1, long=300, fits=10, data_folder=fake_text, out=tmp_path)
+    long_runs.main(settings)
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert measured["ratio"] > 0 and measured["arrays_growth"] == 0
+
+
+def test_scaling_counts_what_a_transformer_computes(tmp_path):
+    sizes = {"layers": 3, "heads": 2, "width": 256, "vocabulary": 1009, "length": 64}
+    assert scaling.main(scaling.Settings(**sizes, out=tmp_path)) == 0
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    matrices = measured["parameters"] - 64 * 256  # Chowdhery et al. 2022, arXiv:2204.02311, appendix B
+    due = 6 * 64 * matrices + 12 * 3 * 256 * 64**2
+    assert 1 <= measured["flops"] / due <= 1.05
+    alone, eight, many = (row["add"] for row in measured["rows"][:3])
+    assert alone == 0 < eight < many
 
 
 @pytest.mark.slow
