@@ -41,7 +41,7 @@ def generate(
 
     Shapes:  prompt (m, T) of integers, all prompts of one length; scores of the net (m, T, k); returns (m, T + length)
              of int32. The last token is not read, so that the net sees T + length - 1 positions.
-    Sources: Ackley, Hinton & Sejnowski 1985, Cognitive Science 9, for the temperature; Fan, Lewis & Dauphin 2018,
+    Sources: Hinton, Vinyals & Dean 2015, arXiv:1503.02531, section 2, for the temperature; Fan, Lewis & Dauphin 2018,
              arXiv:1805.04833, for top_k; Shazeer 2019, arXiv:1911.02150, for keys and values that are kept.
     Options: key: a random key; None only for temperature 0. temperature: 0 takes the token of the highest score; it may
              be an array above 0, as in jit. top_k: draw among the k tokens of the highest scores. Of equal scores that
