@@ -31,6 +31,12 @@ OF_PARAMS = "backward casts params only, which are floating point numbers"
 FORMS = "the two forms have the same values"
 UNSEEN = "softmax does not see a bias of the keys, so there is none"
 RECORDED = "it changes only what trace and the whole pass of compare record; the gradients stay as they are"
+WIDE = "what is saved of x is widened again: the same values, and more memory"
+UNMASKED = "where there is no mask, where returns the first, too"
+LIKE_Y = "da has the shape of y_hat"
+ONE = "it is 1, in any dtype"
+ALIKE_NAMES = "two letters change their places in all three terms"
+TIMES_0 = "it is multiplied by 0"
 OFFSET = "it is a small whole number, which any dtype holds exactly"
 
 ELU = "layers/activation.py:elu.backward:"
@@ -125,6 +131,25 @@ EQUIVALENT: tuple[tuple[str, str], ...] = (  # pattern of an id, * for anything,
     ("arrays/sums.py:left:name: counts -> mu in jnp.where(counts, less, 0)", UNCOUNTED),
     ("arrays/sums.py:left:name: counts -> less in jnp.where(counts, less, 0)", "where it is 0, so is what is left"),
     ("arrays/sums.py:left:constant: 0 -> * in jnp.where(counts, less, 0)", UNCOUNTED),
+    ("factor.py:Mixed.total:transpose: self.d -> self.d.T", VECTOR),
+    ("layers/attention.py:attend_back:precision: wide(do) -> do", PROMOTED),
+    ("layers/attention.py:attend_back:transpose: 'mkgts,mtkgd->mskd' -> 'mktgs,mgktd->mskd' #2", ALIKE_NAMES),
+    ("layers/embedding.py:embedding.backward:constant: 0 -> 1 in jnp.where(inside, x, 0)", REFUSED),
+    ("layers/embedding.py:embedding.backward:name: dx: inside in its place", COUNTED),
+    ("layers/norm.py:layer_norm.backward:stray term: Product[1] of 'gamma': clipped at 1000", BOUNDED),
+    ("layers/pooling.py:along:zeroed: result: negative half zeroed", MASK),
+    ("layers/pooling.py:along:precision: result: in float32", MASK),
+    ("layers/widening.py:in_wide.forward_wide saves:*: widened -> given in *", WIDE),
+    ("losses/entropy.py:softmax_cross_entropy.backward:name: y_hat -> da in is_good(y_hat, y)", LIKE_Y),
+    ("losses/entropy.py:weighed:name: w -> y in w is None and (not e)", FORMS),
+    ("losses/entropy.py:of_probabilities.dloss:name: no -> p in *, 0 * (yes + no)) #2", TIMES_0),
+    ("losses/weights.py:counting_some.forward saves:*: c: saved in *float*", MASK),
+    ("losses/weights.py:counting_some.forward saves:*: losses -> counts in jnp.ones((), losses.dtype)", ONE),
+    ("losses/weights.py:counting_some.forward saves:*: jnp.ones((), losses.dtype): saved in *float*", ONE),
+    ("combinators/loops.py:scan.backward:name: counts -> like_h in dh_in if counts is None else *", UNMASKED),
+    ("combinators/wrappers.py:cast.forward saves:*: like(x): to_dtypes_of(due, y) saved in its place", TYPED),
+    ("combinators/wrappers.py:ragged.forward saves:*: mask: saved with the sign changed", MASK),
+    ("combinators/wrappers.py:ragged.forward saves:*: after -> x in (res, mask, after, wrong)", UNCOUNTED),
     ("layers/pooling.py:last.forward saves:*: here: saved with the sign changed", MASK),
     ("layers/pooling.py:last.forward saves:*: here: saved in *float*", MASK),
 )

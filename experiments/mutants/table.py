@@ -135,7 +135,7 @@ def of_some(counting_some: Callable, loss: fnbp.Loss) -> fnbp.Loss:
     inner = counting_some(loss)
 
     def forward(p, t, mask=None):
-        return inner.forward(p, (t, jnp.arange(p.shape[0]) % 3 > 0), *(() if mask is None else (mask,)))
+        return inner.forward(p, (t, jnp.arange(p.shape[0]) % 3 != 1), *(() if mask is None else (mask,)))
 
     return fnbp.Loss(forward, inner.backward, "of some", lambda p, t, mask=None: None, takes_mask=True)
 
@@ -301,7 +301,10 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: closed(f(fnbp.dense(3), 1)), (7, 3)),
         Trial(lambda f: closed(f(fnbp.batch_norm(), 2)), (7, 3), train=True),
     ),
-    "ragged": (Trial(lambda f: of_lengths(f(fnbp.serial(fnbp.scan(fnbp.rnn_cell(2)), fnbp.last()))), (5, 7, 3)),),
+    "ragged": (
+        Trial(lambda f: of_lengths(f(fnbp.serial(fnbp.scan(fnbp.rnn_cell(2)), fnbp.last()))), (5, 7, 3)),
+        Trial(lambda f: of_lengths(f(fnbp.dense(2))), (5, 7, 3)),
+    ),
     "remat": (
         Trial(lambda f: f(fnbp.dense(5)), (7, 3)),
         Trial(lambda f: f(fnbp.dropout(0.3)), (7, 3), train=True),
@@ -313,7 +316,10 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: closed(f(fnbp.dense(5), "float32")), (7, 3)),
         Trial(lambda f: f(fnbp.embedding(13, 3), "float32"), (5, 7), "tokens"),
     ),
-    "freeze": (Trial(lambda f: fnbp.serial(fnbp.dense(5), f(fnbp.dense(3))), (7, 3)),),
+    "freeze": (
+        Trial(lambda f: fnbp.serial(fnbp.dense(5), f(fnbp.dense(3))), (7, 3)),
+        Trial(lambda f: f(fnbp.layer_norm()), (7, 3)),
+    ),
     "tie": (
         Trial(
             lambda f: f(fnbp.serial(fnbp.embedding(13, 3), fnbp.dense(13, b=None)), (0, "E"), (1, "W")),
@@ -330,6 +336,7 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(shape=(5, 3, 11), y="labels"),
         Trial(lambda f: f(weights=WEIGHTS, label_smoothing=0.1), y="labels"),
         Trial(lambda f: f(weights=WEIGHTS), y="soft"),
+        Trial(lambda f: f(weights=WEIGHTS), (5, 3, 11), y="labels"),
         Trial(lambda f: f(weights=HEAVY), y="labels"),
         Trial(lambda f: f(label_smoothing=0.1), y="labels"),
         Trial(lambda f: f(ignore_index=0, reduce="tokens"), (5, 3, 11), y="labels"),
@@ -372,7 +379,7 @@ FOR = {  # of a helper of many constructors, those that it is tried with
     "counting": ("dense", "skip", "group_norm", "global_avg_pool", "embedding"),
     "due": ("dense", "attention"),
     "add_bias": ("dense", "attention"),
-    "in_wide": ("layer_norm", "softmax", "gelu"),
+    "in_wide": ("layer_norm", "softmax", "gelu", "rms_norm"),
     "widen": ("layer_norm", "softmax", "gelu"),
     "one_part": ("skip", "repeat", "tie"),
     "cut": ("parallel",),
