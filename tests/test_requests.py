@@ -108,6 +108,7 @@ def test_steps_are_counted_from_where_it_goes_on(middle):
 
 # --- refused ---
 
+IGNORING = fnbp.softmax_cross_entropy(ignore_index=-1)
 MULTI = optax.MultiSteps(optax.sgd(0.1), 2)
 REFUSED = [
     ({"threshold": float("nan")}, ValueError, "fit: threshold must be a number, got nan"),
@@ -131,6 +132,8 @@ REFUSED = [
     ({"x": X.astype(object)}, TypeError, r"fit: training data: x must be an array"),
     ({"y": np.array(["a"] * 24)}, TypeError, r"fit: training data: y must be an array"),
     ({"x": None}, TypeError, r"fit: training data: x must be an array.* got NoneType"),
+    ({"loss": IGNORING, "y": 0 * Y - 1}, ValueError, "training data: nothing counts in the loss softmax_cross_entropy"),
+    ({"loss": IGNORING, "validation": (X, 0 * Y - 1)}, ValueError, "validation data: nothing counts in the loss"),
     ({"x": (x for x in X)}, TypeError, r"fit: training data: x must be an array.* got generator"),
     ({"validation": (X.tolist(), Y)}, TypeError, r"fit: validation data: x must be an array"),
     ({"y": np.where(Y == 1, 2**32 + 1, Y)}, ValueError, r"fit: training data: y holds 4294967297 at index"),

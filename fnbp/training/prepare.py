@@ -95,7 +95,9 @@ def check_training(what: str, request: Request, x: Any, y: Any) -> int:
     """How many examples there are, which fit the net and the loss."""
     net, loss, params, state, batches, *_ = request
     given = what, net, loss, params, state, x, y, Context(request.key, train=True)
-    return check_data(*given) if batches.augment is None else check_augmented(*given, batches.augment)
+    if batches.augment is not None:
+        return check_augmented(*given, batches.augment)
+    return check_data(*given, whole=isinstance(batches, Batches) and not batches.host)
 
 
 def size_of(batches: Batches, examples: int) -> int:

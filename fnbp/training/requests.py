@@ -1,5 +1,6 @@
 """Checks of what fit is asked for, before the first step."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +11,10 @@ import optax
 from jax.core import Tracer
 
 from fnbp.arrays.checks import as_arrays, check_finite, check_is, check_key, check_size, describe
+from fnbp.arrays.placement import placement, summed
+from fnbp.construction import once
 from fnbp.layer import Context, Layer, mask_behind
-from fnbp.losses.loss import Loss, check_target
+from fnbp.losses.loss import Loss, check_target, losses_of
 from fnbp.sharding import predicted
 
 STEPS = 2**31 - 1  # steps are counted in int32
@@ -132,8 +135,12 @@ def arrays_of(what: str, x: Any, y: Any) -> tuple[Any, Any]:
     return as_arrays("fit", f"{what}: x", x), as_arrays("fit", f"{what}: y", y)
 
 
-def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context) -> int:
+def check_data(
+    what: str, net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context, whole: bool = True
+) -> int:
     """How many examples there are; ValueError or TypeError if the data do not fit each other, the net or the loss.
+
+    whole: these are all data, so that something must count in the loss.
 
     The layers check values too, of tokens and lengths: they are given x itself, but only the shapes of params, and at
     inference of state: batch_norm has no statistics yet.
@@ -148,8 +155,36 @@ def check_data(what: str, net: Layer, loss: Loss, params: Any, state: Any, x: An
         if any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(x)):
             error.add_note("fit: x is uint8; give floating point numbers: x.astype('float32') / 255")
         raise
-    check_target(loss, prediction, y, mask_behind(net, x, ctx.mask))
+    mask = mask_behind(net, x, ctx.mask)
+    check_target(loss, prediction, y, mask)
+    if whole:
+        check_counts(what, loss, prediction, y, mask, examples)
     return examples
+
+
+def check_counts(what: str, loss: Loss, prediction: Any, y: Any, mask: Any, examples: int) -> None:
+    """ValueError if nothing counts in the loss, as where each label is its ignore_index.
+
+    The loss of a prediction of NaN tells: it is NaN, unless nothing counts. A few examples are looked at a time.
+    """
+    size = examples if any(placement(a) is not None for a in jax.tree.leaves(y)) else 64
+    form = tuple((a.shape[1:], a.dtype) for a in jax.tree.leaves(prediction))
+    counts = once(any_counts, loss, jax.tree.structure(prediction), form)
+    for start in range(0, examples, size):
+        if counts(*jax.tree.map(lambda a, start=start: a[start : start + size], (y, mask))):
+            return
+    raise ValueError(f"fit: {what}: nothing counts in the loss {loss.name}: is each label its ignore_index?")
+
+
+def any_counts(loss: Loss, tree: Any, form: tuple[Any, ...]) -> Callable[[Any, Any], jax.Array]:
+    """(y, mask) -> whether the loss of any example depends on the prediction; compiled."""
+
+    def counts(y, mask):
+        m = jax.tree.leaves(y)[0].shape[0]
+        lost = jax.tree.unflatten(tree, [jnp.full((m, *shape), jnp.nan, dtype) for shape, dtype in form])
+        return jnp.any(jnp.isnan(losses_of(loss, lost, y, mask)[0]))
+
+    return jax.jit(functools.partial(summed, counts))
 
 
 def check_examples(what: str, x: Any, y: Any) -> int:
