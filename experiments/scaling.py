@@ -99,7 +99,7 @@ def work_of(settings: Settings) -> Work:
     net = fnbp.models.gpt(settings.vocabulary, sizes[0], settings.layers, *sizes[1:])
     x = jax.ShapeDtypeStruct((1, settings.length, settings.width), jnp.float32)
     whole, params = counted(net, fnbp.softmax_cross_entropy(), tokens, tokens)
-    block, _ = counted(fnbp.models.blocks.transformer_block(settings.width, settings.heads), squared(), x, x)
+    block, _ = counted(fnbp.transformer_block(settings.width, settings.heads), squared(), x, x)
     flops, moved = (a + (settings.layers - 1) * b for a, b in zip(whole, block, strict=True))
     return Work(flops, moved, sum(leaf.size for leaf in jax.tree.leaves(params)))
 
