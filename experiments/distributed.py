@@ -105,6 +105,7 @@ def start(settings: Settings) -> int:
     """Start the processes and watch them. Returns: 0 if all did well, else 1."""
     where = f"127.0.0.1:{free_port()}"
     children: list[subprocess.Popen] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         for rank in range(settings.processes):
             words = [sys.executable, "-m", "experiments.distributed", *options(settings)]
@@ -112,10 +113,26 @@ def start(settings: Settings) -> int:
             children.append(subprocess.Popen(words, stdout=None if rank == 0 else subprocess.DEVNULL))
         return watched(children)
     finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+        ended(children)
+
+
+def ended(children: list[subprocess.Popen]) -> None:
+    """End what still runs: by SIGTERM, at which fit writes a checkpoint, and after a while by SIGKILL."""
+    for child in children:
+        if child.poll() is None:
+            child.terminate()
+    wait(children)
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+def wait(children: list[subprocess.Popen]) -> None:
+    """Give the processes some time to end by themselves."""
+    until = time.monotonic() + GRACE
+    while any(child.poll() is None for child in children) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def watched(children: list[subprocess.Popen]) -> int:
@@ -128,9 +145,7 @@ def watched(children: list[subprocess.Popen]) -> int:
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
-    until = time.monotonic() + GRACE
-    while any(child.poll() is None for child in children) and time.monotonic() < until:
-        time.sleep(0.05)
+    wait(children)
     killed = [rank for rank, child in enumerate(children) if child.poll() == -signal.SIGKILL]
     first = killed[0] if killed else bad
     print(f"error: process {first} of {len(children)} {how(children[first].returncode)}", file=sys.stderr)
@@ -228,8 +243,9 @@ def compare(settings: Settings) -> int:
 
     many = train(net, loss, settings)(placed, jax.device_put(state, whole), *fnbp.sharding.split(mesh, x, y), True)
     one = train(net, loss, settings)(params, state, x, y, False)
-    if many.step != settings.steps:
-        raise InputError(f"the training ended after step {many.step}: {many.message}")
+    for done in (many, one):
+        if done.step != settings.steps:
+            raise InputError(f"the training ended after step {done.step} of {settings.steps}: {done.message}")
     losses = float(np.abs(many.history.loss - one.history.loss).max())
     ok = gradients <= LIMIT and losses <= LIMIT
     if jax.process_index() == 0:

@@ -311,6 +311,21 @@ TABLES: dict[str, Shown] = {
             ),
         ),
     ),
+    "many devices": Shown(
+        ("devices", "gradients apart", "losses apart", "parameters on a device"),
+        tuple(
+            Row(
+                label,
+                f"distributed/{run}",
+                ("{gradients_apart:.1e}", "{losses_apart:.1e}", "{share_of_parameters:.3f}"),
+            )
+            for label, run in (
+                ("8 simulated, data-parallel", "8 devices"),
+                ("8 simulated, fully sharded", "fully"),
+                ("2 processes", "2 processes"),
+            )
+        ),
+    ),
     "published backwards": Shown(
         ("backwards of other people, rewritten as user code", "how many"),
         (
