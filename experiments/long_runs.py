@@ -66,7 +66,7 @@ def main(settings: Settings) -> int:
     console.print(f"memory after {settings.fits // 5} fits and after {settings.fits}: {found['fits_growth']:+.1f} MiB")
     console.print(f"arrays that one fit after the other leaves: {found['arrays_growth']:+d}")
     console.print(f"the first step of a second fit: after {found['second_fit']:.3f} s (median)")
-    report.save(settings.out, settings, {"ratio": ratio, "ratios": ratios, **found})
+    report.save(settings.out, settings, {"ratio": ratio, "ratios": sorted(ratios), **found})
     flat = max(found["steps_growth"], found["fits_growth"]) * 2**20 <= TOLERATED and found["arrays_growth"] == 0
     return 0 if ratio <= 1.10 and flat else 1
 

@@ -81,9 +81,10 @@ def main(settings: Settings) -> int:
             each = settings.batch_size if fixed else settings.total / n
             computing, adding = each * seconds_of(settings, work), adding_up(settings, work, n)
             alone = computing / (computing + adding)
-            rows.append({"n": n, "each": each, "compute": computing, "add": adding, "alone": alone, "fixed": fixed})
-            milliseconds = (f"{1e3 * t:.1f}" for t in (computing, adding, computing + adding))
-            table.add_row(str(n), f"{each:g}", *milliseconds, f"{alone:.0%}")
+            milliseconds = {"compute_ms": 1e3 * computing, "add_ms": 1e3 * adding}
+            rows.append({"n": n, "each": each, **milliseconds, "alone": alone, "fixed": fixed})
+            taken = (f"{ms:.1f}" for ms in (*milliseconds.values(), sum(milliseconds.values())))
+            table.add_row(str(n), f"{each:g}", *taken, f"{alone:.0%}")
         table.add_section()
     console.print(table)
     stops = stops_at(settings, work)

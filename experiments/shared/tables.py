@@ -40,6 +40,9 @@ MODELS = (
 COST = ("time_ratio]:.3f", "memory_ratio]:.5f", "flops_ratio]:.5f", "compile_ratio]:.2f")
 
 
+SCALING = (("each", ":g"), ("compute_ms", ":.1f"), ("add_ms", ":.1f"), ("alone", ":.0%"))
+
+
 def of_net(net: str, against: str) -> Row:
     """What the gradient of a net costs against one other way to compute it."""
     at = f"{{costs[{net}, against {against}]["
@@ -323,6 +326,44 @@ TABLES: dict[str, Shown] = {
                 ("8 simulated, data-parallel", "8 devices"),
                 ("8 simulated, fully sharded", "fully"),
                 ("2 processes", "2 processes"),
+            )
+        ),
+    ),
+    "long runs": Shown(
+        ("a long training", "measured"),
+        (
+            Row(
+                "a checkpoint every 250 steps and batches from an iterator",
+                "long_runs/default",
+                ("{ratio:.3f} of the time without; turns {ratios[0]:.3f} to {ratios[4]:.3f}",),
+            ),
+            Row("memory from step 2,000 to step 10,000", "long_runs/default", ("{steps_growth:+.1f} MiB",)),
+            Row("memory from fit 20 to fit 100", "long_runs/default", ("{fits_growth:+.1f} MiB",)),
+            Row("arrays left on the device by 80 fits", "long_runs/default", ("{arrays_growth}",)),
+            Row("from the call of a second fit to its first loss", "long_runs/default", ("{second_fit:.3f} s",)),
+        ),
+    ),
+    "generation": Shown(
+        ("256 letters", "without the cache / with it", "the same letters", "scores apart, float64"),
+        tuple(
+            Row(
+                label,
+                "generation/default",
+                (
+                    f"{{{way}[ratio]:.1f}} ({{{way}[quartiles][0]:.1f}}-{{{way}[quartiles][1]:.1f}})",
+                    f"{{{way}[same]}}",
+                    "{scores_apart_float64:.1e}",
+                ),
+            )
+            for label, way in (("the highest score", "highest_score"), ("drawn", "drawn"))
+        ),
+    ),
+    "scaling": Shown(
+        ("accelerators", "examples of each", "compute, ms", "add up, ms", "of the speed of one"),
+        tuple(
+            Row(f"{n}, {kind}", "scaling/default", tuple(f"{{rows[{i}][{key}]{form}}}" for key, form in SCALING))
+            for i, (n, kind) in enumerate(
+                [(n, "8 examples each") for n in (1, 8, 256)] + [(n, "512 examples together") for n in (1, 8, 256)]
             )
         ),
     ),
