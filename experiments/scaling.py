@@ -82,14 +82,15 @@ def main(settings: Settings) -> int:
             computing, adding = each * seconds_of(settings, work), adding_up(settings, work, n)
             alone = computing / (computing + adding)
             milliseconds = {"compute_ms": 1e3 * computing, "add_ms": 1e3 * adding}
-            rows.append({"n": n, "each": each, **milliseconds, "alone": alone, "fixed": fixed})
+            rows.append({"n": n, "each": each, **milliseconds, "alone": alone})
             taken = (f"{ms:.1f}" for ms in (*milliseconds.values(), sum(milliseconds.values())))
             table.add_row(str(n), f"{each:g}", *taken, f"{alone:.0%}")
         table.add_section()
     console.print(table)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
     stops = stops_at(settings, work)
     console.print(f"{settings.total} examples on {stops} accelerators: adding up takes as long as computing")
-    report.save(settings.out, settings, {**work._asdict(), "rows": rows, "stops_at": stops})
+    report.save(settings.out, settings, {**work._asdict(), **columns, "stops_at": stops})
     return 0
 
 

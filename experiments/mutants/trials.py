@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import time
 import traceback
 import warnings
@@ -194,7 +195,9 @@ def fault(s: Subject, label: str) -> tuple[str, str]:
 
 
 def raised_by(error: BaseException, label: str) -> bool:
-    """True if the error, or a cause of it, comes from the code of that label."""
+    """True if the error, or a cause of it, comes from the code of that label, or compare says what that code returns."""
+    if isinstance(error, TypeError) and re.match("compare: what .* returns must be", str(error)):
+        return True
     while error is not None:
         frames = traceback.walk_tb(error.__traceback__)
         if any(frame.f_code.co_filename == label for frame, _ in frames):

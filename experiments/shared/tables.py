@@ -361,7 +361,7 @@ TABLES: dict[str, Shown] = {
     "scaling": Shown(
         ("accelerators", "examples of each", "compute, ms", "add up, ms", "of the speed of one"),
         tuple(
-            Row(f"{n}, {kind}", "scaling/default", tuple(f"{{rows[{i}][{key}]{form}}}" for key, form in SCALING))
+            Row(f"{n}, {kind}", "scaling/default", tuple(f"{{{key}[{i}]{form}}}" for key, form in SCALING))
             for i, (n, kind) in enumerate(
                 [(n, "8 examples each") for n in (1, 8, 256)] + [(n, "512 examples together") for n in (1, 8, 256)]
             )
