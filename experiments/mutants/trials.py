@@ -195,7 +195,7 @@ def fault(s: Subject, label: str) -> tuple[str, str]:
 
 
 def raised_by(error: BaseException, label: str) -> bool:
-    """True if the error, or a cause of it, comes from the code of that label, or compare says what that code returns."""
+    """True if the error, or a cause of it, comes from the code of that label, or compare says what that returns."""
     if isinstance(error, TypeError) and re.match("compare: what .* returns must be", str(error)):
         return True
     while error is not None:
