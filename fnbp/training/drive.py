@@ -68,7 +68,7 @@ def drive(
             reached.hold(kept[0])
             carry, order, got, is_finite = run(*at, data, np.int32(limit), jnp.asarray(rule.threshold, float))
             at, done = (carry, order), int(carry.step)
-            logs = {name: np.asarray(values)[: done - step] for name, values in got.items()}
+            logs = {name: np.asarray(values)[: done - step].copy() for name, values in got.items()}
             final, step, asked = float(logs["loss"][-1]), done, limit - step
             if not (is_finite and np.isfinite(final)):
                 at, stopped = last_finite(run, kept, data, done), "non-finite"
