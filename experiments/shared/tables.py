@@ -344,18 +344,23 @@ TABLES: dict[str, Shown] = {
         ),
     ),
     "generation": Shown(
-        ("256 letters", "without the cache / with it", "the same letters", "scores apart, float64"),
+        ("256 letters, context", "without the cache / with it", "the same letters", "scores apart, float64"),
         tuple(
             Row(
                 label,
-                "generation/default",
+                f"generation/{run}",
                 (
                     f"{{{way}[ratio]:.1f}} ({{{way}[quartiles][0]:.1f}}-{{{way}[quartiles][1]:.1f}})",
                     f"{{{way}[same]}}",
                     "{scores_apart_float64:.1e}",
                 ),
             )
-            for label, way in (("the highest score", "highest_score"), ("drawn", "drawn"))
+            for label, run, way in (
+                ("256 letters, the highest score", "block 256", "highest_score"),
+                ("256 letters, drawn", "block 256", "drawn"),
+                ("64 letters, the highest score", "default", "highest_score"),
+                ("64 letters, drawn", "default", "drawn"),
+            )
         ),
     ),
     "scaling": Shown(
