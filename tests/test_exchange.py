@@ -459,9 +459,12 @@ def flat(tree):
     return {jax.tree_util.keystr(keys): a for keys, a in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+LAYOUTS = ["linen", pytest.param("nnx", marks=pytest.mark.slow)]
+
+
 @needs_flax
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("layout", ["linen", "nnx"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FLAX)
 def test_outputs_and_gradients_are_flaxs(x64, name, layout):
     layer, use, weights, x = in_flax(name, layout)
@@ -489,7 +492,7 @@ def test_outputs_and_gradients_are_flaxs(x64, name, layout):
 
 @needs_flax
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("layout", ["linen", "nnx"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FLAX)
 def test_flax_takes_ours_and_gives_back_the_same_function(x64, name, layout):
     layer, use, _, x = in_flax(name, layout)

@@ -133,6 +133,7 @@ def test_a_row_without_its_figure_is_told():
         markdown.cells_of(row._replace(run="digits/other"))
 
 
+@pytest.mark.slow
 def test_digits_saves_its_figures_and_exits_with_0(tmp_path, capsys):
     settings = digits.Settings(epochs=6, out=tmp_path)
     assert digits.main(settings) == 0
@@ -248,12 +249,14 @@ def fake_mnist(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1, 2, 3])  # both dtypes, as a net and as a function
 def test_false_alarms_of_one_net(which, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # arrays of NumPy are constants under jit
     assert false_alarms.one_call(0, which, 2)["faults"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 3])
 def test_localisation_blames_the_layer_and_the_leaf_that_are_wrong(seed):
     found = localisation.one_trial(seed)

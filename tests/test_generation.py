@@ -180,6 +180,7 @@ def by_hand(net, params, state, prompt, length, key, temperature, top_k=None, wi
     return tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize(
     "options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 3}, {"temperature": 2.0, "window": 5}], ids=str
@@ -192,7 +193,12 @@ def test_tokens_are_those_of_a_loop_by_hand(x64, cache, options):
     np.testing.assert_array_equal(generate(*given, **options, cache=cache), by_hand(*given, **options))
 
 
-@pytest.mark.parametrize(("window", "length"), [(1, 12), (2, 2), (3, 29), (6, 13), (7, 6), (13, 29), (13, 1)])
+WINDOWS = [(1, 12), (2, 2), (7, 6), (13, 29), (13, 1)]
+
+
+@pytest.mark.parametrize(
+    ("window", "length"), [(3, 29), (6, 13), *(pytest.param(*one, marks=pytest.mark.slow) for one in WINDOWS)]
+)
 def test_a_window_lets_it_write_more_than_it_has_positions(x64, window, length):
     net = NETS["gpt"]
     params, state = made(net, float)
@@ -244,6 +250,7 @@ def test_tokens_follow_their_distribution(temperature, top_k):
     assert chi_squared < 2 * (due > 0).sum() + 20  # some 20 degrees of freedom: more is 1 in 10^5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt", "grouped", "lstm"])
 def test_bfloat16(name):
     net = NETS[name]
@@ -255,6 +262,7 @@ def test_bfloat16(name):
     assert generate(net, params, state, tokens, 2, KEY).shape == (3, 13)
 
 
+@pytest.mark.slow
 def test_cast_to_bfloat16_keeps_keys_in_it():
     net = cast("bfloat16")
     params, state = made(net)

@@ -191,6 +191,7 @@ def test_data_parallel_all_gradients_are_added_in_one_all_reduce():
     assert counted(["mlp", "lenet", "lstm", "gpt"], 8, "data") == [{"all-reduce": n} for n in (1, 1, 1, 2)]
 
 
+@pytest.mark.slow
 def test_fully_sharded_each_parameter_is_gathered_once_and_gradients_are_added_in_one_all_reduce():
     """mlp gathers 6 leaves once: the compiler keeps them for the backward. In gpt the loop over depth gathers 15 leaves
     of a block forward and the 8 that its backward reads again (6 matrices, 2 gains); outside of it are E, P and the
@@ -201,6 +202,7 @@ def test_fully_sharded_each_parameter_is_gathered_once_and_gradients_are_added_i
     ]
 
 
+@pytest.mark.slow
 def test_tensor_parallel_each_pair_of_matrices_takes_one_all_reduce_forward_and_one_backward():
     """mlp: forward 1 for its pair, 3 in the loss over split scores (largest, sum, label), backward 1 for the scores; dx
     is not used. gpt: forward 1 for the embedding, 2 in a block (attention, mlp); 3 in the loss; backward 1 for the
@@ -208,6 +210,7 @@ def test_tensor_parallel_each_pair_of_matrices_takes_one_all_reduce_forward_and_
     assert counted(["mlp", "gpt"], 2, "tensor", 2) == [{"all-reduce": 1 + 3 + 1}, {"all-reduce": 1 + 2 + 3 + 1 + 2}]
 
 
+@pytest.mark.slow
 def test_tensor_and_data_parallel_gradients_are_added_beside():
     """As both of the above: one more for mlp, two more for gpt."""
     assert counted(["mlp", "gpt"], 4, "tensor", 2) == [{"all-reduce": 5 + 1}, {"all-reduce": 9 + 2}]

@@ -1,6 +1,7 @@
 """The commands of the experiments: what each claims and how long it takes, as its own file says."""
 
 import ast
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,11 @@ class Command(NamedTuple):
         return f"python -m experiments.{self.name}"
 
 
-def commands() -> list[Command]:
-    """Every command, by name. Nothing is imported."""
+@cache
+def commands() -> tuple[Command, ...]:
+    """Every command, by name, read once. Nothing is imported."""
     paths = [*EXPERIMENTS.glob("*.py"), *EXPERIMENTS.glob("*/__main__.py")]
-    return sorted(command_of(path) for path in paths if STARTS in path.read_text())
+    return tuple(sorted(command_of(path) for path in paths if STARTS in path.read_text()))
 
 
 def command_of(path: Path) -> Command:
