@@ -164,7 +164,7 @@ def rest(pair, params, x):
 
 def shapes_of(pair):
     """params and state of a pair's layer, as shapes."""
-    x = jax.ShapeDtypeStruct(pair.x, jnp.int32 if pair.tokens else float)
+    x = jax.ShapeDtypeStruct(pair.x, jnp.int32 if pair.tokens else jnp.result_type(float))
     return jax.eval_shape(pair.layer.init, jax.random.key(0), (None, x) if cell_of(pair.layer) else x)
 
 
@@ -562,7 +562,7 @@ def test_every_layer_is_in_the_table_or_has_no_weights():
     for name in empty:
         made = {"leaky_relu": (), "dropout": (0.5,), "drop_path": (0.5,), "max_pool": (2,), "avg_pool": (2,)}
         layer = constructors()[name](*made.get(name, (1, -1) if name == "reshape" else ()))
-        x = jax.ShapeDtypeStruct((2, 4, 6), float)
+        x = jax.ShapeDtypeStruct((2, 4, 6), jnp.result_type(float))
         assert not jax.tree.leaves(jax.eval_shape(layer.init, jax.random.key(0), x)), name
 
 

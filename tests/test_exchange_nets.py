@@ -18,7 +18,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 def made(net, x, dtype=float):
     """params and state of a net, as shapes."""
-    return jax.eval_shape(net.init, KEY, jax.ShapeDtypeStruct(x, dtype))
+    return jax.eval_shape(net.init, KEY, jax.ShapeDtypeStruct(x, jnp.result_type(dtype)))
 
 
 def filled(net, x, dtype=float):
