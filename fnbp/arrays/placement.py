@@ -134,7 +134,7 @@ def axes_of(*arrays: Any) -> tuple[frozenset[str], Any]:
     found: set[str] = set()
     mesh = None
     for a in jax.tree.leaves(arrays):
-        at = placement(a)
+        at = placement(a) if isinstance(a, jax.Array) else None
         if at is not None:
             mesh = at.mesh
             found |= {name for name in mesh.explicit_axes if over(at.spec, (name,)) != over(at.spec, ())}

@@ -56,7 +56,7 @@ def drive(
     stopped = validate(watch, rule, reached) if watch.owed else ""
     stopped = stopped or over(rule, reached)
     with bar(rule.start, rule.last, watch.progress) as show:
-        while not stopped and not agree(stop):
+        while not stopped and not agree(stop, at):
             limit = min(step + pace, saver.next(step, rule.last))
             if watch.epochs:
                 limit = min(limit, (step // rule.batches + 1) * rule.batches)
@@ -82,17 +82,17 @@ def drive(
             if watch.callback is not None:
                 watch.callback(step, final)
             stopped = stopped or ("steps" if step == rule.last else "")
-            if agreed("due" if saver.is_due(reached.step) else ""):
+            if agreed("due" if saver.is_due(reached.step) else "", at):
                 saver.offer(reached.fit("", ""))
-            slow = agreed("slow" if time.perf_counter() - called >= CALL_SECONDS else "")
+            slow = agreed("slow" if time.perf_counter() - called >= CALL_SECONDS else "", at)
             if asked == pace and not slow:
                 pace = min(2 * pace, CAPACITY)
     return reached.fit(stopped, explain(stopped, step, reached.step, final, rule))
 
 
-def agree(stop: Stop) -> str:
+def agree(stop: Stop, at: tuple[Carry, jax.Array]) -> str:
     """Why a signal asks to stop, in this process or another, or ""."""
-    stop.reason = agreed(stop.reason)
+    stop.reason = agreed(stop.reason, at)
     return stop.reason
 
 
