@@ -190,8 +190,8 @@ def counted(names, devices, scheme, model=None):
 def test_data_parallel_all_gradients_are_added_in_one_all_reduce():
     """One for all leaves and the loss; gpt has one more, in its loop over depth, for a whole block.
 
-    As every count here, that of the compiler of jax 0.10.2, with which the slow tests run; that of jax 0.12 gathers once
-    more in the lstm, over one kind of axes.
+    As every count here, that of the compiler of jax 0.10.2, with which the slow tests run; that of jax 0.12 gathers
+    once more in the lstm, over one kind of axes.
     """
     assert counted(["mlp", "lenet", "lstm", "gpt"], 8, "data") == [{"all-reduce": n} for n in (1, 1, 1, 2)]
 
