@@ -94,7 +94,7 @@ def length(batches: Any) -> int | None:
     """How many batches there are; None if that is not known, or without end."""
     try:
         n = len(batches)
-    except (TypeError, NotImplementedError):
+    except TypeError:
         return None
     return n if n < ENDLESS else None
 
