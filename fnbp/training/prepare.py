@@ -59,9 +59,8 @@ def supply_of(request: Request) -> tuple[Resident | Streamed, Form]:
     if batches.host:
         examples = examples_of("fit", (batches.x, batches.y))
         size = size_of(batches, examples)
-        source = Rows(batches.x, batches.y, size, examples, batches.drop_last)
-        epoch_order = functools.partial(order_of, request.key, examples=examples)
-        source.order = lambda epoch: np.asarray(epoch_order(epoch))
+        order = lambda epoch: np.asarray(order_of(request.key, epoch, examples))  # noqa: E731
+        source = Rows(batches.x, batches.y, size, examples, batches.drop_last, order)
         return streamed(request, source, source.each)
     x, y = arrays_of("training data", batches.x, batches.y)
     examples = check_training("training data", request, x, y)

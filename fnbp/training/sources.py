@@ -162,15 +162,11 @@ class Rows:
     order  the epoch -> the order of its examples      size  of a batch
     """
 
-    once = False
-
-    def __init__(self, x: Any, y: Any, size: int, examples: int, drop_last: bool):
-        self.x, self.y, self.size, self.examples = x, y, size, examples
+    def __init__(self, x: Any, y: Any, size: int, examples: int, drop_last: bool, order: Callable[[int], np.ndarray]):
+        self.x, self.y, self.size, self.examples, self.order = x, y, size, examples, order
         self.each = examples // size + (bool(examples % size) and not drop_last)
         self.at, self.epoch = 0, -1
-        self.order: Callable[[int], np.ndarray] = lambda epoch: np.arange(examples)
         self.rows = np.arange(examples)
-        self.held: tuple[Batch, Any] | None = None
 
     def next(self) -> Batch:
         """The batch of step at: a part of the epoch's order; the last one begins again at its front."""
