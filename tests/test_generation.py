@@ -342,6 +342,57 @@ def replaced_attention(path, layer):
     return fnbp.replace_functions(layer, forward=lambda params, state, x, ctx: (x, state, ()))
 
 
+def first_few(n):
+    """A layer of a user: nothing but the first n tokens."""
+    return fnbp.stateless(
+        lambda key, x: {},
+        lambda params, x: (jnp.where(jnp.arange(x.shape[-1]) < n, x, -jnp.inf), ()),
+        lambda params, res, dy: ({}, dy),
+        f"first_few({n})",
+        mask="position",
+    )
+
+
+def test_a_score_of_minus_infinity_hides_nothing():
+    layer = first_few(8)
+    mixed = fnbp.replace_functions(
+        layer, forward=lambda params, state, x, ctx: (layer.forward(params, state, jnp.cumsum(x, 1), ctx)[0], state, ())
+    )
+    before = fnbp.embedding(K, 6), fnbp.dense(K)
+    of(fnbp.serial(*before, layer))
+    with pytest.raises(TypeError, match=r"first_few\(8\): what it makes of a position depends"):
+        of(fnbp.serial(*before, mixed))
+
+
+@pytest.mark.parametrize("T", [1e-300, 1e-30, 1e30, 1e38, 3.4e38, 1e300])
+def test_no_temperature_draws_a_token_that_cannot_be(T):
+    net = fnbp.serial(fnbp.embedding(K, 6), fnbp.dense(K), first_few(8))
+    params, state = made(net)
+    prompt = np.zeros((60, 2), int)
+    scores = np.asarray(net.forward(params, state, jnp.asarray(prompt), fnbp.Context())[0])[0, -1]
+    drawn = {k: set(np.asarray(generate(net, params, state, prompt, 1, KEY, temperature=T, top_k=k))[:, 2].tolist())
+             for k in (None, 2)}  # fmt: skip
+    best = set(np.argsort(scores)[-2:].tolist())
+    assert drawn[None] <= set(range(8)) and drawn[2] <= best
+    if T > 1:
+        assert len(drawn[None]) == 8 and drawn[2] == best  # all alike
+    else:
+        assert drawn[None] == drawn[2] == {int(np.argmax(scores))}
+
+
+@pytest.mark.parametrize("T, due", [(-1.0, False), (np.nan, False), (np.inf, True), (0.0, True), (1e38, True)])
+def test_in_jit_a_temperature_that_is_none_draws_minus_one(T, due):
+    net = NETS["rotary"]
+    params, state = made(net)
+    run = jax.jit(lambda T: generate(net, params, state, prompt_of(3, 5), 4, KEY, temperature=T, top_k=3))
+    assert ((np.asarray(run(jnp.float32(T)))[:, 5:] >= 0) == due).all()
+
+
+def test_wrong_params_are_not_taken_for_a_wrong_length():
+    with pytest.raises(ValueError, match=r"^net: params must have \d entries"):
+        generate(NETS["rotary"], (), STATE, PROMPT, 3, KEY)
+
+
 MIXES = r"mixes positions, or does not say that it keeps them apart, .*Traits\(steps=fnbp\.Steps\(first, then\)\)"
 REFUSED = [
     (lambda: of(prompt=PROMPT.astype(float)), TypeError, "the prompt must be an array of integers, got float"),
@@ -354,6 +405,7 @@ REFUSED = [
     (lambda: of(temperature=float("nan")), ValueError, r"temperature must be 0 or above, and finite, got nan"),
     (lambda: of(temperature=float("inf")), ValueError, r"got inf"),
     (lambda: of(temperature="hot"), TypeError, r"temperature must be a number, got 'hot'"),
+    (lambda: of(temperature=np.str_("a")), TypeError, r"temperature must be a number"),
     (lambda: of(temperature=True), TypeError, r"temperature must be a number, got True"),
     (lambda: of(temperature=jnp.ones(2)), TypeError, r"temperature must be one real number, got float32 of shape"),
     (lambda: of(key=None), ValueError, r"a temperature of 1\.0 draws tokens, so it needs a key, e\.g\. jax\.random"),

@@ -236,7 +236,205 @@ def test_the_place_is_json(tmp_path):
     assert meta["position"]["at"] == 3 and meta["position"]["state"]["json"]
 
 
+def numbered(n):
+    """Batches that all differ."""
+    return [(X[:5] + np.float32(0.1 * i), Y[i % 4 : i % 4 + 5]) for i in range(n)]
+
+
+@pytest.mark.parametrize("most", [1, 4, 128])
+@pytest.mark.parametrize("end", ["threshold", "asked", "error", "non-finite"])
+def test_what_an_iterator_had_yielded_is_not_lost(monkeypatch, end, most):
+    monkeypatch.setattr(supply, "CHUNK_BATCHES", most)
+    whole = fit(fnbp.Stream(iter(numbered(24)), epoch=4), steps=24).history.loss
+    optimizer, options = ADAM, {}
+    if end == "threshold":
+        options["threshold"] = float(np.sort(whole[:9])[0])
+    if end == "asked":
+        options["on_epoch"] = lambda so_far: so_far.step >= 8
+    if end == "error":
+        options["on_epoch"] = lambda so_far: 1 / (so_far.step < 8)
+    if end == "non-finite":
+        blow = optax.GradientTransformation(
+            lambda params: jnp.zeros((), jnp.int32),
+            lambda updates, n, params=None: (jax.tree.map(lambda u: u * jnp.where(n == 7, jnp.inf, 1), updates), n + 1),
+        )
+        optimizer = optax.chain(optax.sgd(0.1), blow)
+    data = fnbp.Stream(iter(numbered(24)), epoch=4)
+    try:
+        before = fit(data, steps=24, optimizer=optimizer, **options)
+    except ZeroDivisionError as error:
+        before = error.fit
+    assert 0 < before.step < 24 and before.ahead
+    left = [x for x, _ in numbered(24)[before.step :]]
+    for batch, x in zip(before.ahead, left, strict=False):
+        assert np.array_equal(batch.x, x)
+    if end == "non-finite":
+        return
+    after = resumed(data, before, 24 - before.step)
+    assert np.array_equal(after.history.loss, whole[before.step :]) and after.ahead == ()
+
+
+@pytest.mark.parametrize("at", [8, 6])
+def test_a_loader_that_shuffles_by_a_seed_of_its_own_is_passed_through_again(tmp_path, at):
+    class Shuffled:
+        def __init__(self):
+            self.rng = np.random.default_rng(0)
+
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return iter([PAIRS[i] for i in self.rng.permutation(4)])
+
+    whole = fit(fnbp.Stream(Shuffled()), steps=16)
+    fit(fnbp.Stream(Shuffled()), steps=at, checkpoint=tmp_path)
+    same(fit(fnbp.Stream(Shuffled()), steps=16, checkpoint=tmp_path), whole)
+
+
+def test_a_loader_may_write_its_next_batch_over_the_last():
+    def each():
+        x, y = np.empty((5, 3), np.float32), np.empty(5, int)
+        for pair in itertools.cycle(PAIRS):
+            x[:], y[:] = pair
+            yield x, y
+
+    same(fit(fnbp.Stream(each())), fit(fnbp.Stream(itertools.cycle(PAIRS))))
+
+
+def test_the_order_of_arrays_on_the_host_is_that_of_the_settings_outside():
+    with jax.threefry_partitionable(False):
+        found = fit(fnbp.Batches(X, Y, BATCH, host=True), fnbp.models.mlp(7, 4), steps=9)
+        due = fit(fnbp.Batches(X, Y, BATCH), fnbp.models.mlp(7, 4), steps=9)
+    other = fit(fnbp.Batches(X, Y, BATCH), fnbp.models.mlp(7, 4), steps=9)
+    np.testing.assert_allclose(found.history.loss, due.history.loss, rtol=1e-5)
+    assert abs(other.history.loss / due.history.loss - 1).max() > 1e-3
+
+
+class Placed:
+    """An iterator that tells its place in a dict, which it writes over."""
+
+    def __init__(self, told=lambda at: at):
+        self.at, self.told = {"at": 0}, told
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.at["at"] += 1
+        return numbered(40)[self.at["at"] - 1]
+
+    def get_state(self):
+        return self.told(self.at)
+
+    def set_state(self, state):
+        self.at = dict(state)
+
+
+def test_a_place_is_kept_as_it_was_when_it_was_told(tmp_path):
+    whole = fit(fnbp.Stream(Placed()), steps=24)
+    fit(fnbp.Stream(Placed()), steps=24, threshold=float(np.sort(whole.history.loss[:9])[0]), checkpoint=tmp_path)
+    same(fit(fnbp.Stream(Placed()), steps=24, checkpoint=tmp_path), whole)
+
+
+def test_a_place_that_is_not_json_is_refused(tmp_path):
+    bad = Placed(lambda at: {1, 2})
+    with pytest.raises(TypeError, match="get_state of the iterator must return bytes, or what JSON has"):
+        fit(fnbp.Stream(bad), checkpoint=tmp_path)
+    assert fit(fnbp.Stream(bad)).step == 12  # without a checkpoint no one asks
+
+
+def test_a_refused_request_takes_no_batch():
+    iterator = iter(PAIRS)
+    for wrong in ({"epochs": 1}, {"steps": 0}, {"steps": 3, "validation": (X * np.nan, Y)}, {"steps": 2, "start": -1}):
+        with pytest.raises(ValueError, match="fit: "):
+            fit(fnbp.Stream(iterator), **wrong)
+    assert len(list(iterator)) == 4
+
+
 # --- what goes wrong ---
+
+
+def test_the_batches_before_one_that_fails_are_trained_on():
+    def each():
+        yield from numbered(300)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone") as caught:
+        fit(fnbp.Stream(each()), steps=301)
+    assert caught.value.fit.step == 300
+
+
+def test_a_batch_that_makes_no_finite_loss_is_looked_at_and_told():
+    found = fit(fnbp.Stream([*PAIRS, (X[:5], Y[:5] + 9)]), steps=5)
+    assert (found.stopped, found.step) == ("non-finite", 4)
+    assert "step 5 is not finite, its loss is nan; these parameters are of step 4; softmax_cross_entropy: label 9" in (
+        found.message
+    )
+
+
+@pytest.mark.parametrize(
+    "x, y, words",
+    [
+        (X[:5], np.full(5, 2**40), r"fit: batch 4: y holds 1099511627776 at index \(0,\), which int32 does not hold"),
+        (
+            np.full((5, 3), 1e300),
+            Y[:5],
+            r"fit: batch 4: x holds 1e\+300 at index \(0, 0\), which float32 does not hold",
+        ),
+    ],
+)
+def test_a_number_that_the_device_does_not_hold_is_told(x, y, words):
+    first = [(a.astype(x.dtype), b.astype(y.dtype)) for a, b in PAIRS]
+    with pytest.raises(ValueError, match=words) as caught:
+        fit(fnbp.Stream([*first, (x, y)]), steps=8)
+    assert caught.value.fit.step == 4
+
+
+def test_half_precision_that_is_not_finite_is_told():
+    half = [(x.astype(jnp.bfloat16), y) for x, y in PAIRS]
+    half[2] = half[2][0] * np.asarray(np.nan, jnp.bfloat16), half[2][1]
+    with pytest.raises(ValueError, match=r"fit: batch 2: x holds nan at index \(0, 0\)"):
+        net = fnbp.cast(fnbp.models.mlp(7, 4), "bfloat16")
+        params, state = net.init(jax.random.key(0), jnp.asarray(half[0][0]))
+        fnbp.fit(net, LOSS, params, state, fnbp.Stream(half), optimizer=ADAM, key=KEY, steps=4, progress=False)
+
+
+@pytest.mark.parametrize(
+    "held, error, words",
+    [
+        (iter(PAIRS), TypeError, "fit: validation is an iterator, .* which begins only once"),
+        ([(X * np.nan, Y)], ValueError, "fit: validation batch 0: x has 69 non-finite values"),
+        ([(X, Y + 9)], ValueError, "label 9 at index"),
+        ([(X[:, :2], Y)], ValueError, r"dense\(7\)"),
+        ([X], TypeError, r"fit: validation: batch 0 must be a pair \(x, y\)"),
+    ],
+)
+def test_held_out_batches_are_looked_at_before_the_first_step(held, error, words):
+    with pytest.raises(error, match=words) as caught:
+        fit(fnbp.Stream(PAIRS), fnbp.models.mlp(7, 4), validation=fnbp.Validation(held))
+    assert not hasattr(caught.value, "fit")
+
+
+def test_a_later_held_out_batch_that_is_not_finite_is_told():
+    with pytest.raises(ValueError, match="fit: validation batch 1: x has 69 non-finite values") as caught:
+        fit(fnbp.Stream(PAIRS), validation=fnbp.Validation([(X, Y), (X * np.nan, Y)]))
+    assert caught.value.fit.step == 4
+
+
+def test_ctrl_c_ends_a_long_way_to_the_first_batch(tmp_path, monkeypatch):
+    fit(fnbp.Stream(itertools.cycle(PAIRS)), steps=9, checkpoint=tmp_path)
+    gate = threading.Event()
+
+    def slow():
+        yield from PAIRS
+        os.kill(os.getpid(), signal.SIGINT)
+        gate.wait(20)
+        yield from itertools.cycle(PAIRS)
+
+    monkeypatch.setattr(supply, "CLOSE_SECONDS", 0.1)
+    found = fit(fnbp.Stream(slow()), steps=20, checkpoint=tmp_path)
+    gate.set()
+    assert (found.stopped, found.step) == ("interrupt", 9)
 
 
 def broken(at, pair):
@@ -301,6 +499,7 @@ class Lying(Loader):
     "data, options, error, words",
     [
         (fnbp.Stream([]), {}, ValueError, "epoch 0 of the iterable has no batch"),
+        (fnbp.Stream(Loader), {}, TypeError, r"Stream holds the class Loader; make one: Loader\(...\)"),
         (fnbp.Stream(3), {}, TypeError, r"Stream needs an iterable of batches \(x, y\), got int 3"),
         (fnbp.Stream(X), {}, TypeError, "arrays go into Batches"),
         (fnbp.Stream((X, Y)), {}, TypeError, "arrays go into Batches"),

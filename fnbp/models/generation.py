@@ -52,7 +52,8 @@ def generate(
     Raises:  TypeError if net is not a Layer, the prompt or a size is not of integers, key is not a random key, or a
              layer takes no steps (see fnbp.Steps); ValueError if the prompt is empty or, outside jit, has a token that
              the net does not score, key is missing, temperature is negative or not finite, top_k is not 1 to k, there
-             are too many positions, or, outside jit, scores are not finite. Inside jit such a token is -1.
+             are too many positions, or, outside jit, scores are NaN or infinity. Inside jit the token is -1 where one
+             of these is so.
     """
     check_is("generate", "net", net, Layer)
     check_is("generate", "cache", cache, bool)
@@ -142,7 +143,7 @@ def uncached(net: Layer, params: Any, state: Any, seen: jax.Array, length: int, 
 
 
 def drawn(scores: jax.Array, key: Any, n: Any, temperature: Any, top_k: int | None) -> jax.Array:
-    """One token for each row of scores (m, k); -1 where they are not finite, but for -inf."""
+    """One token for each row of scores (m, k); -1 where one is NaN or infinity, or the temperature is none."""
     scores = wide(scores)
     scores = scores - jnp.max(scores, -1, keepdims=True)  # so that no temperature makes them too large
     lost = jnp.isnan(scores).any(-1)
@@ -153,8 +154,10 @@ def drawn(scores: jax.Array, key: Any, n: Any, temperature: Any, top_k: int | No
     if key is None:
         token = jnp.argmax(scores, -1)
     else:
-        over = jnp.maximum(jnp.asarray(temperature, scores.dtype), jnp.finfo(scores.dtype).tiny)
-        token = jax.random.categorical(jax.random.fold_in(key, n), scores / over)
+        info, T = jnp.finfo(scores.dtype), jnp.asarray(temperature, scores.dtype)
+        lost = lost | ~(T >= 0)
+        scaled = jnp.where(jnp.isneginf(scores), scores, scores / jnp.clip(T, info.tiny, info.max))
+        token = jax.random.categorical(jax.random.fold_in(key, n), scaled)
     return jnp.where(lost, -1, token).astype(jnp.int32)
 
 
@@ -171,6 +174,11 @@ def scored(net: Layer, leaves: tuple[Any, ...], tree: Any, shape: tuple[int, int
     try:
         scores = jax.eval_shape(forward, params, state, tokens)
     except ValueError as error:
+        one = jax.ShapeDtypeStruct((shape[0], 1), jnp.int32)
+        try:
+            jax.eval_shape(forward, params, state, one)
+        except ValueError:  # whatever the length
+            raise error from None
         came = f"the prompt's {shape[1]} and all but the last of those to write"
         raise ValueError(
             f"generate: the net does not take {positions} positions ({came}): {error}. A shorter window= lets it "
@@ -201,7 +209,7 @@ def check_sizes(length: Any, window: Any, top_k: Any) -> None:
 
 def check_draws(key: Any, temperature: Any) -> Any:
     """The temperature, or None if it is 0. ValueError or TypeError if it is no temperature, or there is no key."""
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float, np.generic, np.ndarray, jax.Array)):
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float, np.number, np.ndarray, jax.Array)):
         raise TypeError(f"generate: temperature must be a number, got {shown(temperature)}")
     if np.shape(temperature) != () or jnp.iscomplexobj(temperature):
         raise TypeError(f"generate: temperature must be one real number, got {describe(temperature)}")
@@ -209,6 +217,7 @@ def check_draws(key: Any, temperature: Any) -> Any:
         temperature = float(temperature)
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise ValueError(f"generate: temperature must be 0 or above, and finite, got {temperature}")
+        temperature = min(temperature, float(np.finfo(np.float32).max))  # all tokens are alike long before
     if key is not None:
         check_key("generate", key)
     if concrete(temperature) and temperature == 0:

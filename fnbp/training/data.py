@@ -50,8 +50,11 @@ class Stream:
     epoch    how many batches an epoch has. By default len(batches); without either, fit knows no epochs.
     augment  as in Batches
 
-    Batches are drawn in a thread, ahead of the training. A fit that goes on from an earlier one, or from a checkpoint,
-    skips the batches that were used; an iterator with get_state and set_state, as those of grain, is set instead.
+    Batches are drawn in a thread, ahead of the training. A fit that goes on, from an earlier Fit or a checkpoint,
+    passes over the batches that were used; an iterator with get_state and set_state, as those of grain, is set instead.
+    So a loader must yield the same batches again: give one that shuffles anew in each pass as a function of the epoch.
+    An iterator begins only once. With resume= it goes on where it is, behind the batches in Fit.ahead; with checkpoint=
+    it must be a new one, at its beginning.
     """
 
     batches: Iterable[Any] | Callable[[int], Iterable[Any]]
@@ -76,7 +79,7 @@ class Validation:
         fit(..., validation=Validation(x, y, fnbp.accuracy()))
 
     x, y     arrays, or trees of arrays, with the examples as first axis; or x is an iterable of batches (x, y), passed
-             through anew each time, without y
+             through anew each time, without y: no iterator
     metrics  what is measured beside the mean loss, as in fnbp.evaluate
     """
 
@@ -96,7 +99,9 @@ def length(batches: Any) -> int | None:
         n = len(batches)
     except TypeError:
         return None
-    return n if n < ENDLESS else None
+    except OverflowError:  # larger than any
+        return None
+    return n if 0 < n < ENDLESS else None
 
 
 def is_stream(x: Any) -> bool:
@@ -137,6 +142,10 @@ def checked(stream: Stream, y: Any, batch_size: Any) -> Stream:
     """The stream. ValueError or TypeError if it is none, or the data are given twice."""
     if y is not None or batch_size is not None:
         raise ValueError("fit: the batches of a stream hold y, and have their size; give neither beside it")
+    if isinstance(stream.batches, type):
+        raise TypeError(
+            f"fit: Stream holds the class {stream.batches.__name__}; make one: {stream.batches.__name__}(...)"
+        )
     if not callable(stream.batches) and not hasattr(stream.batches, "__iter__"):
         raise TypeError(f"fit: Stream needs an iterable of batches (x, y), got {describe(stream.batches)}")
     if hasattr(stream.batches, "dtype") or isinstance(stream.batches, (tuple, dict, str)):

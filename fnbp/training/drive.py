@@ -87,7 +87,8 @@ def drive(
             slow = agreed("slow" if time.perf_counter() - called >= CALL_SECONDS else "", at)
             if asked == pace and not slow:
                 pace = min(2 * pace, CAPACITY)
-    return reached.fit(stopped, explain(stopped, step, reached.step, final, rule))
+    fault = supply.fault(reached.step) if stopped == "non-finite" else ""
+    return reached.fit(stopped, explain(stopped, step, reached.step, final, rule, fault))
 
 
 def agree(stop: Stop, at: tuple[Carry, jax.Array]) -> str:
@@ -127,8 +128,8 @@ def validate(watch: Watch, rule: Rule, reached: Reached) -> str:
     return "patience" if whole and rule.patience is not None and reached.waited >= rule.patience else ""
 
 
-def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> str:
-    """Why training stopped, in a sentence."""
+def explain(stopped: str, step: int, ended: int, final: float, rule: Rule, fault: str) -> str:
+    """Why training stopped, in a sentence. fault: what does not fit in the batch that is not finite."""
     broken, cause = (ended + 1, "its update is not") if np.isfinite(final) else (step, f"its loss is {final:.6g}")
     return {
         "": "",
@@ -138,5 +139,6 @@ def explain(stopped: str, step: int, ended: int, final: float, rule: Rule) -> st
         "threshold": f"the loss of step {step} is {final:.6g}, at most the threshold {rule.threshold:.6g}",
         "asked": f"on_epoch asked for the end, at step {step}",
         "patience": f"no new least validation loss in {rule.patience} validations, at step {step}",
-        "non-finite": f"step {broken} is not finite, {cause}; these parameters are of step {ended}",
+        "non-finite": f"step {broken} is not finite, {cause}; these parameters are of step {ended}"
+        + (fault and f"; {fault}"),
     }[stopped]

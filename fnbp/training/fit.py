@@ -14,7 +14,7 @@ from fnbp.backpropagation import value_and_grad
 from fnbp.layer import Layer
 from fnbp.losses.loss import Loss
 from fnbp.training.checkpoints import Nothing, check_alone, run_of, saving
-from fnbp.training.data import Validation, batches_of, validation_data
+from fnbp.training.data import Stream, Validation, batches_of, validation_data
 from fnbp.training.drive import Rule, Watch, drive
 from fnbp.training.loop import (
     Carry,
@@ -81,14 +81,14 @@ def fit(
     Options: x, y: arrays; or x is fnbp.Batches(x, y, size), with more options, or fnbp.Stream(loader), whose batches
              come one by one. steps, epochs: how many to do, in addition to those done before; give one of the two.
              validation: a pair (x, y), or fnbp.Validation, with metrics; measured after each epoch and at the end.
-             resume: an earlier Fit, from which opt_state, start, best, waited and least are taken. opt_state, start:
-             only these two. checkpoint: a directory, or fnbp.Checkpoints, to write to and to go on from; steps and
-             epochs are then the total, and params and state those of a new run. gradient: another maker of gradients;
-             what it returns behind J and state is Step.more; where a batch was filled up, its y is a pair (y, which
-             count), as its loss takes it. record: functions of fnbp.Step, such as
+             resume: an earlier Fit, from which opt_state, start, best, waited, least and ahead are taken. opt_state,
+             start: only these two. checkpoint: a directory, or fnbp.Checkpoints, to write to and to go on from; steps
+             and epochs are then the total, and params and state those of a new run. gradient: another maker of
+             gradients; what it returns behind J and state is Step.more; where a batch was filled up, its y is a pair
+             (y, which count), as its loss takes it. record: functions of fnbp.Step, such as
              fnbp.gradient_norm, for history.recorded. callback: called between compiled calls with the step and its
              loss. on_epoch: called after each epoch with the Fit so far.
-    Memory:  the data, or two chunks of at most 32 MiB of a stream; and twice params, state and opt_state: one set is
+    Memory:  the data, or two chunks of at most 8 MiB of a stream; and twice params, state and opt_state: one set is
              kept to go back to.
     Source:  fnbp/README.md, B1 to B6, one pass a step.
     Raises:  ValueError or TypeError before the first step if sizes, targets, keys or data do not fit.
@@ -125,9 +125,12 @@ def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit
         check_request(net, loss, params, key, until.patience, validation)
         check_functions(optimizer, gradient=gradient, callback=watch.callback, on_epoch=watch.on_epoch)
         check_alone(checkpoint, *earlier)
-        supply, form = supply_of(request)
+        begun = resumed(*earlier)
+        if isinstance(batches, Stream):
+            rule_of(begun.step, 0, until, batches.number, watch.on_epoch)  # before a batch is drawn
         evaluate = evaluation_of(request)
-        begun = from_checkpoint(saver, request, form) or resumed(*earlier)
+        supply, form = supply_of(request, () if earlier.resume is None else earlier.resume.ahead)
+        begun = from_checkpoint(saver, request, form) or begun
         done = 0 if checkpoint is None else begun.step
         rule = rule_of(begun.step, done, until, supply.number, watch.on_epoch)
         at, data = set_out(request, begun, supply, rule)
@@ -135,10 +138,10 @@ def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit
         watch = watch._replace(evaluate=evaluate, owed=is_owed(earlier.resume or begun, rule.batches))
         with closing(supply):
             supply.begin(data, rule.start, rule.last, begun.position, anew=checkpoint is not None)
-            saver.position = supply.position
+            saver.position, reached.rest = supply.position, supply.rest
             found = drive(supply, at, rule, watch, reached, stop, saver)
             saver.finish(found)
-    return ended(found, stop.reason)
+    return ended(found._replace(ahead=supply.rest(found.step)), stop.reason)
 
 
 def set_out(

@@ -1,14 +1,14 @@
 """What fit needs before its first step: batches and held-out data that fit the net and the loss, and compiled loops."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from fnbp.arrays.checks import as_arrays
+from fnbp.arrays.checks import as_arrays, describe
 from fnbp.construction import once
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
@@ -16,8 +16,8 @@ from fnbp.sharding import over_data, sharded
 from fnbp.training.data import Batches, Stream, Validation, is_stream
 from fnbp.training.evaluation import batches, examples_of, figures, validation_of
 from fnbp.training.loop import CAPACITY, Batching, compiled_loop, permutation
-from fnbp.training.requests import arrays_of, check_augmented, check_data
-from fnbp.training.sources import Passes, Rows
+from fnbp.training.requests import arrays_of, check_augmented, check_data, check_examples
+from fnbp.training.sources import Batch, Passes, Rows
 from fnbp.training.steps import Record
 from fnbp.training.supply import Resident, Streamed, batches_at_once
 
@@ -51,19 +51,21 @@ def data_in(data: Batches | Stream | Validation | None) -> Any:
     return None if data is None or isinstance(data, Stream) or is_stream(data.x) else (data.x, data.y)
 
 
-def supply_of(request: Request) -> tuple[Resident | Streamed, Form]:
-    """Where the batches come from, checked as far as they are there, and their form."""
+def supply_of(request: Request, ahead: tuple[Batch, ...]) -> tuple[Resident | Streamed, Form]:
+    """Where the batches come from, checked as far as they are there, and their form. ahead: those to begin with."""
     batches = request.batches
     if isinstance(batches, Stream):
-        return streamed(request, batches.source(), batches.number)
+        source = batches.source()
+        source.tells = request.checkpoint is not None
+        source.take(ahead)
+        return streamed(request, source, batches.number)
     if batches.host:
         examples = examples_of("fit", (batches.x, batches.y))
         size = size_of(batches, examples)
-        order = lambda epoch: np.asarray(order_of(request.key, epoch, examples))  # noqa: E731
-        source = Rows(batches.x, batches.y, size, examples, batches.drop_last, order)
+        source = Rows(batches.x, batches.y, size, examples, batches.drop_last, orders(request.key, examples))
         return streamed(request, source, source.each)
     x, y = arrays_of("training data", batches.x, batches.y)
-    examples = check_training("training data", request, x, y)
+    examples = check_training("training data", x, y, request)
     size = size_of(batches, examples)
     partial = bool(examples % size) and not batches.drop_last
     batching = Batching(size, examples // size + partial, partial, batches.augment)
@@ -75,11 +77,12 @@ def streamed(request: Request, source: Passes | Rows, number: int | None) -> tup
     """Batches of a source, the first of them checked."""
     first = source.peek()
     x, y = as_arrays("fit", "batch 0: x", first.x), as_arrays("fit", "batch 0: y", first.y)
-    size = check_training("batch 0", request, x, y)
+    size = check_training("batch 0", x, y, request)
     loops = tuple(loop_of(request, Batching(size, None, partial, request.batches.augment)) for partial in (False, True))
     drop_last = isinstance(request.batches, Batches) and request.batches.drop_last
     place = over_data("fit", request.params, size)
-    made = Streamed((loops[0], loops[1]), number, source, batches_at_once((first.x, first.y)), place)
+    check = functools.partial(check_training, request=request)
+    made = Streamed((loops[0], loops[1]), number, source, batches_at_once((first.x, first.y)), place, check)
     return made, Form(size, drop_last, forms((x, y)))
 
 
@@ -90,7 +93,7 @@ def loop_of(request: Request, batching: Batching) -> Callable:
     return once(compiled_loop, sharded(net, params), loss, gradient, optimizer, batching, record, CAPACITY)
 
 
-def check_training(what: str, request: Request, x: Any, y: Any) -> int:
+def check_training(what: str, x: Any, y: Any, request: Request) -> int:
     """How many examples there are, which fit the net and the loss."""
     net, loss, params, state, batches, *_ = request
     given = what, net, loss, params, state, x, y, Context(request.key, train=True)
@@ -113,11 +116,25 @@ def evaluation_of(request: Request) -> Callable[[Any, Any], dict[str, Any]] | No
         return None
     measures = validation.measures
     if validation.y is None and (is_stream(validation.x) or isinstance(validation.x, list)):
-        each = functools.partial(batches, "fit: validation", validation.x, None, 1)
-        return lambda params, state: figures(net, loss, measures, params, state, each())
+        if hasattr(validation.x, "__next__"):
+            raise TypeError(
+                f"fit: validation is an iterator, {describe(validation.x)}, which begins only once; give a list, or "
+                "what can be passed through again"
+            )
+        for x, y in held_out(validation.x):
+            check_data("validation batch 0", net, loss, params, state, x, y, Context(), whole=False)
+            break
+        return lambda params, state: figures(net, loss, measures, params, state, held_out(validation.x))
     at, due = arrays_of("validation data", validation.x, validation.y)
     check_data("validation data", net, loss, params, state, at, due, Context())
     return validation_of(net, loss, measures, at, due)
+
+
+def held_out(iterable: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Batches of held-out data. ValueError if one holds NaN or infinity."""
+    for i, (x, y) in enumerate(batches("fit: validation", iterable, None, 1)):
+        check_examples(f"validation batch {i}", x, y)
+        yield x, y
 
 
 permuted = jax.jit(permutation, static_argnums=2)
@@ -126,6 +143,13 @@ permuted = jax.jit(permutation, static_argnums=2)
 def order_of(key: jax.Array, epoch: int, examples: int) -> jax.Array:
     """The order of the examples in an epoch."""
     return permuted(jax.random.split(key)[0], epoch, examples)
+
+
+def orders(key: jax.Array, examples: int) -> Callable[[int], np.ndarray]:
+    """The epoch -> order_of it, for a thread, which does not see the settings of jax that this one has made."""
+    key = jax.random.split(key)[0]
+    compiled = permuted.lower(key, np.int32(0), examples).compile()
+    return lambda epoch: np.asarray(compiled(key, np.int32(epoch)))
 
 
 def forms(tree: Any) -> list[str]:

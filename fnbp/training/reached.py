@@ -10,6 +10,7 @@ import numpy as np
 
 from fnbp.training.loop import Carry, copy
 from fnbp.training.progress import Stop
+from fnbp.training.sources import Batch
 
 
 class History(NamedTuple):
@@ -75,6 +76,7 @@ class Fit(NamedTuple):
     best      of the validations, or None without validation
     waited    how many epochs in a row, up to the last, brought no new least validation loss
     least     the least validation loss at the end of an epoch, with which patience compares
+    ahead     batches that an iterator had yielded when training stopped; resume trains on them first
     """
 
     params: Any
@@ -87,6 +89,7 @@ class Fit(NamedTuple):
     best: Best | None
     waited: int = 0
     least: float = np.inf
+    ahead: tuple[Batch, ...] = ()
 
 
 class Resumed(NamedTuple):
@@ -117,6 +120,7 @@ class Reached:
         self.validations: list[tuple[int, dict[str, Any]]] = []
         self.best: Best | None = None
         self.waited, self.least, self.start = 0, np.inf, 0
+        self.rest: Callable[[int], tuple[Batch, ...]] = lambda step: ()
         self.columns: tuple[int, dict[str, np.ndarray]] = 0, {}  # of so many validations, as history has them
 
     def begin(self, carry: Carry, resume: Resumed) -> None:
@@ -238,7 +242,8 @@ def nothing_lost(reached: "Reached", stop: Stop) -> Iterator["Reached"]:
     except BaseException as error:
         stop.closing = True
         if reached.training or isinstance(error, KeyboardInterrupt):
-            error.fit = reached.fit("error", f"{type(error).__name__} after step {reached.step}")  # type: ignore[attr-defined]
+            found = reached.fit("error", f"{type(error).__name__} after step {reached.step}")
+            error.fit = found._replace(ahead=reached.rest(reached.step))  # type: ignore[attr-defined]
             error.add_note(f"fit: what was reached, until step {reached.step}, is in this exception's attribute fit")
         raise
 

@@ -1,5 +1,6 @@
 """The record of a run: what was asked for, on what it ran, and its numbers, in a directory of plain files."""
 
+import itertools
 import json
 import platform
 import sys
@@ -17,7 +18,7 @@ from fnbp.training.reached import Fit, as_json
 __all__ = ["run_record"]
 
 PACKAGES = ("fnbp", "jax", "jaxlib", "optax", "numpy")
-STEPS, VALIDATIONS = "steps.jsonl", "validations.jsonl"
+RUN, STEPS, VALIDATIONS, RESULT = "run.json", "steps.jsonl", "validations.jsonl", "result.json"
 
 
 def run_record(
@@ -34,21 +35,25 @@ def run_record(
     result.json        how the run ended, once it has
     loss.png           both losses, at the end, if matplotlib is installed
 
-    Each call adds the lines that are new. A run that goes on from a checkpoint goes on in the same files.
+    Each call brings the files to what the Fit holds: it adds the lines that are new. Lines of steps before those of the
+    Fit, as when fit was called with resume, stay; others, of another run in the same directory, are replaced.
 
-    Options: config: whatever is to be remembered, as JSON. writer: for TensorBoard: an object with the method
-             add_scalar(name, value, step), such as torch.utils.tensorboard.SummaryWriter or that of tensorboardX.
-    Raises:  TypeError if config is not JSON, or writer has no such method; NotADirectoryError if directory is a file.
+    Options: config: whatever is to be remembered, as JSON has it. writer: for TensorBoard: an object with the method
+             add_scalar(name, value, step), such as torch.utils.tensorboard.SummaryWriter or that of tensorboardX; it is
+             given the lines that are new.
+    Raises:  ValueError if the directory holds the record of a run with another config; TypeError if directory is not a
+             path, config is not JSON, or writer has no such method; NotADirectoryError if directory is a file.
     """
+    if not isinstance(directory, (str, Path)) or not str(directory):
+        raise TypeError(f"run_record: directory must be a path, got {describe(directory)}")
     folder = Path(directory).expanduser()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"run_record: {folder} is a file")
     if writer is not None and not callable(getattr(writer, "add_scalar", None)):
         raise TypeError(f"run_record: writer needs a method add_scalar(name, value, step), got {describe(writer)}")
-    try:
-        json.dumps(dict(config or {}))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"run_record: config must be what JSON has: {error}") from None
+    asked = copy_of(config)
+    check_same(folder, asked)
+    files = ((STEPS, lines_of(folder / STEPS)), (VALIDATIONS, lines_of(folder / VALIDATIONS)))
 
     def keep(fit: Fit) -> None:
         if not isinstance(fit, Fit):
@@ -56,17 +61,40 @@ def run_record(
         if jax.process_index() != 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "run.json").exists():
-            (folder / "run.json").write_text(json.dumps({"config": dict(config or {}), **surroundings()}, indent=1))
-        for name, rows in ((STEPS, rows_of_steps(fit)), (VALIDATIONS, rows_of_validations(fit))):
-            tag = "train" if name == STEPS else "validation"
-            for row in added(folder / name, rows):
-                if writer is not None:
-                    write(writer, tag, row)
+        if not (folder / RUN).exists():
+            replace(folder / RUN, json.dumps({"config": asked, **surroundings()}, indent=1))
+        for name, extend in files:
+            columns = fit.history.steps() if name == STEPS else fit.history.validations()
+            for row in extend(fit.history.start, columns):
+                write(writer, "train" if name == STEPS else "validation", row)
         if fit.stopped:
             end(folder, fit)
+        else:
+            (folder / RESULT).unlink(missing_ok=True)  # of a run that goes on
 
     return keep
+
+
+def copy_of(config: Any) -> dict[str, Any]:
+    """config as JSON has it, now. TypeError if it has not."""
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"run_record: config must be a dict, got {describe(config)}")
+    try:
+        return json.loads(json.dumps(dict(config or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"run_record: config must be what JSON has: {error}") from None
+
+
+def check_same(folder: Path, config: dict[str, Any]) -> None:
+    """ValueError if the directory holds the record of a run with another config."""
+    path = folder / RUN
+    if not config or not path.exists():
+        return
+    there = json.loads(path.read_text())["config"]
+    names = [name for name in {**there, **config} if there.get(name) != config.get(name)]
+    if names:
+        told = ", ".join(f"{name} is {there.get(name)} there, {config.get(name)} here" for name in names)
+        raise ValueError(f"run_record: {folder} holds the record of another run: {told}; give another directory")
 
 
 def surroundings() -> dict[str, Any]:
@@ -81,42 +109,60 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def rows_of_steps(fit: Fit) -> list[dict[str, Any]]:
-    """A row for each step of the history."""
-    columns = fit.history.steps()
-    return [{name: as_json(column[i]) for name, column in columns.items()} for i in range(len(fit.history.loss))]
+def lines_of(path: Path) -> Callable[[int, dict[str, np.ndarray]], Iterator[dict[str, Any]]]:
+    """Make a function (start, columns) that brings a file to a row a line, and yields the rows that are new.
+
+    Lines of steps up to start stay, and so do those that are as the rows have it.
+    """
+    done: tuple[int, int, str, int] = -1, 0, "", 0  # start, how many rows the file holds behind it, the last, its size
+
+    def extend(start: int, columns: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+        nonlocal done
+        number, (since, have, last, size) = len(columns["step"]), done
+        whole = have > 0 and path.exists() and path.stat().st_size == size
+        if whole and since == start and have <= number and line_of(columns, have - 1) == last:
+            new = [line_of(columns, i) for i in range(have, number)]
+            with path.open("a") as file:
+                file.writelines(new)
+        else:
+            there, lines = lines_in(path), [line_of(columns, i) for i in range(number)]
+            kept = [line for step, line in there if step <= start]
+            pairs = zip((line for step, line in there if step > start), lines, strict=False)
+            replace(path, "".join([*kept, *lines]))
+            new = lines[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
+        done = start, number, line_of(columns, number - 1) if number else "", path.stat().st_size
+        yield from map(json.loads, new)
+
+    return extend
 
 
-def rows_of_validations(fit: Fit) -> list[dict[str, Any]]:
-    """A row for each validation of the history, with the metrics that are numbers."""
-    columns = fit.history.validations()
-    return [{name: as_json(column[i]) for name, column in columns.items()} for i in range(len(columns["step"]))]
+def line_of(columns: dict[str, np.ndarray], i: int) -> str:
+    """A row of a table as a line of JSON."""
+    return json.dumps({name: as_json(column[i]) for name, column in columns.items()}) + "\n"
 
 
-def added(path: Path, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Write the rows behind the last step of a file, and yield them."""
-    last = last_step(path)
-    new = [row for row in rows if row["step"] > last]
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in new)
-    yield from new
+def lines_in(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file and their steps, but for those that are no JSON, as a kill may leave one."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            found.append((int(json.loads(line)["step"]), line + "\n"))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found
 
 
-def last_step(path: Path) -> int:
-    """The step of the last whole line of a file, 0 without one. What a kill has left of a line is cut off."""
-    if not path.exists():
-        return 0
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        path.write_bytes(whole)
-    return json.loads(whole[whole[:-1].rfind(b"\n") + 1 :])["step"] if whole else 0
+def replace(path: Path, text: str) -> None:
+    """Write a file in one piece: after a kill it is the old one or the new one."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def write(writer: Any, tag: str, row: dict[str, Any]) -> None:
-    """The numbers of a row, for TensorBoard."""
+    """The numbers of a row, for TensorBoard, if there is a writer."""
     for name, value in row.items():
-        if name != "step" and value is not None:
+        if writer is not None and name != "step" and value is not None:
             writer.add_scalar(f"{tag}/{name}", value, row["step"])
 
 
@@ -125,7 +171,7 @@ def end(folder: Path, fit: Fit) -> None:
     best = None if fit.best is None else {"step": fit.best.step, "loss": fit.best.loss}
     told = {"stopped": fit.stopped, "message": fit.message, "step": fit.step, "best": best}
     told["seconds"] = round(fit.history.seconds, 3)
-    (folder / "result.json").write_text(json.dumps(told, indent=1))
+    replace(folder / RESULT, json.dumps(told, indent=1))
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -133,10 +179,11 @@ def end(folder: Path, fit: Fit) -> None:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for name, label in ((STEPS, "training"), (VALIDATIONS, "validation")):
-        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        rows = [json.loads(line) for _, line in lines_in(folder / name)]
         drawn = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
         if drawn:
             axes.plot(*np.asarray(drawn).T, label=label, linewidth=1 if name == STEPS else 2)
     axes.set(xlabel="step", ylabel="loss")
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     figure.savefig(folder / "loss.png", dpi=120)

@@ -1,10 +1,13 @@
 """Where the batches come from that are not on the device yet: an iterable, or arrays in the memory of the host."""
 
 import base64
+import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.checks import describe
@@ -25,14 +28,18 @@ class Passes:
 
     batches  an iterable, or a function of the epoch that returns one      at  the number of the next batch
     each     how many batches a pass has; None if that is not known
+    ahead    batches that were drawn and not handed out yet, and the position before each
+    tells    True to ask the iterator for its position
     """
+
+    tells = False
 
     def __init__(self, batches: Iterable[Any] | Callable[[int], Iterable[Any]], each: int | None):
         self.batches, self.each = batches, each
         self.by_epoch = callable(batches) and not hasattr(batches, "__iter__")
         self.at = self.turn = self.within = 0
         self.iterator: Iterator[Any] | None = None
-        self.held: tuple[Batch, Any] | None = None  # drawn, but not handed out; and the position before it
+        self.ahead: deque[tuple[Batch, Any]] = deque()
         self.like: tuple[Any, int] | None = None  # forms of the first batch, and its size
 
     @property
@@ -42,15 +49,20 @@ class Passes:
 
     def next(self) -> Batch:
         """The next batch. ValueError if there is none, or it does not fit the first."""
-        batch = self.draw() if self.held is None else self.held[0]
-        self.held = None
+        batch = self.ahead.popleft()[0] if self.ahead else self.draw()
         self.at += 1
         return batch
 
-    def hold(self, batch: Batch, position: Any) -> None:
-        """Hand batch out again, as the next one, with what position was before it was drawn."""
-        self.at -= 1
-        self.held = batch, position
+    def take(self, batches: Iterable[Batch]) -> None:
+        """Hand these out first: an earlier fit has drawn them, and not trained on them."""
+        self.ahead.extend((batch, None) for batch in batches)
+        if self.ahead:
+            x, y, _ = self.ahead[0][0]
+            self.like = form_of(x, y), jax.tree.leaves(x)[0].shape[0]
+
+    def rest(self) -> tuple[Batch, ...]:
+        """What was drawn and not handed out."""
+        return tuple(batch for batch, _ in self.ahead)
 
     def draw(self) -> Batch:
         """A batch of this pass, or the first of the next one."""
@@ -98,12 +110,12 @@ class Passes:
         name = f"fit: batch {self.at}"
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{name} must be a pair (x, y), got {describe(pair)}")
-        x, y = jax.tree.map(lambda a: np.asarray(a), tuple(pair))
+        x, y = jax.tree.map(np.array, tuple(pair))  # a loader may write its next batch over this one
         sizes = {a.shape[:1] for a in jax.tree.leaves((x, y))}
         if len(sizes) != 1 or sizes & {(), (0,)}:
             raise ValueError(f"{name} needs equally many examples in x and y, at least 1; got {sorted(sizes)}")
         check_numbers(name, x, y)
-        form = jax.tree.map(lambda a: (a.shape[1:], str(a.dtype)), (x, y))
+        form = form_of(x, y)
         (m,) = sizes.pop()
         if self.like is None:
             self.like = form, m
@@ -122,13 +134,16 @@ class Passes:
         """The next batch, which stays the next."""
         position = self.position()
         batch = self.next()
-        self.hold(batch, position)
+        self.at -= 1
+        self.ahead.appendleft((batch, position))
         return batch
 
     def position(self) -> Any:
         """Where the next batch is, as JSON, if the iterator can tell, as those of grain do; else None."""
-        if self.held is not None:
-            return self.held[1]
+        if self.ahead:
+            return self.ahead[0][1]
+        if not self.tells:
+            return None
         told = None
         if self.iterator is not None:
             if not hasattr(self.iterator, "get_state") or not hasattr(self.iterator, "set_state"):
@@ -136,23 +151,25 @@ class Passes:
             told = encoded(self.iterator.get_state())  # type: ignore[attr-defined]
         return {"at": self.at, "turn": self.turn, "within": self.within, "state": told}
 
-    def seek(self, step: int, position: Any, anew: bool) -> None:
+    def seek(self, step: int, position: Any, anew: bool, stopped: Callable[[], bool]) -> None:
         """Go to the batch of a step.
 
         position: where an earlier run says that it is. anew: an iterator is at its beginning; else it goes on where it
-        is.
+        is. stopped: whether to give up.
         """
         if position is not None:
-            self.at, self.turn, self.within, self.held = position["at"], position["turn"], position["within"], None
+            self.at, self.turn, self.within = position["at"], position["turn"], position["within"]
+            self.ahead.clear()
             self.iterator = None if position["state"] is None else self.started()
             if self.iterator is not None:
                 self.iterator.set_state(decoded(position["state"]))  # type: ignore[attr-defined]
         elif self.once and not anew:
             self.at = step
-        elif self.each is not None and not self.once and step >= self.each:
-            self.turn, self.iterator, self.held = step // self.each, None, None
+        elif self.each is not None and step >= self.each and (self.by_epoch or isinstance(self.batches, list)):
+            self.turn, self.iterator = step // self.each, None  # other loaders may shuffle in each pass
             self.at = self.turn * self.each
-        while self.at < step:
+            self.ahead.clear()
+        while self.at < step and not stopped():
             self.next()
 
 
@@ -161,6 +178,8 @@ class Rows:
 
     order  the epoch -> the order of its examples      size  of a batch
     """
+
+    once = tells = False
 
     def __init__(self, x: Any, y: Any, size: int, examples: int, drop_last: bool, order: Callable[[int], np.ndarray]):
         self.x, self.y, self.size, self.examples, self.order = x, y, size, examples, order
@@ -179,9 +198,12 @@ class Rows:
         self.at += 1
         return Batch(x, y, places < self.examples if places[-1] >= self.examples else None)
 
-    def hold(self, batch: Batch, position: Any) -> None:
-        """Hand batch out again."""
-        self.at -= 1
+    def take(self, batches: Iterable[Batch]) -> None:
+        """All are still there."""
+
+    def rest(self) -> tuple[Batch, ...]:
+        """Nothing is lost."""
+        return ()
 
     def peek(self) -> Batch:
         """The first batch, which stays the first."""
@@ -192,7 +214,7 @@ class Rows:
     def position(self) -> None:
         """The step says all."""
 
-    def seek(self, step: int, position: Any, anew: bool) -> None:
+    def seek(self, step: int, position: Any, anew: bool, stopped: Callable[[], bool]) -> None:
         """Go to the batch of a step."""
         self.at = step
 
@@ -201,11 +223,16 @@ def check_numbers(name: str, x: Any, y: Any) -> None:
     """ValueError, with the first place, if a batch holds NaN or infinity."""
     for what, tree in (("x", x), ("y", y)):
         for leaf in jax.tree.leaves(tree):
-            if leaf.dtype.kind in "fc" and not np.isfinite(leaf).all():
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
                 first = tuple(int(i) for i in np.argwhere(~np.isfinite(leaf))[0])
                 raise ValueError(f"{name}: {what} holds {leaf[first]} at index {first}")
             if leaf.dtype.kind in "OSU":
                 raise TypeError(f"{name}: {what} must be numbers, got {describe(leaf)}")
+
+
+def form_of(x: Any, y: Any) -> Any:
+    """The shape and dtype of an example, for each array."""
+    return jax.tree.map(lambda a: (a.shape[1:], str(a.dtype)), (x, y))
 
 
 def shown(form: Any) -> str:
@@ -216,7 +243,12 @@ def shown(form: Any) -> str:
 
 def encoded(state: Any) -> Any:
     """What an iterator says of its place, as JSON."""
-    return {"bytes": base64.b64encode(state).decode()} if isinstance(state, bytes) else {"json": state}
+    if isinstance(state, bytes):
+        return {"bytes": base64.b64encode(state).decode()}
+    try:
+        return {"json": json.loads(json.dumps(state, default=lambda number: number.item()))}  # as it is now
+    except (TypeError, ValueError, AttributeError) as error:
+        raise TypeError(f"fit: get_state of the iterator must return bytes, or what JSON has: {error}") from error
 
 
 def decoded(told: Any) -> Any:

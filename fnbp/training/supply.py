@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -15,7 +16,7 @@ from fnbp.training.loop import Data, Marked
 from fnbp.training.progress import Stop
 from fnbp.training.sources import Batch, Passes, Rows
 
-CHUNK_BYTES = 1 << 25  # of the batches that are brought to the device at once
+CHUNK_BYTES = 1 << 23  # of the batches that are brought to the device at once
 CHUNK_BATCHES = 128
 FILL_SECONDS = 0.1  # a chunk is handed on, however few batches it has, when so much time has passed
 CLOSE_SECONDS = 5.0  # how long to wait for the batch that is being drawn when fit ends
@@ -48,6 +49,14 @@ class Resident:
     def position(self, step: int) -> Any:
         """The step says all."""
 
+    def rest(self, step: int) -> tuple[Batch, ...]:
+        """None: all examples are still there."""
+        return ()
+
+    def fault(self, step: int) -> str:
+        """Nothing: all examples were checked."""
+        return ""
+
     def close(self) -> None:
         """Nothing was begun."""
 
@@ -63,6 +72,7 @@ class Drawn(NamedTuple):
 class Chunk(NamedTuple):
     """The batches of the steps from first up to stop, stacked; positions: of the source before each, and at the end."""
 
+    batches: list[Batch]
     first: int
     stop: int
     x: Any
@@ -75,7 +85,8 @@ class Streamed:
     """Batches come from a source, a chunk at a time; they are drawn in a thread, ahead of the training.
 
     runs: the compiled loop for whole batches, and for batches of which some examples do not count. place: where on a
-    mesh each batch lies, or None; of several processes each draws the same batches.
+    mesh each batch lies, or None; of several processes each draws the same batches. check(name, x, y) raises ValueError
+    or TypeError if a batch does not fit the net or the loss.
     """
 
     examples = 0  # on the device, to be put in order
@@ -87,37 +98,45 @@ class Streamed:
         source: Passes | Rows,
         most: int,
         place: NamedSharding | None,
+        check: Callable[[str, Any, Any], Any],
     ):
-        self.runs, self.number, self.source, self.most, self.place = runs, number, source, most, place
+        self.runs, self.number, self.source, self.most, self.place, self.check = (
+            runs, number, source, most, place, check,
+        )  # fmt: skip
         self.data: Data | None = None
         self.chunk: Chunk | None = None  # on the device
         self.ahead: Chunk | None = None  # on the device, too
         self.drawn: deque[Drawn] = deque()
         self.changed, self.closed, self.last = threading.Condition(), False, 0
+        self.sought: tuple[int, Any, bool] = 0, None, False
         self.thread = threading.Thread(target=self.draw, daemon=True, name="fnbp batches")
 
     def begin(self, data: Data, start: int, last: int, position: Any, anew: bool) -> None:
         """Go to the batch of step start, and begin to draw."""
         self.data, self.last = data, last
-        self.source.seek(start, position, anew)
+        self.sought = start, position, anew
         self.thread.start()
 
     def draw(self) -> None:
-        """Draw batch after batch, at most two chunks ahead."""
-        behind = self.source.position()
-        while self.source.at < self.last and not self.closed:
+        """Go to the first batch, then draw batch after batch, at most two chunks ahead."""
+        batch, behind = self.drawn_from(lambda: self.source.seek(*self.sought, stopped=lambda: self.closed))
+        while isinstance(batch, BaseException) or (self.source.at < self.last and not self.closed):
             before = behind
-            try:
-                batch = self.source.next()
-                behind = self.source.position()
-            except BaseException as error:
-                batch = error
+            if not isinstance(batch, BaseException):
+                batch, behind = self.drawn_from(self.source.next)
             with self.changed:
                 self.drawn.append(Drawn(batch, before, behind))
                 self.changed.notify_all()
                 self.changed.wait_for(lambda: self.closed or len(self.drawn) < 2 * self.most)
             if isinstance(batch, BaseException):
                 return
+
+    def drawn_from(self, draw: Callable[[], Any]) -> tuple[Any, Any]:
+        """What draw returns, or raises, and the position of the source behind it."""
+        try:
+            return draw(), self.source.position()
+        except BaseException as error:
+            return error, None
 
     def call(self, step: int, limit: int, stop: Stop) -> Call | None:
         """The call that goes on from step; None if a signal came while the batches did not."""
@@ -128,7 +147,8 @@ class Streamed:
                 return None
             self.chunk = chunk
         chunk = self.chunk
-        if self.ahead is None and len(self.drawn) >= min(self.most, self.last - chunk.stop) > 0:
+        ready = len(self.drawn) >= min(self.most, self.last - chunk.stop) > 0
+        if self.ahead is None and ready and isinstance(self.drawn[0].batch, Batch):
             self.ahead = self.take(chunk.stop, stop)  # copied while the device works
         y = chunk.y if chunk.counts is None else Marked(chunk.y, chunk.counts)
         data = self.data._replace(x=chunk.x, y=y, first=np.int32(chunk.first))
@@ -155,6 +175,13 @@ class Streamed:
         if isinstance(taken[0].batch, BaseException):
             self.drawn.appendleft(taken[0])
             raise taken[0].batch
+        for i, one in enumerate(taken):
+            if (error := misfit(first + i, one.batch)) is not None:  # raised when its turn has come
+                self.drawn.appendleft(Drawn(error))
+                if not i:
+                    raise error
+                taken = taken[:i]
+                break
         return self.stacked(first, taken)
 
     @property
@@ -166,15 +193,16 @@ class Streamed:
         """Batches under one more axis, as long as that of every chunk, so that the loop is compiled once."""
         batches = [one.batch for one in taken if isinstance(one.batch, Batch)]
         stop, positions = first + len(batches), [*(one.before for one in taken), taken[-1].behind]
+        most = self.most if is_whole(taken[0]) else 1
         x, y = (
-            as_arrays("fit", f"batches {first} to {stop - 1}: {name}", under_one(self.most, trees))
+            as_arrays("fit", f"batches {first} to {stop - 1}: {name}", under_one(most, trees))
             for name, trees in (("x", [one.x for one in batches]), ("y", [one.y for one in batches]))
         )
-        counts = None if is_whole(taken[0]) else under_one(self.most, [batches[0].counts])
+        counts = None if is_whole(taken[0]) else under_one(1, [batches[0].counts])
         if self.place is not None:
             spec = PartitionSpec(None, *self.place.spec)
             x, y, counts = jax.device_put((x, y, counts), NamedSharding(self.place.mesh, spec))
-        return Chunk(first, stop, x, y, counts, positions)
+        return Chunk(batches, first, stop, x, y, counts, positions)
 
     def position(self, step: int) -> Any:
         """Where the batch of a step is, for a source that can tell; else None."""
@@ -182,6 +210,27 @@ class Streamed:
         if chunk is None or not chunk.first <= step <= chunk.stop:
             return None
         return chunk.positions[step - chunk.first]
+
+    def rest(self, step: int) -> tuple[Batch, ...]:
+        """The batches from a step on that an iterator, which begins only once, has yielded. Ask behind close."""
+        if not self.source.once:
+            return ()
+        chunks = [chunk for chunk in (self.chunk, self.ahead) if chunk is not None]
+        batches = [batch for chunk in chunks for batch in chunk.batches[max(0, step - chunk.first) :]]
+        drawn = (one.batch for one in self.drawn if isinstance(one.batch, Batch))
+        return (*batches, *drawn, *self.source.rest())
+
+    def fault(self, step: int) -> str:
+        """What does not fit in the batch of a step, or "". Later batches than the first are looked at only then."""
+        chunk = self.chunk
+        if chunk is None or not chunk.first <= step < chunk.stop:
+            return ""
+        x, y, _ = chunk.batches[step - chunk.first]
+        try:
+            self.check(f"batch {step}", as_arrays("fit", "x", x), as_arrays("fit", "y", y))
+        except (ValueError, TypeError) as error:
+            return str(error)
+        return ""
 
     def close(self) -> None:
         """Draw no more; wait for the batch that is being drawn, since an iterator cannot be used twice at once."""
@@ -195,6 +244,22 @@ class Streamed:
 def is_whole(drawn: Drawn) -> bool:
     """True for a batch of which all examples count."""
     return isinstance(drawn.batch, Batch) and drawn.batch.counts is None
+
+
+def misfit(number: int, batch: Any) -> ValueError | None:
+    """What is wrong with a batch if the device takes its numbers in a dtype that does not hold one of them."""
+    for what in ("x", "y"):
+        for leaf in jax.tree.leaves(getattr(batch, what)):
+            held = jax.dtypes.canonicalize_dtype(leaf.dtype)
+            if held == leaf.dtype:
+                continue
+            most = jnp.iinfo(held).max if jnp.issubdtype(held, jnp.integer) else float(jnp.finfo(held).max)
+            if (wrong := np.argwhere(np.abs(leaf) > most)).size:
+                at = tuple(wrong[0].tolist())
+                return ValueError(
+                    f"fit: batch {number}: {what} holds {leaf[at]} at index {at}, which {held} does not hold"
+                )
+    return None
 
 
 def under_one(most: int, trees: list[Any]) -> Any:
