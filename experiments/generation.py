@@ -22,7 +22,7 @@ from experiments.charlm.__main__ import Settings as Recipe
 from experiments.charlm.__main__ import Trained, network, split
 from experiments.shared import data, report
 from experiments.shared.report import console
-from fnbp.combinators.stepping import beginning, going_on
+from fnbp.combinators.stepping import beginning, going_on, unrolled
 
 MINUTES = 1  # on two CPU cores
 
@@ -128,18 +128,19 @@ def scores_apart(net: fnbp.Layer, params: Any, state: Any, prompt: np.ndarray, s
         wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, state))
         rest = np.random.default_rng(0).integers(0, k, (1, settings.block - prompt.shape[1]))
         tokens = np.concatenate([prompt, rest], 1).astype(np.int32)
-        then = going_on(net)
+        then, in_turn = unrolled(going_on(net))
 
         @jax.jit
         def both(params, state, tokens):
             T = prompt.shape[1]
             scores, kept, _ = beginning(net, settings.block).forward(params, state, tokens[:, :T], fnbp.Context())
+            in_turns = in_turn(params)
 
             def turn(kept, token):
-                scores, kept, _ = then.forward(params, kept, token[:, None], fnbp.Context())
+                scores, kept, _ = then.forward(in_turns, kept, token[:, None], fnbp.Context())
                 return kept, scores[:, 0]
 
-            later = jax.lax.scan(turn, kept, tokens[:, T:].T)[1]
+            later = jax.lax.scan(turn, in_turn(kept), tokens[:, T:].T)[1]
             found = jnp.concatenate([scores, jnp.moveaxis(later, 0, 1)], 1)
             return found, net.forward(params, state, tokens, fnbp.Context())[0]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fnbp
-from fnbp.combinators.stepping import beginning, going_on, is_apart
+from fnbp.combinators.stepping import beginning, going_on, is_apart, unrolled
 from fnbp.layer import Traits
 from fnbp.models import generate, generation
 
@@ -85,6 +85,7 @@ NETS = {
     "serial": letters(block(rotary=100.0), block(rotary=50.0, norm=fnbp.rms_norm)),
     "repeat in repeat": letters(fnbp.repeat(fnbp.serial(block(rotary=9.0), fnbp.repeat(block(), 2)), 3)),
     "swiglu": letters(fnbp.repeat(block(mlp=fnbp.swiglu(7, 12), b=None, rotary=10.0), 2)),
+    "tied in a loop": fnbp.tie(letters(fnbp.repeat(block(rotary=9.0), 3)), (1, 0, 0, 0, 1, "Q"), (1, 0, 0, 0, 1, "O")),
     "cast": cast("float32"),
     "remat": letters(fnbp.repeat(fnbp.remat(block(rotary=100.0)), 3), fnbp.remat(block())),
     "parallel": letters(fnbp.parallel(fnbp.attention(3, causal=True), fnbp.dense(12), join="concat")),
@@ -108,6 +109,17 @@ def made(net, dtype=None):
     return jax.tree.map(lambda a: a.astype(dtype) if floating(a) else a, trees)
 
 
+def loops(net):
+    return (net.traits.turns is not None) + sum(map(loops, net.parts))
+
+
+def test_the_loops_over_depth_are_written_out_for_one_position():
+    for name, net in NETS.items():
+        left = loops(unrolled(going_on(net))[0])
+        assert left == (name == "tied in a loop"), name
+    assert sum(map(loops, NETS.values())) == 10
+
+
 def prompt_of(m, T):
     return jax.random.randint(jax.random.key(9), (m, T), 0, K, jnp.int32)
 
@@ -115,17 +127,18 @@ def prompt_of(m, T):
 def stepped(net, params, state, tokens, T):
     """Scores of all positions: those of the prompt at once, then one a turn; by the plain forward; and of another text
     behind the prompt."""
-    first, then = beginning(net, tokens.shape[1]), going_on(net)
+    first, (then, in_turn) = beginning(net, tokens.shape[1]), unrolled(going_on(net))
 
     @jax.jit
     def run(params, state, tokens):
         scores, kept, _ = first.forward(params, state, tokens[:, :T], fnbp.Context())
+        in_turns = in_turn(params)
 
         def turn(kept, token):
-            scores, kept, _ = then.forward(params, kept, token[:, None], fnbp.Context())
+            scores, kept, _ = then.forward(in_turns, kept, token[:, None], fnbp.Context())
             return kept, scores[:, 0]
 
-        _, later = jax.lax.scan(turn, kept, tokens[:, T:].T)
+        _, later = jax.lax.scan(turn, in_turn(kept), tokens[:, T:].T)
         plain = lambda tokens: net.forward(params, state, tokens, fnbp.Context())[0]  # noqa: E731
         other = tokens.at[:, T - 1 :].set((tokens[:, T - 1 :] + 1) % K)
         return jnp.concatenate([scores, jnp.moveaxis(later, 0, 1)], 1), plain(tokens), plain(other)

@@ -325,7 +325,9 @@ TABLES: dict[str, Shown] = {
             for label, run in (
                 ("8 simulated, data-parallel", "8 devices"),
                 ("8 simulated, fully sharded", "fully"),
+                ("8 simulated, a gpt of split matrices", "gpt split"),
                 ("2 processes", "2 processes"),
+                ("4 processes", "4 processes"),
             )
         ),
     ),

@@ -10,7 +10,7 @@ import numpy as np
 
 from fnbp.arrays.checks import as_arrays, check_is, check_key, check_size, concrete, describe, of_kind, shown
 from fnbp.arrays.sums import wide
-from fnbp.combinators.stepping import beginning, going_on
+from fnbp.combinators.stepping import beginning, going_on, unrolled
 from fnbp.construction import once
 from fnbp.layer import Context, Layer
 
@@ -36,8 +36,9 @@ def generate(
         token n = jax.random.categorical(jax.random.fold_in(key, n), s / temperature), n from 0, for all examples
 
     With the cache each layer keeps what later positions need of the earlier ones: attention its keys and values, a scan
-    its h. The prompt is read at once, then the net sees one position a turn. Prompt and turns are one compiled
-    function, made once for equal nets and shapes.
+    its h. The prompt is read at once, then the net sees one position a turn; for these the layers of repeat are written
+    out, so that its weights are held twice. Prompt and turns are one compiled function, made once for equal nets and
+    shapes.
 
     Shapes:  prompt (m, T) of integers, all prompts of one length; scores of the net (m, T, k); returns (m, T + length)
              of int32. The last token is not read, so that the net sees T + length - 1 positions.
@@ -110,9 +111,9 @@ def cached(net: Layer, params: Any, state: Any, seen: jax.Array, length: int, si
     """The tokens behind those seen, (m, length); each layer keeps what it needs of earlier positions. since: n of the
     first."""
     positions = seen.shape[1] + length - 1
-    first, then = beginning(net, positions), going_on(net)
+    first, (then, in_turn) = beginning(net, positions), unrolled(going_on(net))
     scores, kept, _ = first.forward(params, state, seen, Context())
-    token = draw(scores[:, -1], since)
+    token, params = draw(scores[:, -1], since), in_turn(params)
 
     def turn(carry, n):
         kept, token = carry
@@ -120,7 +121,7 @@ def cached(net: Layer, params: Any, state: Any, seen: jax.Array, length: int, si
         new = draw(scores[:, 0], n)
         return (kept, new), new
 
-    _, tokens = jax.lax.scan(turn, (kept, token), since + jnp.arange(1, length))
+    _, tokens = jax.lax.scan(turn, (in_turn(kept), token), since + jnp.arange(1, length))
     return jnp.concatenate([token[:, None], tokens.T], 1)
 
 
