@@ -261,15 +261,24 @@ def trace(net: Layer, loss: Loss) -> Callable[..., Trace]:
     Raises: as backprop.
     """
     check_is("trace", "net", net, Layer)
-    run = one_pass(map_layers(traced, map_layers(contracted(total), net)), loss)
+
+    def recording(net):
+        run = one_pass(map_layers(traced, map_layers(contracted(total), net)), loss)
+
+        def record(params, state, x, y, ctx):
+            out = run(params, state, x, y, ctx)
+            seen = {path: node for path, _, node in leaves(net, out.grads)}
+            grads = jax.tree.map(lambda node: node.grads, out.grads, is_leaf=lambda node: isinstance(node, Recorded))
+            outputs = OrderedDict((path, node.output) for path, node in seen.items())
+            deltas = OrderedDict((path, node.delta) for path, node in seen.items())
+            return Trace(out.value, out.state, out.prediction, grads, out.dx, outputs, deltas)
+
+        return record
+
+    run = on_devices(net, recording)
 
     def trace_of(params, state, x, y, ctx=Context()):
         out = run(params, state, x, y, ctx)
-        seen = {path: node for path, _, node in leaves(net, out.grads)}
-        grads = jax.tree.map(lambda node: node.grads, out.grads, is_leaf=lambda node: isinstance(node, Recorded))
-        outputs = OrderedDict((path, node.output) for path, node in seen.items())
-        deltas = OrderedDict((path, node.delta) for path, node in seen.items())
-        grads = conform(grads, params)
-        return Trace(out.value, out.state, out.prediction, grads, out.dx, outputs, deltas)
+        return out._replace(grads=conform(out.grads, params))
 
     return trace_of

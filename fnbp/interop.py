@@ -20,7 +20,7 @@ from fnbp.arrays.checks import (
     takes,
 )
 from fnbp.arrays.masks import RULES, Rule, refused
-from fnbp.arrays.placement import each_example, of_param, varying
+from fnbp.arrays.placement import check_whole, each_example, of_param, varying
 from fnbp.arrays.sums import wide
 from fnbp.backpropagation import check_batch, conform
 from fnbp.construction import constructor
@@ -77,6 +77,7 @@ def to_jax(layer: Layer, state: Any = None, ctx: Context = Context(), with_state
         return forward(params, state, x, ctx)[0]
 
     def forward(params, state, x, ctx):
+        check_whole("to_jax", params)
         y, state, res = net.forward(params, state, x, ctx)
         return (y, state), (params, x, res)
 

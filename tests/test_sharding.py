@@ -122,6 +122,67 @@ print(0)
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ["mlp", pytest.param("gpt", marks=pytest.mark.slow)])
+def test_a_trace_and_predictions(x64, name, scheme, explicit):
+    net, *given = subject(name, 8)
+    placed = laid_out(scheme, 4, explicit, net, *given)
+    found, due = (jax.jit(fnbp.trace(net, LOSS))(*one) for one in (placed, given))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+        assert relative(a, b) <= 1e-12
+    due = fnbp.predict(net, *given[:3])
+    for size in (3, 8):
+        np.testing.assert_allclose(fnbp.predict(net, *placed[:3], batch_size=size), due, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("gpt", marks=pytest.mark.slow)])
+def test_outside_jit_it_is_the_same_or_told(x64, name, explicit):
+    net, *given = subject(name, 8)
+    placed = laid_out("tensor", 4, explicit, net, *given)
+    calls = {
+        "value_and_grad": lambda *args: fnbp.value_and_grad(net, LOSS)(*args),
+        "per_example_norms": lambda *args: fnbp.per_example_norms(net, LOSS)(*args),
+        "apply": lambda params, state, x, y: fnbp.apply(net, params, state, x),
+        "trace": lambda *args: fnbp.trace(net, LOSS)(*args),
+    }
+    for f in calls.values():
+        if explicit:
+            with pytest.raises(TypeError, match=r"over the Explicit axis 'model'; compute with them under jax\.jit"):
+                f(*placed)
+        else:
+            for a, b in zip(jax.tree.leaves(f(*placed)), jax.tree.leaves(f(*given)), strict=True):
+                assert relative(a, b) <= 1e-12
+
+
+def test_what_takes_no_parameters_split_over_explicit_axes_says_so():
+    net, params, state, x, y = subject("gpt", 8)
+    for scheme in ("fully", "tensor"):
+        params_there, state_there, x_there, _ = laid_out(scheme, 4, True, net, params, state, x, y)
+        with pytest.raises(ValueError, match=r"generate: params are split over the Explicit axes \['(data|model)'\]"):
+            fnbp.models.generate(net, params_there, state_there, x_there[:, :4], 3, jax.random.key(0))
+        with pytest.raises(ValueError, match=r"to_jax: params are split over the Explicit axes"):
+            jax.jit(fnbp.to_jax(net))(params_there, x_there)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "prompt"])
+def test_the_same_tokens_are_written(scheme, explicit):
+    if explicit and scheme in ("fully", "tensor"):
+        return  # refused
+    net, *given = subject("gpt", 8)
+    params, state, x, _ = laid_out("data" if scheme == "prompt" else scheme, 4, explicit, net, *given)
+    if scheme == "prompt":
+        params, state = given[:2]
+    for options in ({"temperature": 0}, {"temperature": 0.8, "top_k": 5}):
+        found, due = (
+            fnbp.models.generate(net, p, s, tokens[:, :4], 3, jax.random.key(0), **options)
+            for p, s, tokens in ((params, state, x), given[:3])
+        )
+        assert np.array_equal(found, due)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["mlp", pytest.param("gpt", marks=pytest.mark.slow)])
 def test_every_contraction(x64, name, scheme, explicit):
     net, params, state, x, y = subject(name, 8)
     contract = (fnbp.total, fnbp.keep, fnbp.sq_norms, fnbp.per_example, lambda factor: factor.sq_norms() ** 2)
@@ -391,6 +452,25 @@ def placed_by(patterns):
     net = fnbp.dense(8)
     params, _ = net.init(jax.random.key(0), jnp.ones((4, 5)))
     return sharding.place(net, params, sharding.mesh(), patterns=patterns)
+
+
+def test_split_holds_every_number():
+    with pytest.raises(ValueError, match=r"split: an array holds 4294967297 at index \[3\], which int32 does not hold"):
+        sharding.split(sharding.mesh(4), np.ones((8, 2), np.float32), np.array([0, 1, 2, 2**32 + 1, 0, 1, 2, 3]))
+
+
+def test_arrays_on_different_devices_are_told():
+    net, params, state, x, y = subject("mlp", 8)
+    two, four = sharding.mesh(2), sharding.mesh(4)
+    there = sharding.place(net, params, two)
+    options = {"optimizer": optax.adam(0.1), "key": jax.random.key(0), "batch_size": 4, "steps": 2, "progress": False}
+    with pytest.raises(ValueError, match=r"fit: params and the data were put on different devices, .* on one mesh"):
+        fnbp.fit(net, LOSS, there, state, *sharding.split(four, x, y), **options)
+    before = fnbp.fit(net, LOSS, there, state, *sharding.split(two, x, y), **options)
+    with pytest.raises(ValueError, match="fit: params and opt_state were put on different devices"):
+        moved = sharding.place(net, before.params, four)
+        state = jax.device_put(before.state, NamedSharding(four, P()))
+        fnbp.fit(net, LOSS, moved, state, *sharding.split(four, x, y), resume=before, **options | {"steps": 1})
 
 
 def test_fit_refuses_batches_that_devices_do_not_divide():

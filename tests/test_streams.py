@@ -375,11 +375,11 @@ def test_a_batch_that_makes_no_finite_loss_is_looked_at_and_told():
 @pytest.mark.parametrize(
     "x, y, words",
     [
-        (X[:5], np.full(5, 2**40), r"fit: batch 4: y holds 1099511627776 at index \(0,\), which int32 does not hold"),
+        (X[:5], np.full(5, 2**40), r"fit: batch 4: y holds 1099511627776 at index \[0\], which int32 does not hold"),
         (
             np.full((5, 3), 1e300),
             Y[:5],
-            r"fit: batch 4: x holds 1e\+300 at index \(0, 0\), which float32 does not hold",
+            r"fit: batch 4: x holds 1e\+300 at index \[0, 0\], which float32 does not hold",
         ),
     ],
 )

@@ -305,17 +305,20 @@ def cut(text: str, most: int = LONGEST) -> str:
 
 
 def as_arrays(name: str, what: str, tree: Any) -> Any:
-    """A tree as JAX arrays. ValueError if the dtype does not hold an integer: a label or token would become another."""
-    return jax.tree.map(lambda a: as_array(name, what, a), tree)
+    """A tree as JAX arrays. ValueError if their dtype does not hold a number: a label or token would become another."""
+    check_representable(name, what, tree)
+    return jax.tree.map(jnp.asarray, tree)
 
 
-def as_array(name: str, what: str, a: Any) -> jax.Array:
-    """One array of that tree."""
-    array = jnp.asarray(a)
-    if isinstance(a, np.ndarray) and np.issubdtype(a.dtype, np.integer) and array.dtype != a.dtype:
-        bounds = jnp.iinfo(array.dtype)
-        for first in np.argwhere((a < bounds.min) | (a > bounds.max))[:1].tolist():
-            raise ValueError(
-                f"{name}: {what} holds {a[tuple(first)]} at index {first}, which {array.dtype} does not hold"
-            )
-    return array
+def check_representable(name: str, what: str, tree: Any) -> None:
+    """ValueError if a tree has a number that its dtype on the device, such as int32 for int64, does not hold."""
+    for a in jax.tree.leaves(tree):
+        if not isinstance(a, np.ndarray) or a.dtype.kind not in "iufc":
+            continue
+        held = jax.dtypes.canonicalize_dtype(a.dtype)
+        if held == a.dtype:
+            continue
+        bounds = jnp.iinfo(held) if jnp.issubdtype(held, jnp.integer) else jnp.finfo(held)
+        wrong = (a < bounds.min) | (a > bounds.max) if a.dtype.kind in "iu" else np.isfinite(a) & (abs(a) > bounds.max)
+        for first in np.argwhere(wrong)[:1].tolist():
+            raise ValueError(f"{name}: {what} holds {a[tuple(first)]} at index {first}, which {held} does not hold")

@@ -141,6 +141,16 @@ def axes_of(*arrays: Any) -> tuple[frozenset[str], Any]:
     return frozenset(found), mesh
 
 
+def check_whole(name: str, params: Any) -> None:
+    """ValueError if parameters are split over Explicit axes, which only a pass with a loss takes."""
+    axes, _ = axes_of(params)
+    if axes:
+        raise ValueError(
+            f"{name}: params are split over the Explicit axes {sorted(axes)}; it takes them split over Auto axes, or "
+            "whole: jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))"
+        )
+
+
 def left_to_compiler(f: Callable, axes: frozenset[str], mesh: Any, where: Callable[[Any], Any], *args: Any) -> Any:
     """f(*args) with these Explicit axes as Auto ones inside; where: what f returns -> its specs over them, a tree."""
     inside = mesh.abstract_mesh if isinstance(mesh, jax.sharding.Mesh) else mesh

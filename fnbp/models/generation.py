@@ -1,5 +1,6 @@
 """A net that scores the next token, at work: it writes one token after another."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.checks import as_arrays, check_is, check_key, check_size, concrete, describe, of_kind, shown
+from fnbp.arrays.placement import by_example, check_whole
 from fnbp.arrays.sums import wide
 from fnbp.combinators.stepping import beginning, going_on, unrolled
 from fnbp.construction import once
@@ -63,6 +65,7 @@ def generate(
     check_prompt(prompt, window)
     prompt = as_arrays("generate", "prompt", prompt)
     params, state = as_arrays("generate", "params", params), as_arrays("generate", "state", state)
+    check_whole("generate", params)
     leaves, tree = jax.tree.flatten(jax.tree.map(jax.typeof, (params, state)))
     k = once(scored, net, tuple(leaves), tree, prompt.shape, positions_of(prompt.shape[1], length, window))
     if top_k is not None and top_k > k:
@@ -149,9 +152,7 @@ def drawn(scores: jax.Array, key: Any, n: Any, temperature: Any, top_k: int | No
     scores = scores - jnp.max(scores, -1, keepdims=True)  # so that no temperature makes them too large
     lost = jnp.isnan(scores).any(-1)
     if top_k is not None:
-        _, highest = jax.lax.top_k(scores, top_k)
-        among = jnp.put_along_axis(jnp.zeros(scores.shape, bool), highest, True, -1, inplace=False)
-        scores = jnp.where(among, scores, -jnp.inf)
+        scores = by_example(functools.partial(highest, top_k=top_k), scores)
     if key is None:
         token = jnp.argmax(scores, -1)
     else:
@@ -160,6 +161,13 @@ def drawn(scores: jax.Array, key: Any, n: Any, temperature: Any, top_k: int | No
         scaled = jnp.where(jnp.isneginf(scores), scores, scores / jnp.clip(T, info.tiny, info.max))
         token = jax.random.categorical(jax.random.fold_in(key, n), scaled)
     return jnp.where(lost, -1, token).astype(jnp.int32)
+
+
+def highest(scores: jax.Array, top_k: int) -> jax.Array:
+    """The k highest of each row of scores, and -inf in place of the others."""
+    _, places = jax.lax.top_k(scores, top_k)
+    among = jnp.put_along_axis(jnp.zeros(scores.shape, bool), places, True, -1, inplace=False)
+    return jnp.where(among, scores, -jnp.inf)
 
 
 def positions_of(T: int, length: int, window: int | None) -> int:

@@ -1,5 +1,6 @@
 """The outer loop of training: it calls the compiled loop until a stopping condition holds."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.sharding import agreed
+from fnbp.sharding import agreed, in_all
 from fnbp.training.checkpoints import Nothing
 from fnbp.training.loop import CAPACITY, Carry, copy, last_finite
 from fnbp.training.progress import Stop, bar
@@ -60,8 +61,9 @@ def drive(
             limit = min(step + pace, saver.next(step, rule.last))
             if watch.epochs:
                 limit = min(limit, (step // rule.batches + 1) * rule.batches)
-            call = supply.call(step, limit, stop)
+            call = in_all(functools.partial(supply.call, step, limit, stop), at)
             if call is None:
+                agree(stop, at)
                 break
             run, data, limit = call
             kept, called = copy(at), time.perf_counter()
@@ -76,11 +78,13 @@ def drive(
             if not stopped:
                 stopped = "threshold" if final <= rule.threshold else ""
                 if step % rule.batches == 0 or step == rule.last:
-                    ended = end_of_epoch(watch, rule, reached)  # the epoch that stops is measured too
-                    stopped = stopped or ended
+                    ended = in_all(
+                        functools.partial(end_of_epoch, watch, rule, reached), at
+                    )  # the epoch that stops, too
+                    stopped = stopped or agreed(ended, at)
             show(step, final, reached.validations)
             if watch.callback is not None:
-                watch.callback(step, final)
+                in_all(functools.partial(watch.callback, step, final), at)
             stopped = stopped or ("steps" if step == rule.last else "")
             if agreed("due" if saver.is_due(reached.step) else "", at):
                 saver.offer(reached.fit("", ""))

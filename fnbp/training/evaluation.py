@@ -16,7 +16,7 @@ from fnbp.construction import once
 from fnbp.layer import Context, Layer, mask_behind, mixing
 from fnbp.losses.loss import Loss, check_target, losses_of
 from fnbp.losses.metrics import Metric, as_metrics
-from fnbp.sharding import predicted
+from fnbp.sharding import brought, is_shared, predicted
 
 __all__ = ["evaluate", "predict"]
 
@@ -39,13 +39,14 @@ def predict(net: Layer, params: Any, state: Any, x: Any, *, batch_size: int = BA
     check_size("predict", "batch_size", batch_size)
     check_outside("predict", params, state, x)
     n = examples_of("predict", x)
+    size = at_once(x, n, batch_size)
     params = as_arrays("predict", "params", params)
     run = once(predictor, net)
     parts, check = [], Checker("predict", net, params, state)
-    for part in cut(x, n, batch_size):
+    for part in cut(x, n, size):
         part = as_arrays("predict", "x", part)
         check(part)
-        parts.append(jax.device_get(run(params, state, part)))
+        parts.append(brought(run(params, state, part)))
     return jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
 
@@ -200,10 +201,14 @@ def batches(name: str, x: Any, y: Any, size: int) -> Iterator[tuple[Any, Any]]:
     if y is None:
         raise ValueError(f"{name}: y is missing; give x and y, or as x an iterable of pairs (x, y); got {describe(x)}")
     n = examples_of(name, (x, y))
-    if any(placement(jnp.asarray(a)) is not None for a in jax.tree.leaves((x, y)) if isinstance(a, jax.Array)):
-        size = n  # an array split over Explicit axes cannot be cut where no device ends
-    for part in cut((x, y), n, size):
+    for part in cut((x, y), n, at_once((x, y), n, size)):
         yield as_arrays(name, "x", part[0]), as_arrays(name, "y", part[1])
+
+
+def at_once(tree: Any, n: int, size: int) -> int:
+    """How many examples at once: all n if arrays are split over devices, since they cannot be cut where none ends."""
+    arrays = [a for a in jax.tree.leaves(tree) if isinstance(a, jax.Array)]
+    return n if any(placement(a) is not None or is_shared(a) for a in arrays) else size
 
 
 def of_pair(name: str, i: int, pair: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from fnbp.arrays.checks import check_finite
 from fnbp.backpropagation import value_and_grad
 from fnbp.layer import Layer
 from fnbp.losses.loss import Loss
+from fnbp.sharding import check_alike, is_shared
 from fnbp.training.checkpoints import Nothing, check_alone, run_of, saving
 from fnbp.training.data import Stream, Validation, batches_of, validation_data
 from fnbp.training.drive import Rule, Watch, drive
@@ -32,6 +33,7 @@ from fnbp.training.requests import (
     check_request,
     check_steps,
     check_threshold,
+    check_together,
     check_traced,
     kinds,
 )
@@ -125,6 +127,7 @@ def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit
         check_request(net, loss, params, key, until.patience, validation)
         check_functions(optimizer, gradient=gradient, callback=watch.callback, on_epoch=watch.on_epoch)
         check_alone(checkpoint, *earlier)
+        check_devices(request, earlier)
         begun = resumed(*earlier)
         if isinstance(batches, Stream):
             rule_of(begun.step, 0, until, batches.number, watch.on_epoch)  # before a batch is drawn
@@ -142,6 +145,18 @@ def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit
             found = drive(supply, at, rule, watch, reached, stop, saver)
             saver.finish(found)
     return ended(found._replace(ahead=supply.rest(found.step)), stop.reason)
+
+
+def check_devices(request: Request, earlier: Earlier) -> None:
+    """ValueError if arrays lie on different devices, or processes that share params hold different other things."""
+    batches, resume = request.batches, earlier.resume
+    opt_state = earlier.opt_state if resume is None else getattr(resume, "opt_state", None)
+    data, held_out = data_in(batches), data_in(request.validation)
+    named = {"params": request.params, "state": request.state, "opt_state": opt_state}
+    check_together(**named, **{"the data": data, "the validation data": held_out})
+    if is_shared(request.params):
+        here = None if getattr(batches, "host", False) else data  # those of a host come, and are looked at, in parts
+        check_alike("fit", {"state": request.state, "keys": request.key, "data": here, "validation data": held_out})
 
 
 def set_out(

@@ -30,6 +30,22 @@ def check_traced(*trees: Any) -> None:
         )
 
 
+def check_together(**held: Any) -> None:
+    """ValueError if arrays that were put on devices lie on different ones. held: trees by name."""
+    where: dict[str, Any] = {}
+    for what, tree in held.items():
+        for a in jax.tree.leaves(tree):
+            if isinstance(a, jax.Array) and a.committed:
+                where.setdefault(what, a.sharding.device_set)
+    for what, there in where.items():
+        first, on = next(iter(where.items()))
+        if there != on:
+            raise ValueError(
+                f"fit: {first} and {what} were put on different devices, {sorted(map(str, on))} and "
+                f"{sorted(map(str, there))}: place both on one mesh, see fnbp.sharding"
+            )
+
+
 def check_optimizer(optimizer: Any) -> None:
     """TypeError unless optimizer is an optax transformation; the message says how to make one."""
     if isinstance(optimizer, optax.GradientTransformation):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.arrays.checks import describe
+from fnbp.arrays.checks import check_representable, describe
 
 END = object()
 
@@ -220,8 +220,9 @@ class Rows:
 
 
 def check_numbers(name: str, x: Any, y: Any) -> None:
-    """ValueError, with the first place, if a batch holds NaN or infinity."""
+    """ValueError, with the first place, if a batch holds NaN or infinity, or what the device has no number for."""
     for what, tree in (("x", x), ("y", y)):
+        check_representable(name, what, tree)
         for leaf in jax.tree.leaves(tree):
             if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf).all():
                 first = tuple(int(i) for i in np.argwhere(~np.isfinite(leaf))[0])

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fnbp.arrays.checks import as_arrays
+from fnbp.sharding import check_alike, put_whole
 from fnbp.training.loop import Data, Marked
 from fnbp.training.progress import Stop
 from fnbp.training.sources import Batch, Passes, Rows
@@ -108,6 +110,7 @@ class Streamed:
         self.ahead: Chunk | None = None  # on the device, too
         self.drawn: deque[Drawn] = deque()
         self.changed, self.closed, self.last = threading.Condition(), False, 0
+        self.shared = place is not None and not place.is_fully_addressable
         self.sought: tuple[int, Any, bool] = 0, None, False
         self.thread = threading.Thread(target=self.draw, daemon=True, name="fnbp batches")
 
@@ -147,7 +150,7 @@ class Streamed:
                 return None
             self.chunk = chunk
         chunk = self.chunk
-        ready = len(self.drawn) >= min(self.most, self.last - chunk.stop) > 0
+        ready = len(self.drawn) >= min(self.most, self.last - chunk.stop) > 0 and not self.shared
         if self.ahead is None and ready and isinstance(self.drawn[0].batch, Batch):
             self.ahead = self.take(chunk.stop, stop)  # copied while the device works
         y = chunk.y if chunk.counts is None else Marked(chunk.y, chunk.counts)
@@ -157,8 +160,21 @@ class Streamed:
     def take(self, first: int, stop: Stop) -> Chunk | None:
         """A chunk of the batches that were drawn: whole ones, or one that is not whole. None if a signal came first.
 
-        What the source raised is raised when its turn has come.
+        What the source raised is raised when its turn has come. Of several processes each takes as many.
         """
+        taken = self.waited(first, stop)
+        failed = bool(taken) and isinstance(taken[0].batch, BaseException)
+        number = 0 if failed else len(taken)
+        if self.shared:
+            number = int(np.min(multihost_utils.process_allgather(np.int32(number))))
+        with self.changed:
+            self.drawn.extendleft(reversed(taken[number:]))
+        if failed and isinstance(error := taken[0].batch, BaseException):
+            raise error
+        return self.stacked(first, taken[:number]) if number else None
+
+    def waited(self, first: int, stop: Stop) -> list[Drawn]:
+        """The batches of the next chunk, or what the source raised instead; none if a signal came first."""
         until = time.perf_counter() + FILL_SECONDS
         with self.changed:
             while not self.drawn or (len(self.drawn) < min(self.most, self.last - first) and not self.failed):
@@ -166,23 +182,13 @@ class Streamed:
                 if self.drawn and late:
                     break
                 if stop.reason:
-                    return None
+                    return []
                 self.changed.wait(0.05)
             taken = [self.drawn.popleft()]
             while self.drawn and len(taken) < self.most and is_whole(taken[-1]) and is_whole(self.drawn[0]):
                 taken.append(self.drawn.popleft())
             self.changed.notify_all()
-        if isinstance(taken[0].batch, BaseException):
-            self.drawn.appendleft(taken[0])
-            raise taken[0].batch
-        for i, one in enumerate(taken):
-            if (error := misfit(first + i, one.batch)) is not None:  # raised when its turn has come
-                self.drawn.appendleft(Drawn(error))
-                if not i:
-                    raise error
-                taken = taken[:i]
-                break
-        return self.stacked(first, taken)
+        return taken
 
     @property
     def failed(self) -> bool:
@@ -194,14 +200,15 @@ class Streamed:
         batches = [one.batch for one in taken if isinstance(one.batch, Batch)]
         stop, positions = first + len(batches), [*(one.before for one in taken), taken[-1].behind]
         most = self.most if is_whole(taken[0]) else 1
-        x, y = (
-            as_arrays("fit", f"batches {first} to {stop - 1}: {name}", under_one(most, trees))
-            for name, trees in (("x", [one.x for one in batches]), ("y", [one.y for one in batches]))
-        )
+        x, y = (under_one(most, trees) for trees in ([one.x for one in batches], [one.y for one in batches]))
         counts = None if is_whole(taken[0]) else under_one(1, [batches[0].counts])
-        if self.place is not None:
-            spec = PartitionSpec(None, *self.place.spec)
-            x, y, counts = jax.device_put((x, y, counts), NamedSharding(self.place.mesh, spec))
+        if self.place is None:
+            x, y = jax.tree.map(jnp.asarray, (x, y))
+        else:
+            if self.shared:
+                check_alike("fit", {f"batches from {first} on": (x, y, counts)})
+            where = NamedSharding(self.place.mesh, PartitionSpec(None, *self.place.spec))
+            x, y, counts = put_whole((x, y, counts), where)
         return Chunk(batches, first, stop, x, y, counts, positions)
 
     def position(self, step: int) -> Any:
@@ -244,22 +251,6 @@ class Streamed:
 def is_whole(drawn: Drawn) -> bool:
     """True for a batch of which all examples count."""
     return isinstance(drawn.batch, Batch) and drawn.batch.counts is None
-
-
-def misfit(number: int, batch: Any) -> ValueError | None:
-    """What is wrong with a batch if the device takes its numbers in a dtype that does not hold one of them."""
-    for what in ("x", "y"):
-        for leaf in jax.tree.leaves(getattr(batch, what)):
-            held = jax.dtypes.canonicalize_dtype(leaf.dtype)
-            if held == leaf.dtype:
-                continue
-            most = jnp.iinfo(held).max if jnp.issubdtype(held, jnp.integer) else float(jnp.finfo(held).max)
-            if (wrong := np.argwhere(np.abs(leaf) > most)).size:
-                at = tuple(wrong[0].tolist())
-                return ValueError(
-                    f"fit: batch {number}: {what} holds {leaf[at]} at index {at}, which {held} does not hold"
-                )
-    return None
 
 
 def under_one(most: int, trees: list[Any]) -> Any:
