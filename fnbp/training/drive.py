@@ -55,7 +55,7 @@ def drive(
     """Call the compiled loop until a stopping condition holds, and keep what it brings."""
     step, pace, final = rule.start, 1, reached.last_loss
     stopped = validate(watch, rule, reached) if watch.owed else ""
-    stopped = stopped or over(rule, reached)
+    stopped, measure = stopped or over(rule, reached), functools.partial(end_of_epoch, watch, rule, reached)
     with bar(rule.start, rule.last, watch.progress) as show:
         while not stopped and not agree(stop, at):
             limit = min(step + pace, saver.next(step, rule.last))
@@ -78,9 +78,7 @@ def drive(
             if not stopped:
                 stopped = "threshold" if final <= rule.threshold else ""
                 if step % rule.batches == 0 or step == rule.last:
-                    ended = in_all(
-                        functools.partial(end_of_epoch, watch, rule, reached), at
-                    )  # the epoch that stops, too
+                    ended = in_all(measure, at)  # the epoch that stops is measured too
                     stopped = stopped or agreed(ended, at)
             show(step, final, reached.validations)
             if watch.callback is not None:
