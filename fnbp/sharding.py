@@ -9,15 +9,11 @@ A mesh has two axes. The batch is split along "data". Along "model" layers compu
 """
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fnbp.arrays.checks import check_is, check_representable, check_size, describe
@@ -29,11 +25,11 @@ from fnbp.contraction import Contracted, is_open, total
 from fnbp.factor import Factor, Mixed, Placed
 from fnbp.layer import Context, Layer, child, leaves, map_layers
 from fnbp.naming import by_pattern, check_patterns, map_named
+from fnbp.processes import put_whole
 
 __all__ = ["mesh", "place", "places", "sharded", "split"]
 
 DATA, MODEL = "data", "model"
-RAISED = "raised"  # what a process says that has an exception, the last word in the alphabet
 SMALL = 1 << 9  # elements of a parameter that is not worth to be split
 
 
@@ -334,87 +330,6 @@ def over_data(name: str, params: Any, size: int) -> NamedSharding | None:
     if size % on.shape[DATA]:
         raise ValueError(f"{name}: batch_size {size} cannot be split over {devices(on.shape[DATA])} along {DATA!r}")
     return NamedSharding(on, PartitionSpec(DATA))
-
-
-# --- processes that share arrays ---
-
-
-def is_shared(arrays: Any) -> bool:
-    """True if other processes hold a part of these arrays."""
-    return not all(a.is_fully_addressable for a in jax.tree.leaves(arrays) if isinstance(a, jax.Array))
-
-
-def agreed(word: str, arrays: Any) -> str:
-    """The last in the alphabet of what the processes say that share these arrays; of one process what it says.
-
-    They must do the same, but what a clock or a signal tells differs between them.
-    """
-    if not is_shared(arrays):
-        return word
-    letters = np.zeros(16, np.uint8)
-    letters[: len(word)] = list(word.encode())
-    return max(bytes(row).rstrip(b"\0").decode() for row in multihost_utils.process_allgather(letters))
-
-
-def in_all(f: Callable[[], Any], arrays: Any) -> Any:
-    """What f returns. RuntimeError in each process that shares these arrays if f raises in another one of them."""
-    if not is_shared(arrays):
-        return f()
-    try:
-        found = f()
-    except BaseException:
-        agreed(RAISED, arrays)
-        raise
-    if agreed("", arrays) == RAISED:
-        raise RuntimeError("fit: an exception was raised in another process; see what that one wrote")
-    return found
-
-
-def check_alike(name: str, held: Mapping[str, Any]) -> None:
-    """ValueError if the processes hold different things, in memory of their own. held: by name, in all processes."""
-    sums = multihost_utils.process_allgather(np.asarray([*map(checksum, held.values())], np.uint32))
-    others = [what for what, column in zip(held, np.reshape(sums, (-1, len(held))).T, strict=True) if np.ptp(column)]
-    if others:
-        raise ValueError(
-            f"{name}: the processes hold different {' and '.join(others)}; each gives the same, and all of it. Data of "
-            "which each process has a part: jax.make_array_from_process_local_data"
-        )
-
-
-def checksum(tree: Any) -> int:
-    """A number that tells trees apart: their shapes, dtypes, and what lies here alone."""
-    found = zlib.crc32(str(jax.tree.structure(tree)).encode())
-    for a in jax.tree.leaves(tree):
-        if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a = jax.random.key_data(a)
-        form = f"{getattr(a, 'dtype', type(a))}{np.shape(a)}"
-        here = not is_shared(a)
-        found = zlib.crc32(np.ascontiguousarray(a).tobytes() if here else b"", zlib.crc32(form.encode(), found))
-    return found
-
-
-def put_whole(tree: Any, place: NamedSharding) -> Any:
-    """Arrays, of which each process has the whole, where place says: each process brings its part."""
-    if place.is_fully_addressable:
-        return jax.device_put(tree, place)
-
-    def put_one(a):
-        if isinstance(a, jax.Array) and not a.is_fully_addressable:
-            return jax.device_put(a, place)
-        a = np.asarray(a)
-        a = a.astype(jax.dtypes.canonicalize_dtype(a.dtype))
-        return jax.make_array_from_callback(a.shape, place, lambda part: a[part])
-
-    return jax.tree.map(put_one, tree)
-
-
-def brought(tree: Any) -> Any:
-    """Arrays as NumPy has them, whole, in each process."""
-
-    def bring(a):
-        return multihost_utils.process_allgather(a, tiled=True) if is_shared(a) else np.asarray(a)
-
-    return jax.tree.map(bring, tree) if is_shared(tree) else jax.device_get(tree)
 
 
 # --- checks ---

@@ -22,17 +22,6 @@ SGD = optax.sgd(0.01)
 LOSS = fnbp.mean_squared_error()
 
 
-@pytest.fixture(autouse=True)
-def signals_as_in_a_terminal():
-    """A shell starts what runs in the background with SIGINT ignored."""
-    before = {number: signal.getsignal(number) for number in fnbp.training.progress.DEFAULTS}
-    for number, handler in fnbp.training.progress.DEFAULTS.items():
-        signal.signal(number, handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def task(seed=0):
     """A net of its own, so that it is compiled anew, and data."""
     net = fnbp.serial(fnbp.dense(5), fnbp.tanh(), fnbp.dense(3))

@@ -295,14 +295,6 @@ def test_a_state_that_overflows_while_the_loss_is_finite_is_caught_where_it_does
     np.testing.assert_allclose(found.state[1]["n"], 1e38, rtol=1e-5)
 
 
-@pytest.fixture
-def ctrl_c():
-    """Ctrl-C as a program run by hand has it, whatever the runner of the tests has done to it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def press_at(step, times=1):
     left = [times]
 
@@ -314,7 +306,7 @@ def press_at(step, times=1):
     return callback
 
 
-def test_ctrl_c_hands_back_what_was_reached_and_restores_the_handler(ctrl_c):
+def test_ctrl_c_hands_back_what_was_reached_and_restores_the_handler():
     found = fit(steps=100_000, callback=press_at(3))
     assert found.stopped == "interrupt" and 3 <= found.step < 100_000
     assert len(found.history.loss) == found.step == int(found.state[2]["n"])
@@ -323,13 +315,13 @@ def test_ctrl_c_hands_back_what_was_reached_and_restores_the_handler(ctrl_c):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_raises_and_the_handler_is_restored(ctrl_c):
+def test_a_second_ctrl_c_raises_and_the_handler_is_restored():
     with pytest.raises(KeyboardInterrupt):
         fit(steps=1000, callback=press_at(1, times=2))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_handler_of_ones_own_is_left_alone(ctrl_c):
+def test_a_handler_of_ones_own_is_left_alone():
     heard = []
     mine = lambda signum, frame: heard.append(signum)  # noqa: E731
     signal.signal(signal.SIGINT, mine)
@@ -338,7 +330,7 @@ def test_a_handler_of_ones_own_is_left_alone(ctrl_c):
     assert signal.getsignal(signal.SIGINT) is mine
 
 
-def test_fit_runs_in_a_thread(ctrl_c):
+def test_fit_runs_in_a_thread():
     found = []
     thread = threading.Thread(target=lambda: found.append(fit(steps=21)))
     thread.start()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.sharding import agreed, in_all
+from fnbp.processes import agreed, in_all
 from fnbp.training.checkpoints import Nothing
 from fnbp.training.loop import CAPACITY, Carry, copy, last_finite
 from fnbp.training.progress import Stop, bar

@@ -16,7 +16,8 @@ from fnbp.construction import once
 from fnbp.layer import Context, Layer, mask_behind, mixing
 from fnbp.losses.loss import Loss, check_target, losses_of
 from fnbp.losses.metrics import Metric, as_metrics
-from fnbp.sharding import brought, is_shared, predicted
+from fnbp.processes import brought, is_shared
+from fnbp.sharding import predicted
 
 __all__ = ["evaluate", "predict"]
 

@@ -13,7 +13,7 @@ from fnbp.arrays.checks import check_finite
 from fnbp.backpropagation import value_and_grad
 from fnbp.layer import Layer
 from fnbp.losses.loss import Loss
-from fnbp.sharding import check_alike, is_shared
+from fnbp.processes import check_alike, is_shared
 from fnbp.training.checkpoints import Nothing, check_alone, run_of, saving
 from fnbp.training.data import Stream, Validation, batches_of, validation_data
 from fnbp.training.drive import Rule, Watch, drive

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fnbp.arrays.checks import as_arrays
-from fnbp.sharding import check_alike, put_whole
+from fnbp.processes import check_alike, put_whole
 from fnbp.training.loop import Data, Marked
 from fnbp.training.progress import Stop
 from fnbp.training.sources import Batch, Passes, Rows
