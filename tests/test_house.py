@@ -23,7 +23,7 @@ RUNNABLE = [command.name for command in commands()]
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
 DIFFERENTIATORS = {"comparison", "interop"}  # modules, and a package
 FLOORS = (  # rooms: files and packages; imports run down these, one way
-    {"arrays", "construction", "steps"},
+    {"arrays", "construction", "processes", "steps"},
     {"layer", "factor", "losses"},
     {"naming"},
     {"contraction", "layers", "rendering"},
