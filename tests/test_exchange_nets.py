@@ -471,6 +471,36 @@ REFUSED = [
 ]  # fmt: skip
 
 
+FROZEN, DEEP = fnbp.freeze(fnbp.dense(5)), fnbp.repeat(fnbp.skip(fnbp.dense(5)), 3)
+TIED = fnbp.tie(fnbp.serial(fnbp.embedding(13, 5), fnbp.dense(13, b=None)), (0, "E"), (1, "W"))
+ROWS = jnp.ones((13, 5))
+STRANGERS = [  # net, params, state, what the message says
+    (FROZEN, {"W": ROWS}, filled(FROZEN, (3, 7))[1], r"freeze\(dense\(5\)\): params must hold \[\], got \['W'\]"),
+    (FROZEN, {}, {}, r"state must hold 'params' and 'state' of the layer, got an empty dict"),
+    (FROZEN, {}, {"params": {}, "state": {}}, r"freeze\(dense\(5\)\)\.dense\(5\): .* params must hold \['W', 'b'\]"),
+    (DEEP, *filled(fnbp.repeat(fnbp.skip(fnbp.dense(5)), 2), (3, 5)), r"repeat\(3\): .* first axis of 3, got \[\(2,\)\]"),
+    (DEEP, *filled(fnbp.repeat(fnbp.skip(fnbp.dense(5)), 5), (3, 5)), r"repeat\(3\): .* first axis of 3, got \[\(5,\)\]"),
+    (TIED, (({"E": ROWS}, {"W": ROWS}),), (({}, {}),), r"tie: params hold \(1, 'W'\), which is \(0, 'E'\) here"),
+    (TIED, (({"E": ROWS},),), (({}, {}),), r"\(1,\) leads nowhere in params"),
+    (TIED, (({}, {}),), (({}, {}),), r"\(0, 'E'\) leads nowhere in params"),
+    (fnbp.dense(5), {"W": {"W": ROWS}, "b": ROWS}, {}, r"dense\(5\): params\['W'\] must be an array, got a dict"),
+    (fnbp.relu(), {"W": ROWS}, {}, r"relu has no counterpart"),
+    (fnbp.dense(5), {"W": jnp.ones((5, 7), int), "b": jnp.ones(5)}, {}, r"dense\(5\)\.W must be of floating point .*int"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("net", "params", "state", "message"), STRANGERS)
+def test_params_and_state_of_another_net_are_refused(net, params, state, message):
+    for call in (
+        lambda: fnbp.to_torch(net, params, state),
+        lambda: fnbp.to_flax(net, params, state, layout="nnx"),
+        lambda: fnbp.from_torch(net, {"weight": ROWS}, params, state),
+        lambda: fnbp.from_flax(net, {"params": {}}, params, state),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
 def user_cell():
     return fnbp.stateless(
         lambda key, hx: {"g": jnp.ones(hx[1].shape[-1])},

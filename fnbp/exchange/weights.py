@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.checks import check_is, choose, describe
+from fnbp.exchange.belonging import check_belongs
 from fnbp.exchange.nodes import Node, built, copies, node_of
 from fnbp.exchange.places import Finder
 from fnbp.exchange.rows import Row
@@ -149,6 +150,7 @@ def taken(
     """params and state, of arrays by name."""
     forms = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), tree) for tree in (params, state))
     root = node_of(net.name, net, *forms)
+    check_belongs(maker, root)
     finder, doubled = Finder(maker, library, root, places), copies(net.name, net)
     finder.determined(root, None if library == "torch" else "")
     if library == "torch":
@@ -209,6 +211,7 @@ def given_out(
     """(name, array, True if it is of the state), layer by layer."""
     check_is(maker, "net", net, Layer)
     root = node_of(net.name, net, *(jax.tree.map(np.asarray, tree) for tree in (params, state)))
+    check_belongs(maker, root)
     finder, seen = Finder(maker, library, root, places), {}
     finder.determined(root, "")
     for leaf in root.leaves():
