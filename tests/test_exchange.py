@@ -222,7 +222,7 @@ def test_outputs_and_gradients_are_pytorchs(x64, name):
     assert relative(ours, theirs.detach().numpy()) <= 1e-12
     if not pair.tokens:
         assert relative(dx, given.grad.numpy()) <= 1e-12
-    gradients = fnbp.to_torch(pair.layer, dparams, state)
+    gradients = fnbp.to_torch(pair.layer, dparams, None)
     for key, parameter in module.named_parameters():
         scale = max(1.0, np.abs(gradients[key]).max())
         np.testing.assert_allclose(gradients[key], parameter.grad.numpy(), rtol=0, atol=1e-12 * scale, err_msg=key)
@@ -480,7 +480,7 @@ def test_outputs_and_gradients_are_flaxs(x64, name, layout):
     assert relative(ours, theirs) <= near
     if jnp.issubdtype(x.dtype, jnp.floating):
         assert relative(dx, their_dx) <= near
-    gradients = flat(fnbp.to_flax(layer, as_they_flow(layer, layout, dparams, state), state, layout=layout))
+    gradients = flat(fnbp.to_flax(layer, as_they_flow(layer, layout, dparams, state), None, layout=layout))
     for key, a in flat(their_dparams).items():
         if "mean" not in key and "var" not in key:
             scale = max(1.0, np.abs(a).max())

@@ -33,6 +33,8 @@ def equal(one, other):
     return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), one, other)))
 
 
+ROWS = jnp.ones((13, 5))
+
 # --- round trips, without any other library ---
 
 NETS = {
@@ -104,6 +106,49 @@ def test_batch_norm_without_a_count_has_been_trained():
     weights = fnbp.to_torch(net, params, state)
     del weights["num_batches_tracked"]
     assert fnbp.from_torch(net, weights, params, state)[1]["count"] == 1
+
+
+GONE = ("running_mean", "running_var", "num_batches_tracked", "mean", "var")
+
+
+@pytest.mark.parametrize("layout", ["torch", "linen", "nnx"])
+@pytest.mark.parametrize("name", [name for name in NETS if not re.search("lstm|gru|bidirectional|gpt", name)])
+def test_a_tree_of_gradients_is_put_out_without_a_state(name, layout):
+    net, x = NETS[name]
+    params, state = filled(net, x)
+    gradients = jax.tree.map(lambda a: -a, params)
+
+    def put_out(params, state):
+        if layout == "torch":
+            return fnbp.to_torch(net, params, state)
+        return {jax.tree_util.keystr(keys): a for keys, a in jax.tree_util.tree_leaves_with_path(
+            fnbp.to_flax(net, params, state, layout=layout)
+        )}  # fmt: skip
+
+    weights, found = put_out(params, state), put_out(gradients, None)
+    frozen = [key for key in weights if name == "freeze" and re.search(r"^\D*0", key)]
+    statistics = [key for key in weights if re.search(f"({'|'.join(GONE)})('\\])?$", key)]
+    assert set(found) == set(weights) - set(frozen) - set(statistics)
+    for key, a in found.items():
+        np.testing.assert_array_equal(a, -weights[key], err_msg=key)
+
+
+def test_gradients_of_a_net_with_frozen_layers_keep_its_places():
+    net = fnbp.serial(fnbp.freeze(fnbp.repeat(fnbp.skip(fnbp.dense(5)), 2)), fnbp.batch_norm(), fnbp.dense(3))
+    params, state = filled(net, (7, 5))
+    path = "serial[0].freeze(repeat(2)).repeat(2)[0].skip[0].dense(5)"
+    places = {path: "blocks.{}.fc", "serial[1].batch_norm": "norm", "serial[2].dense(3)": "head"}
+    assert "blocks.1.fc.weight" in fnbp.to_torch(net, params, state, places)
+    assert [*fnbp.to_torch(net, params, None, places)] == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    with pytest.raises(ValueError, match=r"params must hold \[\], got \['W'\]"):
+        fnbp.to_torch(net, ({"W": ROWS}, *params[1:]), None)
+    with pytest.raises(ValueError, match=r"do not belong to serial\[1\]\.batch_norm: .* must hold \['beta', 'gamma'\]"):
+        fnbp.to_torch(net, (params[0], {"gamma": ROWS[0]}, params[2]), None)
+    for nothing in (None, (None, *params[1:])):
+        with pytest.raises(ValueError, match=r"params must have 3 entries|params must hold|must be a dict"):
+            fnbp.to_torch(net, nothing, None)
+    with pytest.raises(ValueError, match=r"serial: state must have 3 entries, one for each layer, got a NoneType"):
+        fnbp.from_torch(net, {}, params, None)
 
 
 # --- places ---
@@ -290,7 +335,7 @@ def differences(sizes, x):
     scores = module(torch.tensor(x))
     torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.tensor(y).flatten()).backward()
     done = jax.jit(fnbp.backprop(net, fnbp.softmax_cross_entropy()))(params, state, x, y)
-    gradients = fnbp.to_torch(net, done.grads, state, layout="gpt2")
+    gradients = fnbp.to_torch(net, done.grads, None, layout="gpt2")
     assert gradients.keys() == module.state_dict().keys()
     worst = 0.0
     for name, parameter in module.named_parameters():
@@ -473,19 +518,19 @@ REFUSED = [
 
 FROZEN, DEEP = fnbp.freeze(fnbp.dense(5)), fnbp.repeat(fnbp.skip(fnbp.dense(5)), 3)
 TIED = fnbp.tie(fnbp.serial(fnbp.embedding(13, 5), fnbp.dense(13, b=None)), (0, "E"), (1, "W"))
-ROWS = jnp.ones((13, 5))
+TWO, FIVE = (filled(fnbp.repeat(fnbp.skip(fnbp.dense(5)), n), (3, 5)) for n in (2, 5))
 STRANGERS = [  # net, params, state, what the message says
     (FROZEN, {"W": ROWS}, filled(FROZEN, (3, 7))[1], r"freeze\(dense\(5\)\): params must hold \[\], got \['W'\]"),
     (FROZEN, {}, {}, r"state must hold 'params' and 'state' of the layer, got an empty dict"),
     (FROZEN, {}, {"params": {}, "state": {}}, r"freeze\(dense\(5\)\)\.dense\(5\): .* params must hold \['W', 'b'\]"),
-    (DEEP, *filled(fnbp.repeat(fnbp.skip(fnbp.dense(5)), 2), (3, 5)), r"repeat\(3\): .* first axis of 3, got \[\(2,\)\]"),
-    (DEEP, *filled(fnbp.repeat(fnbp.skip(fnbp.dense(5)), 5), (3, 5)), r"repeat\(3\): .* first axis of 3, got \[\(5,\)\]"),
+    (DEEP, *TWO, r"repeat\(3\): .* first axis of 3, got \[\(2,\)\]"),
+    (DEEP, *FIVE, r"repeat\(3\): .* first axis of 3, got \[\(5,\)\]"),
     (TIED, (({"E": ROWS}, {"W": ROWS}),), (({}, {}),), r"tie: params hold \(1, 'W'\), which is \(0, 'E'\) here"),
     (TIED, (({"E": ROWS},),), (({}, {}),), r"\(1,\) leads nowhere in params"),
     (TIED, (({}, {}),), (({}, {}),), r"\(0, 'E'\) leads nowhere in params"),
     (fnbp.dense(5), {"W": {"W": ROWS}, "b": ROWS}, {}, r"dense\(5\): params\['W'\] must be an array, got a dict"),
     (fnbp.relu(), {"W": ROWS}, {}, r"relu has no counterpart"),
-    (fnbp.dense(5), {"W": jnp.ones((5, 7), int), "b": jnp.ones(5)}, {}, r"dense\(5\)\.W must be of floating point .*int"),
+    (fnbp.dense(5), {"W": jnp.ones((5, 7), int), "b": ROWS[0]}, {}, r"dense\(5\)\.W must be of floating point .*int"),
 ]  # fmt: skip
 
 

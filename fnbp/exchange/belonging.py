@@ -9,6 +9,7 @@ import numpy as np
 
 from fnbp.arrays.checks import describe
 from fnbp.combinators.loops import scan
+from fnbp.construction import Made
 from fnbp.exchange.nodes import Node
 from fnbp.exchange.rows import Held
 from fnbp.layer import Context
@@ -84,14 +85,21 @@ INPUTS: dict[Callable[..., Any], Callable[[Arguments, Held], Any]] = {
     scan: features("W", 1, 1),
 }
 
-STATES = {batch_norm: ("mean", "var", "count")}  # all others have none, and do not look at what they are given
+
+def state_of(constructor: Callable[..., Any], x: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The state of a layer; all but batch_norm have none, and do not look at what they are given."""
+    if constructor is not batch_norm:
+        return {}
+    each = jax.ShapeDtypeStruct(x.shape[-1:], FLOAT)
+    return {"mean": each, "var": each, "count": jax.ShapeDtypeStruct((), jnp.int32)}
 
 
 def check_belongs(maker: str, root: Node) -> None:
     """ValueError unless each layer takes its params and state; TypeError if a parameter is not floating point."""
     for leaf in ends(root):
-        if leaf.made is not None and leaf.made.constructor in INPUTS and not any(leaf.turns):
-            check_leaf(maker, leaf, INPUTS[leaf.made.constructor](leaf.made.arguments, leaf.held))
+        made = leaf.made
+        if made is not None and made.constructor in INPUTS and not any(leaf.turns) and "params" not in leaf.absent:
+            check_leaf(maker, leaf, made)
 
 
 def ends(node: Node) -> Iterator[Node]:
@@ -102,13 +110,14 @@ def ends(node: Node) -> Iterator[Node]:
         yield from ends(part)
 
 
-def check_leaf(maker: str, leaf: Node, x: Any) -> None:
+def check_leaf(maker: str, leaf: Node, made: Made) -> None:
     """The same for one layer."""
-    made = leaf.made
-    assert made is not None
-    if strangers := [name for name in leaf.state if name not in STATES.get(made.constructor, ())]:
+    x = INPUTS[made.constructor](made.arguments, leaf.held)
+    due = state_of(made.constructor, x)
+    if strangers := [name for name in leaf.state if name not in due]:
         raise ValueError(f"{maker}: params and state do not belong to {leaf.label}: its state has no {strangers[0]!r}")
     params, state = ({name: form(a) for name, a in tree.items()} for tree in (leaf.params, leaf.state))
+    state = due if "state" in leaf.absent else state
     try:
         jax.eval_shape(lambda *args: leaf.layer.forward(*args, Context())[0], params, state, x)
     except (TypeError, ValueError) as error:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fnbp.arrays.checks import check_is, choose, describe
 from fnbp.exchange.belonging import check_belongs
-from fnbp.exchange.nodes import Node, built, copies, node_of
+from fnbp.exchange.nodes import Absent, Node, built, copies, node_of
 from fnbp.exchange.places import Finder
 from fnbp.exchange.rows import Row
 from fnbp.layer import Layer
@@ -67,10 +67,14 @@ def to_torch(
         module.load_state_dict({name: torch.tensor(a) for name, a in to_torch(net, params, state).items()})
 
     By default names are those of torch.nn.Sequential, "2.weight", with the same numbers as our serial and repeat; skip,
-    remat, cast, ragged, freeze and tie have none. The bias of K is 0. A tree of gradients goes likewise, and is then
-    that of the module. bfloat16 is returned as float32, since NumPy has none.
+    remat, cast, ragged, freeze and tie have none. The bias of K is 0. bfloat16 is returned as float32, since NumPy has
+    none.
 
-    Options: places, layout: as in from_torch.
+    A tree of gradients goes likewise, to_torch(net, grads, None), and is then that of the module. Frozen layers and
+    running statistics, which stand in the state, are then left out: they have no gradients.
+
+    Options: params, state: those of the net; state=None: params are a tree of gradients. places, layout: as in
+             from_torch.
     Raises:  TypeError if net is not a Layer, or a layer has no counterpart; ValueError if two layers have one place, or
              params or state do not belong to the net.
     """
@@ -123,7 +127,8 @@ def to_flax(net: Layer, params: Any, state: Any, places: Places = None, layout: 
     By default names are those of Sequential, "layers_2" in Linen and "layers", 2 in NNX. Cells of Flax have one bias
     where ours have two, and take their sum, so a gradient of ours is not theirs there. The bias of K is 0.
 
-    Options: places, layout: as in from_flax.
+    Options: params, state: those of the net; state=None: params are a tree of gradients, as in to_torch. places,
+             layout: as in from_flax.
     Raises:  as to_torch; ValueError if the last third of c of gru_cell is not 0, which NNX has no place for.
     """
     choose("layout", layout, {"linen": 0, "nnx": 0}, "to_flax: ")
@@ -210,7 +215,8 @@ def given_out(
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
     """(name, array, True if it is of the state), layer by layer."""
     check_is(maker, "net", net, Layer)
-    root = node_of(net.name, net, *(jax.tree.map(np.asarray, tree) for tree in (params, state)))
+    params, state = jax.tree.map(np.asarray, (params, Absent() if state is None else state))
+    root = node_of(net.name, net, params, state)
     check_belongs(maker, root)
     finder, seen = Finder(maker, library, root, places), {}
     finder.determined(root, "")
