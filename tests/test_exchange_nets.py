@@ -382,9 +382,16 @@ def test_published_weights_of_gpt2_are_taken_without_their_prefix_masks_and_head
 
 # --- what is refused ---
 
+
+def test_a_module_of_flax_without_weights_has_no_variables():
+    net = fnbp.serial(fnbp.relu())
+    assert fnbp.from_flax(net, {}, *filled(net, (3, 5))) == (({},), ({},))
+
+
 DENSE = fnbp.serial(fnbp.dense(5), fnbp.tanh(), fnbp.dense(2))
 PARAMS, STATE = filled(DENSE, (3, 7))
 WEIGHTS = fnbp.to_torch(DENSE, PARAMS, STATE)
+FLAX_NNX = fnbp.to_flax(DENSE, PARAMS, STATE, layout="nnx")
 FLAX, GROUPED = fnbp.to_flax(DENSE, PARAMS, STATE), fnbp.conv_transpose(4, 3, groups=2)
 
 
@@ -499,6 +506,36 @@ REFUSED = [
         lambda: take(WEIGHTS, {"serial[0].dense(5)": "a.{}"}),
         ValueError,
         r"the place of serial\[0\]\.dense\(5\) may have 0 \{\}, one for each repeat around it, got 'a\.\{\}'",
+    ),
+    *[
+        (
+            lambda variables=variables: fnbp.from_flax(DENSE, variables, PARAMS, STATE),
+            ValueError,
+            r"from_flax: variables hold " + came + r"; expected 'params', and 'batch_stats' if there are any" + hint,
+        )
+        for variables, came, hint in (
+            (FLAX | {"ema": FLAX["params"]}, r"'ema'", "$"),
+            ({"ema": FLAX["params"]}, r"'ema'", r': give {"params": \.\.\.}'),
+            (FLAX["params"], r"'layers_0', 'layers_2'", r': give {"params": \.\.\.}, or say layout="nnx"'),
+            (FLAX["params"]["layers_0"], r"'kernel', 'bias'", r': give {"params": \.\.\.}, or say layout="nnx"'),
+            (FLAX_NNX, r"'layers'", r': give {"params": \.\.\.}, or say layout="nnx"'),
+        )
+    ],
+    (lambda: fnbp.from_flax(DENSE, {}, PARAMS, STATE), ValueError, r"from_flax: no entry layers_0\.kernel .* are none"),
+    (
+        lambda: fnbp.from_flax(DENSE, FLAX | {"batch_stats": FLAX["params"]}, PARAMS, STATE),
+        ValueError,
+        r"from_flax: params and batch_stats both hold layers_0\.(bias|kernel)",
+    ),
+    (
+        lambda: fnbp.from_flax(DENSE, {"params": np.ones(3)}, PARAMS, STATE),
+        TypeError,
+        r"from_flax: variables\['params'\] must be a dict, got float64 of shape \(3,\)",
+    ),
+    (
+        lambda: fnbp.from_flax(DENSE, FLAX, PARAMS, STATE, layout="nnx"),
+        ValueError,
+        r"from_flax: no entry layers\.0\.kernel .* there are params\.layers_0\.kernel",
     ),
     (lambda: fnbp.from_flax(DENSE, 3, PARAMS, STATE), TypeError, r"from_flax: variables must be a dict, got int 3"),
     (lambda: fnbp.from_flax(DENSE, FLAX, PARAMS, STATE, layout="torch"), ValueError, r"unknown layout 'torch'"),

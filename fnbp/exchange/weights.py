@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.arrays.checks import check_is, choose, describe
+from fnbp.arrays.checks import check_is, choose, describe, shown
 from fnbp.exchange.belonging import check_belongs
 from fnbp.exchange.nodes import Absent, Node, built, copies, node_of
 from fnbp.exchange.places import Finder
@@ -103,8 +103,8 @@ def from_flax(
     dense_h for all gates, so b holds all biases and c is 0; lstm_cell is LSTMCell. A scan is RNN, bidirectional is
     Bidirectional.
 
-    Options: params, state, places: as in from_torch; a place is "Dense_0", or "encoder.Dense_0". layout: "linen", where
-             batch_stats are a dict of their own, or "nnx".
+    Options: variables: of Linen "params", and "batch_stats" if there are any; other collections are refused. params,
+             state, places: as in from_torch; a place is "Dense_0", or "encoder.Dense_0". layout: "linen" or "nnx".
     Source:  flax.linen and flax.nnx, version 0.12.
     Raises:  as from_torch.
     """
@@ -112,8 +112,8 @@ def from_flax(
     check_is("from_flax", "net", net, Layer)
     if not isinstance(variables, Mapping):
         raise TypeError(f"from_flax: variables must be a dict, got {describe(variables)}")
-    trees = variables.values() if layout == "linen" else [variables]
-    given = arrays_of("from_flax", {name: a for tree in trees for name, a in flat(tree)})
+    named = of_linen(variables) if layout == "linen" else dict(flat(variables))
+    given = arrays_of("from_flax", named)
     return taken("from_flax", net, given, params, state, places, layout)
 
 
@@ -190,7 +190,7 @@ def read(
             close = "" if place is not None else f"; the next entry that is left is {next(iter(left), 'none')}"
             raise ValueError(
                 f"{finder.maker}: no entry {name} of shape {due}, which {ours} needs{close}; there are "
-                f"{', '.join(list(given)[:8])}{', ...' if len(given) > 8 else ''}"
+                f"{', '.join(list(given)[:8]) or 'none'}{', ...' if len(given) > 8 else ''}"
             )
         if name in where:
             raise ValueError(f"{finder.maker}: {where[name]} and {ours} have one place, {name}")
@@ -251,6 +251,26 @@ def arrays_of(maker: str, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
         found[name] = np.asarray(a)
         if found[name].dtype == object:
             raise TypeError(f"{maker}: {name} must be an array, got {describe(a)}")
+    return found
+
+
+def of_linen(variables: Mapping[Any, Any]) -> dict[str, Any]:
+    """The arrays of "params" and "batch_stats" by name. ValueError if there is another collection."""
+    known = {"params", "batch_stats"}
+    if others := [name for name in variables if name not in known]:
+        hint = "" if known & set(variables) else ': give {"params": ...}, or say layout="nnx"'
+        raise ValueError(
+            f"from_flax: variables hold {', '.join(map(shown, others))}; expected 'params', and 'batch_stats' if there "
+            f"are any{hint}"
+        )
+    found: dict[str, Any] = {}
+    for kind, tree in variables.items():
+        if not isinstance(tree, Mapping):
+            raise TypeError(f"from_flax: variables[{kind!r}] must be a dict, got {describe(tree)}")
+        for name, a in flat(tree):
+            if name in found:
+                raise ValueError(f"from_flax: params and batch_stats both hold {name}")
+            found[name] = a
     return found
 
 
