@@ -24,7 +24,7 @@ def made(net, x, dtype=float):
 def filled(net, x, dtype=float):
     """params and state of a net, drawn."""
     return tuple(
-        jax.tree.map(lambda a: jnp.asarray(np.abs(drawn(a.shape, a.size)) + 0.5, a.dtype), tree)
+        jax.tree.map(lambda a: jnp.asarray(np.abs(drawn(a.shape, a.size)) + 1, a.dtype), tree)
         for tree in made(net, x, dtype)
     )
 
@@ -106,6 +106,34 @@ def test_batch_norm_without_a_count_has_been_trained():
     weights = fnbp.to_torch(net, params, state)
     del weights["num_batches_tracked"]
     assert fnbp.from_torch(net, weights, params, state)[1]["count"] == 1
+
+
+MOST = 2**31 - 1
+COUNTS = [(0, 1), (-3, 1), (1, 1), (7, 7), (MOST, MOST), (2**31, MOST), (2**32, MOST), (2**40, MOST), (2**63 - 1, MOST)]
+COUNTERS = [(np.int64(given), due) for given, due in COUNTS]
+COUNTERS += [(np.int8(5), 5), (np.uint64(2**64 - 1), MOST), (np.float32(2**31), MOST), (np.float16(3), 3)]
+
+
+@pytest.mark.parametrize(("given", "due"), COUNTERS)
+def test_running_statistics_hold_whatever_their_counter_says(given, due):
+    net = fnbp.batch_norm()
+    params, state = filled(net, (3, 5))
+    weights = fnbp.to_torch(net, params, state) | {"num_batches_tracked": np.asarray(given)}
+    _, taken = fnbp.from_torch(net, weights, params, state)
+    assert taken["count"] == due and taken["count"].dtype == jnp.int32
+    x = drawn((3, 5), 1).astype(np.float32)
+    y = fnbp.apply(net, params, state, x)
+    assert relative(fnbp.apply(net, params, taken, x), y) <= 1e-6
+    assert relative(jax.jit(lambda state: fnbp.apply(net, params, state, x))(taken), y) <= 1e-6
+
+
+@needs_torch
+def test_a_fresh_batch_norm_uses_its_statistics_as_pytorchs_does(x64):
+    import torch
+
+    net, module, x = fnbp.batch_norm(), torch.nn.BatchNorm1d(5).double().eval(), drawn((3, 5), 1)
+    params, state = fnbp.from_torch(net, module.state_dict(), *made(net, x.shape))
+    assert relative(fnbp.apply(net, params, state, x), module(torch.tensor(x)).detach().numpy()) <= 1e-12
 
 
 GONE = ("running_mean", "running_var", "num_batches_tracked", "mean", "var")
@@ -380,19 +408,76 @@ def test_published_weights_of_gpt2_are_taken_without_their_prefix_masks_and_head
     assert weights["transformer.h.1.mlp.c_fc.weight"].shape == (6, 24)
 
 
-# --- what is refused ---
-
-
-def test_a_module_of_flax_without_weights_has_no_variables():
-    net = fnbp.serial(fnbp.relu())
-    assert fnbp.from_flax(net, {}, *filled(net, (3, 5))) == (({},), ({},))
-
+# --- numbers that the net does not hold ---
 
 DENSE = fnbp.serial(fnbp.dense(5), fnbp.tanh(), fnbp.dense(2))
 PARAMS, STATE = filled(DENSE, (3, 7))
 WEIGHTS = fnbp.to_torch(DENSE, PARAMS, STATE)
 FLAX_NNX = fnbp.to_flax(DENSE, PARAMS, STATE, layout="nnx")
 FLAX, GROUPED = fnbp.to_flax(DENSE, PARAMS, STATE), fnbp.conv_transpose(4, 3, groups=2)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_numbers_that_are_not_finite_or_become_so_are_refused(name):
+    net, x = NETS[name]
+    dtype = int if name == "gpt" else float
+    params, state = filled(net, x, dtype)
+    half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float16), params)
+    weights = fnbp.to_torch(net, params, state)
+    floating = [name for name in weights if not name.endswith("num_batches_tracked")]
+    for i, entry in enumerate(floating[:8]):
+        narrow = not re.search("running_", entry) and name != "freeze"  # what stands in the state is not halved here
+        bad = (1e5 if narrow else np.nan, np.nan, np.inf, -np.inf)[i % 4]
+        a = weights[entry].copy()
+        a.flat[a.size - 1] = bad
+        last = tuple(n - 1 for n in a.shape)
+        says = rf"{re.escape(entry)}.*{re.escape(str(a.flat[-1]))} at index {re.escape(str(last))}"
+        with pytest.raises(ValueError, match="from_torch: " + says):
+            fnbp.from_torch(net, weights | {entry: a}, half if narrow else params, state)
+
+
+@pytest.mark.parametrize(("layout", "entry"), [("linen", r"layers_0\.kernel"), ("nnx", r"layers\.0\.kernel")])
+def test_numbers_of_flax_that_the_net_does_not_hold_are_refused(layout, entry):
+    weights = fnbp.to_flax(DENSE, jax.tree.map(lambda a: a * 1e5, PARAMS), STATE, layout=layout)
+    half = jax.tree.map(lambda a: a.astype(jnp.float16), PARAMS)
+    with pytest.raises(
+        ValueError, match=rf"from_flax: {entry} holds .* at index \(0, 0\), which float16 does not hold"
+    ):
+        fnbp.from_flax(DENSE, weights, half, STATE, layout=layout)
+
+
+def test_numbers_beyond_float32_are_refused_without_x64():
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), PARAMS)
+    weights = WEIGHTS | {"2.bias": np.array([1.0, 1e300])}
+    with pytest.raises(ValueError, match=r"2\.bias holds 1e\+300 at index \(1,\), which float32 does not hold"):
+        fnbp.from_torch(DENSE, weights, params, STATE)
+
+
+def test_a_tiny_number_is_rounded():
+    half = jax.tree.map(lambda a: a.astype(jnp.float16), PARAMS)
+    params, _ = fnbp.from_torch(DENSE, WEIGHTS | {"2.bias": np.array([1.0, 1e-30], np.float32)}, half, STATE)
+    np.testing.assert_array_equal(params[2]["b"], [1, 0])
+
+
+@pytest.mark.parametrize("layout", ["linen", "nnx"])
+@pytest.mark.parametrize("name", ["mlp", "lenet", "resnet", "bidirectional"])
+def test_bfloat16_leaves_for_flax_as_bfloat16(name, layout):
+    net, x = NETS[name]
+    params, state = filled(net, x)
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    weights = fnbp.to_flax(net, low, state, layout=layout)
+    kinds = {str(a.dtype) for a in jax.tree.leaves(weights.get("params", weights) if layout == "linen" else weights)}
+    assert kinds == ({"bfloat16", "float32"} if layout == "nnx" and name == "resnet" else {"bfloat16"})
+    again, _ = fnbp.from_flax(net, weights, low, state, layout=layout)
+    assert name == "bidirectional" or equal(again, low)
+
+
+# --- what is refused ---
+
+
+def test_a_module_of_flax_without_weights_has_no_variables():
+    net = fnbp.serial(fnbp.relu())
+    assert fnbp.from_flax(net, {}, *filled(net, (3, 5))) == (({},), ({},))
 
 
 def changed(**arrays):

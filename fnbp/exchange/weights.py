@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.arrays.checks import check_is, choose, describe, shown
+from fnbp.arrays.checks import check_finite, check_is, choose, describe, shown
 from fnbp.exchange.belonging import check_belongs
 from fnbp.exchange.nodes import Absent, Node, built, copies, node_of
 from fnbp.exchange.places import Finder
@@ -40,16 +40,18 @@ def from_torch(
     {"serial[0].dense(5)": "encoder.fc1", "repeat(3)[0].dense(7)": "blocks.{}", "serial[1].scan(lstm_cell(5))":
     "lstm.*_l1"}; {} is the turn of repeat, and * where the name of the array goes.
 
-    The bias of K is left out: softmax does not see it. num_batches_tracked may be absent; count is then 1. With layout
-    "gpt2" attn.bias and attn.masked_bias, which hold the causal mask, are left out. What is no weight is not compared:
-    eps, momentum, heads, strides, the activation. Each array takes the dtype of the one in params.
+    The bias of K is left out: softmax does not see it. count is num_batches_tracked, at least 1 and at most 2^31 - 1,
+    or 1 if that is absent: PyTorch uses running statistics whatever it says. With layout "gpt2" attn.bias and
+    attn.masked_bias, which hold the causal mask, are left out. What is no weight is not compared: eps, momentum, heads,
+    strides, the activation. Each array takes the dtype of the one in params.
 
     Options: params, state: those of the net, or their shapes. layout: "gpt2" for the names of GPT-2, whose matrices are
              transposed, with or without "transformer." in front, for a net by models.gpt(..., approximate=True).
     Source:  the docstring of each module of torch.nn, "Attributes"; for GPT-2 GPT2Attention, GPT2MLP and GPT2Block in
              models/gpt2/modeling_gpt2.py of transformers.
     Raises:  TypeError if net is not a Layer, or a layer has no counterpart; ValueError if an entry is missing, is left
-             over or has another shape, or the two places of a tie differ.
+             over or has another shape, the two places of a tie differ, a number is not finite, or not so in the dtype
+             of params, or params or state do not belong to the net.
     """
     choose("layout", layout, {"torch": 0, "gpt2": 0}, "from_torch: ")
     check_is("from_torch", "net", net, Layer)
@@ -79,7 +81,7 @@ def to_torch(
              params or state do not belong to the net.
     """
     choose("layout", layout, {"torch": 0, "gpt2": 0}, "to_torch: ")
-    return {name: array for name, array, _ in given_out("to_torch", net, params, state, places, layout)}
+    return {name: narrowed(array) for name, array, _ in given_out("to_torch", net, params, state, places, layout)}
 
 
 def from_flax(
@@ -125,7 +127,8 @@ def to_flax(net: Layer, params: Any, state: Any, places: Places = None, layout: 
         nnx.replace_by_pure_dict(held, to_flax(net, params, state, layout="nnx")); nnx.update(module, held)
 
     By default names are those of Sequential, "layers_2" in Linen and "layers", 2 in NNX. Cells of Flax have one bias
-    where ours have two, and take their sum, so a gradient of ours is not theirs there. The bias of K is 0.
+    where ours have two, and take their sum, so a gradient of ours is not theirs there. The bias of K is 0. bfloat16
+    stays bfloat16, the dtype of ml_dtypes that JAX uses.
 
     Options: params, state: those of the net; state=None: params are a tree of gradients, as in to_torch. places,
              layout: as in from_flax.
@@ -153,7 +156,7 @@ def taken(
     maker: str, net: Layer, given: dict[str, np.ndarray], params: Any, state: Any, places: Places, library: str
 ) -> tuple[Any, Any]:
     """params and state, of arrays by name."""
-    forms = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), tree) for tree in (params, state))
+    forms = (jax.tree.map(form_of, tree) for tree in (params, state))
     root = node_of(net.name, net, *forms)
     check_belongs(maker, root)
     finder, doubled = Finder(maker, library, root, places), copies(net.name, net)
@@ -172,6 +175,11 @@ def taken(
         raise ValueError(f"{maker}: {node.path} has one parameter at {source} and {target}, and their entries differ")
 
     return jax.tree.map(jnp.asarray, built(root, values, differ))
+
+
+def form_of(a: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array, and the dtype that JAX gives it."""
+    return jax.ShapeDtypeStruct(jnp.shape(a), jax.dtypes.canonicalize_dtype(a.dtype))
 
 
 def read(
@@ -200,8 +208,29 @@ def read(
             raise ValueError(f"{finder.maker}: {name} has shape {given[name].shape}, {ours} needs {due}")
         if not jnp.issubdtype(given[name].dtype, jnp.floating) and not of.optional(one):
             raise TypeError(f"{finder.maker}: {name} must be of floating point numbers, got {describe(given[name])}")
+        check_held_by(finder.maker, name, given[name], dtype_of(leaf, one))
         theirs[one.theirs] = given[name]
     return {name: a.astype(leaf.held[name].dtype) for name, a in of.back(leaf.held, theirs).items()}
+
+
+def check_held_by(maker: str, name: str, a: np.ndarray, dtype: Any) -> None:
+    """ValueError if an array holds NaN or infinity, or a number that is one of them in this dtype."""
+    if not np.isfinite(a).all():
+        check_finite(maker, name, a)
+    if a.dtype == dtype or not jnp.issubdtype(dtype, jnp.floating):
+        return
+    with np.errstate(over="ignore"):
+        beyond = np.argwhere(~np.isfinite(a.astype(dtype)))
+    for first in beyond[:1].tolist():
+        raise ValueError(
+            f"{maker}: {name} holds {a[tuple(first)]} at index {tuple(first)}, which {dtype} does not hold"
+        )
+
+
+def dtype_of(leaf: Node, one: Row) -> Any:
+    """The dtype of the leaves of a row."""
+    piece = one.pieces[0]
+    return leaf.held[piece.leaf if piece.leaf in leaf.held else str(piece.like)].dtype
 
 
 def leaves_of(leaf: Node, one: Row) -> str:
@@ -231,11 +260,11 @@ def given_out(
             if name in seen:
                 raise ValueError(f"{maker}: {seen[name]} and {leaf.label} have one place, {name}")
             seen[name] = leaf.label
-            yield name, narrowed(arrays[one.theirs]), all(piece.leaf in leaf.state for piece in one.pieces)
+            yield name, arrays[one.theirs], all(piece.leaf in leaf.state for piece in one.pieces)
 
 
 def narrowed(a: np.ndarray) -> np.ndarray:
-    """An array in a dtype of NumPy: bfloat16 as float32."""
+    """An array in a dtype of NumPy: bfloat16, which NumPy has not, as float32."""
     return a.astype(np.float32) if a.dtype == jnp.bfloat16 else a
 
 
