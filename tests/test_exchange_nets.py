@@ -278,6 +278,47 @@ def test_a_compact_module_of_linen_needs_places(x64):
     assert set(weights) == {"params", "batch_stats"}
 
 
+LSTM, BACK = fnbp.scan(fnbp.lstm_cell(3)), fnbp.scan(fnbp.lstm_cell(3), reverse=True)
+
+
+def named_as(net, suffix):
+    """The weights of a scan, their names ending in suffix."""
+    weights = fnbp.to_torch(net, *filled(net, (2, 5, 7)))
+    return {re.sub(r"_l0(_reverse)?$", suffix, name): a for name, a in weights.items()}
+
+
+@pytest.mark.parametrize("cell", [fnbp.rnn_cell(3), fnbp.lstm_cell(3), fnbp.gru_cell(3)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_takes_weights_of_its_own_direction_and_says_how_to_take_others(cell, reverse):
+    net = fnbp.scan(cell, reverse=reverse)
+    params, state = filled(net, (2, 5, 7))
+    for own in ("_l0_reverse", "_l3_reverse") if reverse else ("_l0", "_l3"):
+        assert equal(fnbp.from_torch(net, named_as(net, own), params, state), (params, state))
+    due = "weight_ih_l0_reverse" if reverse else "weight_ih_l0"
+    for other in ("", "_l0", "_l1") if reverse else ("", "_l0_reverse"):
+        for before in ("", "reader.lstm."):
+            weights = {before + name: a for name, a in named_as(net, other).items()}
+            place = f"{before}*{other}"
+            says = (
+                rf"no entry {due} of shape .* the next entry that is left is {before}weight_ih{other}, which "
+                rf"places={{{re.escape(repr(net.name))}: {re.escape(repr(place))}}} takes, if that is meant; there are"
+            )
+            with pytest.raises(ValueError, match=says):
+                fnbp.from_torch(net, weights, params, state)
+            assert equal(fnbp.from_torch(net, weights, params, state, {net.name: place}), (params, state))
+
+
+def test_directions_that_stand_in_another_order_are_not_mistaken():
+    net = fnbp.parallel(BACK, LSTM)
+    params, state = filled(net, (2, 5, 7))
+    weights = named_as(LSTM, "_l0") | named_as(BACK, "_l0_reverse")
+    path = "parallel(sum)[0].scan(lstm_cell(3), reverse)"
+    says = r"the next entry that is left is weight_ih_l0_reverse, which places={.*: '\*_l0_reverse'} takes, if that"
+    with pytest.raises(ValueError, match=says):
+        fnbp.from_torch(net, weights, params, state)
+    assert equal(fnbp.from_torch(net, weights, params, state, {path: "*_l0_reverse"}), (params, state))
+
+
 # --- GPT-2 ---
 
 
@@ -398,6 +439,37 @@ def test_gpt2_small_is_pytorchs():
 GPT, TOKENS = fnbp.models.gpt(13, 7, 2, 2, 6, approximate=True), (3, 7)
 
 
+GPT_WEIGHTS = fnbp.to_torch(GPT, *filled(GPT, TOKENS, int), layout="gpt2")
+
+
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "module._orig_mod.", "module.transformer."])
+def test_what_wrappers_of_modules_put_before_the_names_of_gpt2_is_left_out(before):
+    params, state = filled(GPT, TOKENS, int)
+    weights = dict(GPT_WEIGHTS)
+    if before == "module.transformer.":
+        weights = {name.removeprefix("transformer."): a for name, a in weights.items() if name != "lm_head.weight"}
+    weights = {before + name: a for name, a in weights.items()}
+    assert equal(fnbp.from_torch(GPT, weights, params, state, layout="gpt2"), (params, state))
+
+
+def test_gpt2_is_not_taken_into_a_net_with_an_exact_gelu():
+    exact = fnbp.models.gpt(13, 7, 2, 2, 6)
+    params, state = filled(exact, TOKENS, int)
+    for net, trees in ((exact, (params, state)), (fnbp.cast(exact, "bfloat16"), ((params,), (state,)))):
+        with pytest.raises(
+            ValueError, match=r"gelu, turn 0 is exact, .*; expected gelu\(approximate=True\), as models"
+        ):
+            fnbp.from_torch(net, GPT_WEIGHTS, *trees, layout="gpt2")
+    weights = fnbp.to_torch(exact, params, state, layout="gpt2")
+    assert equal(fnbp.from_torch(exact, fnbp.to_torch(exact, params, state), params, state), (params, state))
+    mlp = fnbp.serial(fnbp.dense(5), fnbp.silu(), fnbp.dense(3))
+    places = {"serial[0].dense(5)": "transformer.0", "serial[2].dense(3)": "transformer.2"}
+    trees = filled(mlp, (3, 7))
+    own = fnbp.to_torch(mlp, *trees, places, layout="gpt2")
+    assert equal(fnbp.from_torch(mlp, own, *trees, places, layout="gpt2"), trees)
+    assert weights.keys() == GPT_WEIGHTS.keys()
+
+
 def test_published_weights_of_gpt2_are_taken_without_their_prefix_masks_and_head():
     params, state = filled(GPT, TOKENS, int)
     weights = fnbp.to_torch(GPT, params, state, layout="gpt2")
@@ -472,6 +544,29 @@ def test_bfloat16_leaves_for_flax_as_bfloat16(name, layout):
     assert name == "bidirectional" or equal(again, low)
 
 
+# --- where parameters lie ---
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("layout", ["torch", "linen"])
+def test_what_is_taken_lies_where_the_parameters_lie(explicit, layout):
+    net = fnbp.serial(fnbp.repeat(fnbp.transformer_block(16, 2), 2), fnbp.freeze(fnbp.dense(8)), fnbp.batch_norm())
+    params, state = filled(net, (3, 5, 16))
+    placed = fnbp.sharding.place(net, params, fnbp.sharding.mesh(data=2, model=2, explicit=explicit), fully=True)
+    assert any(any(a.sharding.spec) for a in jax.tree.leaves(placed))
+    there = jax.tree.map(lambda a: jax.device_put(a, jax.devices()[3]), state)
+    to, of = (fnbp.to_torch, fnbp.from_torch) if layout == "torch" else (fnbp.to_flax, fnbp.from_flax)
+    weights = to(net, params, state)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), placed)
+    for given in (placed, shapes):
+        taken, still = of(net, weights, given, there)
+        assert equal(taken, params)
+        for a, b in zip(jax.tree.leaves((taken, still)), jax.tree.leaves((given, there)), strict=True):
+            assert a.sharding == b.sharding
+    plain = jax.tree.leaves(of(net, weights, params, state))
+    assert all(isinstance(a, jax.Array) and not a.committed for a in plain)
+
+
 # --- what is refused ---
 
 
@@ -532,6 +627,27 @@ REFUSED = [
     (lambda: take([1]), TypeError, r"from_torch: weights must be a dict of arrays by name, got a list of 1"),
     (lambda: take(changed(**{"2_bias": "x"})), ValueError, r"2\.bias has shape \(\)"),
     (lambda: take(changed(**{"2_bias": object()})), TypeError, r"from_torch: 2\.bias must be an array, got object"),
+    (
+        lambda: take({0: WEIGHTS["0.weight"]}),
+        TypeError,
+        r"from_torch: names of weights must be texts, such as '0\.weight', got 0",
+    ),
+    (
+        lambda: fnbp.from_torch(fnbp.layer_norm(), {"weight": ROWS[0]}, {"gamma": 1.0, "beta": ROWS[0]}, {}),
+        TypeError,
+        r"from_torch: params\['gamma'\] must be an array, got float 1\.0",
+    ),
+    (
+        lambda: fnbp.to_flax(fnbp.batch_norm(), {}, {"count": 1}),
+        TypeError,
+        r"to_flax: state\['count'\] must be an array, got int 1",
+    ),
+    (
+        lambda: fnbp.from_torch(GPT, {f"module.{name}": a for name, a in GPT_WEIGHTS.items() if "wte" not in name and
+                                      "head" not in name}, *made(GPT, TOKENS, int), layout="gpt2"),
+        ValueError,
+        r"no entry transformer\.wte\.weight of .*; there are transformer\.wpe\.weight",
+    ),
     (lambda: take(WEIGHTS, net=fnbp.relu), TypeError, r"from_torch: net must be a Layer, got function relu; call it"),
     (lambda: take(WEIGHTS, net=fnbp.dense(5)), ValueError, r"dense\(5\): params must be a dict, got a tuple of 3"),
     (lambda: take(WEIGHTS, net=fnbp.serial(fnbp.dense(5))), ValueError, r"serial: params must have 1 entries"),
@@ -675,6 +791,27 @@ def user_cell():
         lambda p, res, d: ({}, d),
         "mine",
     )
+
+
+def tensors():
+    """Tensors of PyTorch that NumPy does not take, and what their message says."""
+    import torch
+
+    matrix = torch.ones(5, 7)
+    yield "float8", matrix.to(torch.float8_e4m3fn), "Float8"
+    yield "on no device", matrix.to("meta"), "meta"
+    yield "sparse", matrix.to_sparse(), "[Ss]parse"
+    yield "negative", torch._neg_view(matrix), "negative bit"
+    yield "lazy", torch.nn.LazyLinear(5).weight, "uninitialized"
+
+
+@needs_torch
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_tensor_that_numpy_does_not_take_is_named(which):
+    _, tensor, says = [*tensors()][which]
+    with pytest.raises(TypeError, match=rf"from_torch: 0\.weight must be an array that NumPy takes, got .*{says}"):
+        take(WEIGHTS | {"0.weight": tensor})
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), REFUSED, ids=[re.sub(r"\W+", " ", m)[:60] for *_, m in REFUSED])

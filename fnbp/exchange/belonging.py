@@ -13,6 +13,7 @@ from fnbp.construction import Made
 from fnbp.exchange.nodes import Node
 from fnbp.exchange.rows import Held
 from fnbp.layer import Context
+from fnbp.layers.activation import gelu
 from fnbp.layers.attention import attention
 from fnbp.layers.convolution import bias, conv, conv_transpose
 from fnbp.layers.dense import dense
@@ -100,6 +101,16 @@ def check_belongs(maker: str, root: Node) -> None:
         made = leaf.made
         if made is not None and made.constructor in INPUTS and not any(leaf.turns) and "params" not in leaf.absent:
             check_leaf(maker, leaf, made)
+
+
+def check_approximate(maker: str, root: Node) -> None:
+    """ValueError if a net for the weights of GPT-2 has an exact gelu, which is another function than GPT-2's."""
+    for leaf in ends(root):
+        if leaf.made is not None and leaf.made.constructor is gelu and not leaf.made.arguments["approximate"]:
+            raise ValueError(
+                f"{maker}: {leaf.label} is exact, that of GPT-2 is approximate; expected gelu(approximate=True), as "
+                "models.gpt(..., approximate=True) has it"
+            )
 
 
 def ends(node: Node) -> Iterator[Node]:

@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import AbstractMesh
 
-from fnbp.arrays.checks import check_finite, check_is, choose, describe, shown
-from fnbp.exchange.belonging import check_belongs
+from fnbp.arrays.checks import check_is, choose, describe
+from fnbp.exchange.belonging import check_approximate, check_belongs
+from fnbp.exchange.given import arrays_of, check_held_by, flat, of_gpt2, of_linen
 from fnbp.exchange.nodes import Absent, Node, built, copies, node_of
 from fnbp.exchange.places import Finder
 from fnbp.exchange.rows import Row
@@ -17,7 +20,6 @@ from fnbp.layer import Layer
 __all__ = ["from_flax", "from_torch", "to_flax", "to_torch"]
 
 Places = Mapping[str, str] | None
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of GPT-2
 
 
 def from_torch(
@@ -43,10 +45,12 @@ def from_torch(
     The bias of K is left out: softmax does not see it. count is num_batches_tracked, at least 1 and at most 2^31 - 1,
     or 1 if that is absent: PyTorch uses running statistics whatever it says. With layout "gpt2" attn.bias and
     attn.masked_bias, which hold the causal mask, are left out. What is no weight is not compared: eps, momentum, heads,
-    strides, the activation. Each array takes the dtype of the one in params.
+    strides, the activation. Each array takes the dtype of the one in params, and its place if that was placed, as on a
+    mesh.
 
     Options: params, state: those of the net, or their shapes. layout: "gpt2" for the names of GPT-2, whose matrices are
-             transposed, with or without "transformer." in front, for a net by models.gpt(..., approximate=True).
+             transposed, with or without "transformer." and "module." in front, for a net by
+             models.gpt(..., approximate=True); a net with an exact gelu is refused.
     Source:  the docstring of each module of torch.nn, "Attributes"; for GPT-2 GPT2Attention, GPT2MLP and GPT2Block in
              models/gpt2/modeling_gpt2.py of transformers.
     Raises:  TypeError if net is not a Layer, or a layer has no counterpart; ValueError if an entry is missing, is left
@@ -56,8 +60,7 @@ def from_torch(
     choose("layout", layout, {"torch": 0, "gpt2": 0}, "from_torch: ")
     check_is("from_torch", "net", net, Layer)
     given = arrays_of("from_torch", weights)
-    if layout == "gpt2":
-        given = {in_gpt2(name): a for name, a in given.items() if not name.endswith(MASKS)}
+    given = of_gpt2(given) if layout == "gpt2" else given
     return taken("from_torch", net, given, params, state, places, layout)
 
 
@@ -156,9 +159,11 @@ def taken(
     maker: str, net: Layer, given: dict[str, np.ndarray], params: Any, state: Any, places: Places, library: str
 ) -> tuple[Any, Any]:
     """params and state, of arrays by name."""
-    forms = (jax.tree.map(form_of, tree) for tree in (params, state))
-    root = node_of(net.name, net, *forms)
+    check_arrays(maker, params, state)
+    root = node_of(net.name, net, *jax.tree.map(form_of, (params, state)))
     check_belongs(maker, root)
+    if library == "gpt2":
+        check_approximate(maker, root)
     finder, doubled = Finder(maker, library, root, places), copies(net.name, net)
     finder.determined(root, None if library == "torch" else "")
     if library == "torch":
@@ -174,7 +179,25 @@ def taken(
     def differ(node: Node, source: Any, target: Any) -> None:
         raise ValueError(f"{maker}: {node.path} has one parameter at {source} and {target}, and their entries differ")
 
-    return jax.tree.map(jnp.asarray, built(root, values, differ))
+    leaves, form = jax.tree.flatten(built(root, values, differ))
+    return jax.tree.unflatten(form, map(laid, leaves, jax.tree.leaves((params, state))))
+
+
+def check_arrays(maker: str, params: Any, state: Any) -> None:
+    """TypeError unless all leaves of params and state are arrays, or the shapes of arrays."""
+    for what, tree in (("params", params), ("state", state)):
+        for keys, a in jax.tree_util.tree_leaves_with_path(tree):
+            if not (hasattr(a, "shape") and hasattr(a, "dtype")):
+                raise TypeError(f"{maker}: {what}{jax.tree_util.keystr(keys)} must be an array, got {describe(a)}")
+
+
+def laid(a: np.ndarray, like: Any) -> jax.Array:
+    """a as an array of JAX, where a parameter lies, if that was placed."""
+    where = None if isinstance(like, Tracer) else getattr(like, "sharding", None)
+    told = where is not None and getattr(like, "committed", True)
+    if not told or isinstance(getattr(where, "mesh", None), AbstractMesh):
+        return jnp.asarray(a)
+    return jax.device_put(a, where)
 
 
 def form_of(a: Any) -> jax.ShapeDtypeStruct:
@@ -191,11 +214,11 @@ def read(
     theirs: dict[str, np.ndarray] = {}
     for one in of.of(leaf.held):
         due, ours = one.shape(leaf.held), leaves_of(leaf, one)
-        name = one.theirs if place is None else place.replace("*", one.theirs)
+        name = one.theirs + of.suffix if place is None else place.replace("*", one.theirs)
         if place is None or name not in given:
             if of.optional(one) or all(f"{leaf.path}.{piece.leaf}" in doubled for piece in one.pieces):
                 continue
-            close = "" if place is not None else f"; the next entry that is left is {next(iter(left), 'none')}"
+            close = "" if place is not None else finder.nearby(leaf, one.theirs)
             raise ValueError(
                 f"{finder.maker}: no entry {name} of shape {due}, which {ours} needs{close}; there are "
                 f"{', '.join(list(given)[:8]) or 'none'}{', ...' if len(given) > 8 else ''}"
@@ -211,20 +234,6 @@ def read(
         check_held_by(finder.maker, name, given[name], dtype_of(leaf, one))
         theirs[one.theirs] = given[name]
     return {name: a.astype(leaf.held[name].dtype) for name, a in of.back(leaf.held, theirs).items()}
-
-
-def check_held_by(maker: str, name: str, a: np.ndarray, dtype: Any) -> None:
-    """ValueError if an array holds NaN or infinity, or a number that is one of them in this dtype."""
-    if not np.isfinite(a).all():
-        check_finite(maker, name, a)
-    if a.dtype == dtype or not jnp.issubdtype(dtype, jnp.floating):
-        return
-    with np.errstate(over="ignore"):
-        beyond = np.argwhere(~np.isfinite(a.astype(dtype)))
-    for first in beyond[:1].tolist():
-        raise ValueError(
-            f"{maker}: {name} holds {a[tuple(first)]} at index {tuple(first)}, which {dtype} does not hold"
-        )
 
 
 def dtype_of(leaf: Node, one: Row) -> Any:
@@ -244,6 +253,7 @@ def given_out(
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
     """(name, array, True if it is of the state), layer by layer."""
     check_is(maker, "net", net, Layer)
+    check_arrays(maker, params, state)
     params, state = jax.tree.map(np.asarray, (params, Absent() if state is None else state))
     root = node_of(net.name, net, params, state)
     check_belongs(maker, root)
@@ -266,52 +276,3 @@ def given_out(
 def narrowed(a: np.ndarray) -> np.ndarray:
     """An array in a dtype of NumPy: bfloat16, which NumPy has not, as float32."""
     return a.astype(np.float32) if a.dtype == jnp.bfloat16 else a
-
-
-def arrays_of(maker: str, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a state_dict. TypeError unless it is a dict, and its entries are arrays."""
-    if not isinstance(weights, Mapping):
-        raise TypeError(f"{maker}: weights must be a dict of arrays by name, got {describe(weights)}")
-    found = {}
-    for name, a in weights.items():
-        if hasattr(a, "detach"):  # a tensor of PyTorch
-            a = a.detach().cpu()
-            a = a.float() if str(a.dtype) == "torch.bfloat16" else a
-        found[name] = np.asarray(a)
-        if found[name].dtype == object:
-            raise TypeError(f"{maker}: {name} must be an array, got {describe(a)}")
-    return found
-
-
-def of_linen(variables: Mapping[Any, Any]) -> dict[str, Any]:
-    """The arrays of "params" and "batch_stats" by name. ValueError if there is another collection."""
-    known = {"params", "batch_stats"}
-    if others := [name for name in variables if name not in known]:
-        hint = "" if known & set(variables) else ': give {"params": ...}, or say layout="nnx"'
-        raise ValueError(
-            f"from_flax: variables hold {', '.join(map(shown, others))}; expected 'params', and 'batch_stats' if there "
-            f"are any{hint}"
-        )
-    found: dict[str, Any] = {}
-    for kind, tree in variables.items():
-        if not isinstance(tree, Mapping):
-            raise TypeError(f"from_flax: variables[{kind!r}] must be a dict, got {describe(tree)}")
-        for name, a in flat(tree):
-            if name in found:
-                raise ValueError(f"from_flax: params and batch_stats both hold {name}")
-            found[name] = a
-    return found
-
-
-def in_gpt2(name: str) -> str:
-    """The name of an entry as GPT2LMHeadModel has it: a GPT2Model leaves out what stands in front."""
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-
-
-def flat(tree: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, array) of nested dicts: "layers.0.kernel"."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
