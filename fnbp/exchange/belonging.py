@@ -130,7 +130,7 @@ def check_leaf(maker: str, leaf: Node, made: Made) -> None:
     params, state = ({name: form(a) for name, a in tree.items()} for tree in (leaf.params, leaf.state))
     state = due if "state" in leaf.absent else state
     try:
-        jax.eval_shape(lambda *args: leaf.layer.forward(*args, Context())[0], params, state, x)
+        jax.eval_shape(lambda p, s, x: leaf.layer.forward(p, s, x, Context())[0], params, state, x)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{maker}: params and state do not belong to {leaf.label}: {error}") from error
     for name, a in leaf.params.items():

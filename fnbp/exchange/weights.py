@@ -219,8 +219,9 @@ def read(
             if of.optional(one) or all(f"{leaf.path}.{piece.leaf}" in doubled for piece in one.pieces):
                 continue
             close = "" if place is not None else finder.nearby(leaf, one.theirs)
+            late = " in its turn" if name in given else ""
             raise ValueError(
-                f"{finder.maker}: no entry {name} of shape {due}, which {ours} needs{close}; there are "
+                f"{finder.maker}: no entry {name} of shape {due}{late}, which {ours} needs{close}; there are "
                 f"{', '.join(list(given)[:8]) or 'none'}{', ...' if len(given) > 8 else ''}"
             )
         if name in where:
