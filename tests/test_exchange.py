@@ -1,6 +1,7 @@
 """Every layer of the table beside its counterpart in PyTorch, Linen and NNX: outputs, gradients, and both ways back."""
 
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -221,7 +222,7 @@ def test_outputs_and_gradients_are_pytorchs(x64, name):
     assert relative(ours, theirs.detach().numpy()) <= 1e-12
     if not pair.tokens:
         assert relative(dx, given.grad.numpy()) <= 1e-12
-    gradients = fnbp.to_torch(pair.layer, dparams, state)
+    gradients = fnbp.to_torch(pair.layer, dparams, None)
     for key, parameter in module.named_parameters():
         scale = max(1.0, np.abs(gradients[key]).max())
         np.testing.assert_allclose(gradients[key], parameter.grad.numpy(), rtol=0, atol=1e-12 * scale, err_msg=key)
@@ -479,7 +480,7 @@ def test_outputs_and_gradients_are_flaxs(x64, name, layout):
     assert relative(ours, theirs) <= near
     if jnp.issubdtype(x.dtype, jnp.floating):
         assert relative(dx, their_dx) <= near
-    gradients = flat(fnbp.to_flax(layer, as_they_flow(layer, layout, dparams, state), state, layout=layout))
+    gradients = flat(fnbp.to_flax(layer, as_they_flow(layer, layout, dparams, state), None, layout=layout))
     for key, a in flat(their_dparams).items():
         if "mean" not in key and "var" not in key:
             scale = max(1.0, np.abs(a).max())
@@ -545,6 +546,52 @@ def test_cells_of_flax_are_ours(x64, name, layout):
         cell, weights, *jax.eval_shape(cell.init, jax.random.key(0), (None, x)), layout=layout
     )
     assert relative(cell.forward(params, state, (None, x), fnbp.Context())[0][1], theirs) <= 1e-12
+
+
+# --- params and state of another layer ---
+
+
+def spoilt(params, state):
+    """(what was done, params, state) of trees that do not belong to the layer: each leaf missing, or another shape."""
+    for which, tree in enumerate((params, state)):
+        for name, a in tree.items():
+            yield f"{name} missing", *put(which, {k: b for k, b in tree.items() if k != name}, params, state)
+            longer = (a.shape[0] + 1, *a.shape[1:]) if a.shape else (2,)
+            shapes = {"deeper": (*a.shape, 1), "longer": longer, "a number": ()}
+            for how, shape in shapes.items():
+                if shape != a.shape:
+                    yield f"{name} {how}", *put(which, tree | {name: jnp.ones(shape, a.dtype)}, params, state)
+        yield "a stranger", *put(which, tree | {"stranger": jnp.ones(3)}, params, state)
+
+
+def put(which, tree, params, state):
+    return (tree, state) if which == 0 else (params, tree)
+
+
+FREE = {("rms_norm", "gamma longer"), ("conv_transpose", "W longer"), ("conv", "W deeper")}  # these fit another x
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_params_and_state_of_another_layer_are_refused(name):
+    layer = TORCH[name].layer
+    ones = tuple(jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), tree) for tree in shapes_of(TORCH[name]))
+    if layer.parts:
+        ones = tuple(jax.tree.map(lambda a: jnp.ones((3, *a.shape)), tree) for tree in ones)
+        with pytest.raises(ValueError, match=r"to_torch: params and state do not belong to "):
+            fnbp.to_torch(layer, *ones)
+        return
+    weights = fnbp.to_torch(layer, *ones)
+    calls = (
+        lambda params, state: fnbp.to_torch(layer, params, state),
+        lambda params, state: fnbp.to_flax(layer, params, state),
+        lambda params, state: fnbp.from_torch(layer, weights, params, state),
+        lambda params, state: fnbp.from_flax(layer, {"params": {}}, params, state),
+    )
+    for i, (what, params, state) in enumerate(spoilt(*ones)):
+        if (layer.name.split("(")[0], what) not in FREE:
+            with pytest.raises(ValueError, match=rf"do not belong to {re.escape(layer.name)}: "):
+                calls[i % len(calls)](params, state)
+                raise AssertionError(what)
 
 
 # --- the table ---

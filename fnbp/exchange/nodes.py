@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fnbp.arrays.checks import check_parts, describe
-from fnbp.combinators.tie import look_up, put
+from fnbp.arrays.checks import check_held, check_parts, describe
+from fnbp.combinators.tie import has, look_up, put
 from fnbp.combinators.wrappers import freeze
 from fnbp.construction import Made
 from fnbp.exchange.rows import Held
@@ -18,9 +18,18 @@ from fnbp.layer import Keys, Layer, child
 Turned = tuple[str, tuple[int, ...]]
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Absent:
+    """In the place of a tree that gradients have not: the state, and the params of what is frozen."""
+
+
 @dataclass(frozen=True)
 class Node:
-    """A layer of a net. turns: which turn it is of each loop over depth around it; params, state: of a leaf."""
+    """A layer of a net. turns: which turn it is of each loop over depth around it; params, state: of a leaf.
+
+    absent: which of "params", "state" are not given, since these are gradients.
+    """
 
     path: str
     layer: Layer
@@ -28,6 +37,7 @@ class Node:
     params: Mapping[str, Any]
     state: Mapping[str, Any]
     parts: tuple["Node", ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def key(self) -> Turned:
@@ -65,27 +75,29 @@ def intact(layer: Layer) -> Made | None:
 
 
 def node_of(path: str, layer: Layer, params: Any, state: Any, turns: tuple[int, ...] = ()) -> Node:
-    """The tree of a net. ValueError if params or state do not belong to it."""
+    """The tree of a net; of gradients if state is Absent(). ValueError if params or state do not belong to it."""
     part = inner(layer)
     if part is not None:
         if layer.made is not None and layer.made.constructor is freeze:
-            params, state = state["params"], state["state"]
+            params, state = thawed(path, params, state)
         return Node(path, layer, turns, {}, {}, (node_of(f"{path}.{part.name}", part, params, state, turns),))
+    trees = {what: tree for what, tree in (("params", params), ("state", state)) if not isinstance(tree, Absent)}
     if layer.rebuild is None:
-        for what, tree in (("params", params), ("state", state)):
-            if not isinstance(tree, Mapping):
-                raise ValueError(f"{path}: {what} must be a dict, got {describe(tree)}; do they belong to another net?")
-        return Node(path, layer, turns, params, state)
-    for what, tree in (("params", params), ("state", state)):
+        for what, tree in trees.items():
+            check_leaf(path, what, tree)
+        absent = tuple({"params", "state"} - set(trees))
+        return Node(path, layer, turns, trees.get("params", {}), trees.get("state", {}), absent=absent)
+    for what, tree in trees.items():
         check_parts(path, what, tree, len(layer.parts))
-    if layer.traits.tied:
-        source, target = layer.traits.tied
-        params = (put(params[0], target, look_up(params[0], source)),)
+    if layer.traits.tied and "params" in trees:
+        params = (whole(path, params[0], *layer.traits.tied),)
     parts = []
     for t in range(layer.traits.turns or 1):
         p, s, at = params, state, turns
         if layer.traits.turns:
+            check_turns(path, (params, state), layer.traits.turns)
             p, s, at = *(jax.tree.map(lambda a, t=t: turn_of(a, t), tree) for tree in (params, state)), (*turns, t)
+        p, s = ([tree] * len(layer.parts) if isinstance(tree, Absent) else tree for tree in (p, s))
         entries = enumerate(zip(layer.parts, p, s, strict=True))
         parts += [node_of(child(path, i, part), part, p_i, s_i, at) for i, (part, p_i, s_i) in entries]
     return Node(path, layer, turns, {}, {}, tuple(parts))
@@ -97,6 +109,44 @@ def inner(layer: Layer) -> Layer | None:
         return None
     one = next(iter(layer.made.arguments.values()))
     return one if isinstance(one, Layer) else None
+
+
+def check_leaf(path: str, what: str, tree: Any) -> None:
+    """ValueError unless the params or the state of a leaf are a dict of arrays."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{path}: {what} must be a dict, got {describe(tree)}; do they belong to another net?")
+    for name, a in tree.items():
+        if not hasattr(a, "shape"):
+            raise ValueError(f"{path}: {what}[{name!r}] must be an array, got {describe(a)}")
+
+
+def thawed(path: str, params: Any, state: Any) -> tuple[Any, Any]:
+    """params and state of the layer inside freeze; it has no gradients."""
+    if not isinstance(params, Absent):
+        check_held(path, "params", params, {})
+    if isinstance(state, Absent):
+        return state, state
+    if not isinstance(state, Mapping) or set(state) != {"params", "state"}:
+        raise ValueError(f"{path}: state must hold 'params' and 'state' of the layer, got {describe(state)}")
+    return state["params"], state["state"]
+
+
+def whole(path: str, params: Any, source: Keys, target: Keys) -> Any:
+    """The params of the net inside tie, with both parameters."""
+    if has(params, target):
+        raise ValueError(f"{path}: params hold {target}, which is {source} here; do they belong to the net untied?")
+    value = look_up(params, source)
+    look_up(params, target[:-1])
+    return put(params, target, value)
+
+
+def check_turns(path: str, trees: Any, n: int) -> None:
+    """ValueError unless all arrays have an entry for each turn of a loop over depth."""
+    sizes = sorted({a.shape[:1] for a in jax.tree.leaves(trees)} - {(n,)})
+    if sizes:
+        raise ValueError(
+            f"{path}: params and state must have a first axis of {n}, got {sizes}; do they belong to a different net?"
+        )
 
 
 def turn_of(a: Any, t: int) -> Any:
@@ -142,11 +192,11 @@ def built(node: Node, values: Mapping[Turned, Mapping[str, Any]], differ: Callab
     params, state = (tuple(tree[k] for tree in trees) for k in (0, 1))
     if node.layer.traits.tied:
         source, target = node.layer.traits.tied
-        whole = params[0]
-        if there(whole, target):
-            if not np.array_equal(look_up(whole, source), look_up(whole, target), equal_nan=True):
+        both = params[0]
+        if there(both, target):
+            if not np.array_equal(look_up(both, source), look_up(both, target), equal_nan=True):
                 differ(node, source, target)
-            params = (put(whole, target, None),)
+            params = (put(both, target, None),)
     return params, state
 
 

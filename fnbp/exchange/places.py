@@ -40,6 +40,7 @@ class Finder:
 
     def __init__(self, maker: str, library: str, root: Node, places: Mapping[str, str] | None):
         self.maker, self.library, self.root, self.found = maker, library, root, Found()
+        self.left: dict[str, None] = {}  # the names that no layer has taken
         self.explicit = {} if places is None else places
         self.check()
 
@@ -111,7 +112,8 @@ class Finder:
         taken = {
             name for key, place in self.found.items() for name in names_at(place, self.counterpart(of[key]), of[key])
         }
-        self.walk(self.root, {name: None for name in names if name not in taken})
+        self.left = {name: None for name in names if name not in taken}
+        self.walk(self.root, self.left)
 
     def walk(self, node: Node, left: dict[str, None]) -> None:
         """The same for the layers of a node, of the names that are left."""
@@ -145,11 +147,20 @@ class Finder:
     def first(self, left: dict[str, None], leaf: Node) -> str | None:
         """The place at which the first name that is left is one of a layer's; None if it is not."""
         name, of = next(iter(left)), self.counterpart(leaf)
-        suffix = r"_l\d+(?:_reverse)?" if of.suffix else ""
+        suffix = of.suffix.replace("_l0", r"_l\d+")  # of its own direction
         for theirs in sorted((one.theirs for one in of.of(leaf.held)), key=len, reverse=True):
             if (match := re.fullmatch(rf"((?:.*\.)?){re.escape(theirs)}({suffix})", name)) is not None:
                 return f"{match[1]}*{match[2]}"
         return None
+
+    def nearby(self, leaf: Node, theirs: str) -> str:
+        """For a message: the first name that is left, and how a scan takes the weights of a cell or of another one."""
+        name = next(iter(self.left), "none")
+        close = f"; the next entry that is left is {name}"
+        match = re.fullmatch(rf"((?:.*\.)?){re.escape(theirs)}((?:_l\d+)?(?:_reverse)?)", name)
+        if match is None or not self.counterpart(leaf).suffix:
+            return close
+        return f"{close}, which places={{{leaf.path!r}: {f'{match[1]}*{match[2]}'!r}}} takes, if that is meant"
 
     def take(self, leaf: Node, place: str | None, left: dict[str, None]) -> None:
         """A layer takes a place, and its names are left no more."""

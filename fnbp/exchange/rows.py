@@ -25,7 +25,9 @@ SAME = Order(lambda a: a, lambda a: a)
 TURNED = Order(lambda a: a.T, lambda a: a.T)  # (n_out, n_in) as (n_in, n_out)
 CHANNELS_SECOND = moving(-1, 1)  # (n_out, *kernel, n_in) as (n_out, n_in, *kernel)
 OUT_LAST = moving(0, -1)  # (n_out, *kernel, n_in) as (*kernel, n_in, n_out)
-COUNT = Order(lambda a: a.astype(np.int64), lambda a: a)
+MOST = np.iinfo(np.int32).max
+# a count of steps, there of any size and 0 for statistics that were set by hand: what stands in a state is in use
+COUNT = Order(lambda a: a.astype(np.int64), lambda a: np.clip(a.astype(np.float64), 1, MOST).astype(np.int64))
 # a kernel (n_in, *kernel, n_out) that is transposed, as one that is not: (*kernel, n_in, n_out), offsets reversed
 REVERSED = Order(
     lambda a: np.moveaxis(np.flip(a, tuple(range(1, a.ndim - 1))), 0, -2),

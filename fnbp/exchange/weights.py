@@ -6,9 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import AbstractMesh
 
 from fnbp.arrays.checks import check_is, choose, describe
-from fnbp.exchange.nodes import Node, built, copies, node_of
+from fnbp.exchange.belonging import check_approximate, check_belongs
+from fnbp.exchange.given import arrays_of, check_held_by, flat, of_gpt2, of_linen
+from fnbp.exchange.nodes import Absent, Node, built, copies, node_of
 from fnbp.exchange.places import Finder
 from fnbp.exchange.rows import Row
 from fnbp.layer import Layer
@@ -16,7 +20,6 @@ from fnbp.layer import Layer
 __all__ = ["from_flax", "from_torch", "to_flax", "to_torch"]
 
 Places = Mapping[str, str] | None
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of GPT-2
 
 
 def from_torch(
@@ -39,22 +42,25 @@ def from_torch(
     {"serial[0].dense(5)": "encoder.fc1", "repeat(3)[0].dense(7)": "blocks.{}", "serial[1].scan(lstm_cell(5))":
     "lstm.*_l1"}; {} is the turn of repeat, and * where the name of the array goes.
 
-    The bias of K is left out: softmax does not see it. num_batches_tracked may be absent; count is then 1. With layout
-    "gpt2" attn.bias and attn.masked_bias, which hold the causal mask, are left out. What is no weight is not compared:
-    eps, momentum, heads, strides, the activation. Each array takes the dtype of the one in params.
+    The bias of K is left out: softmax does not see it. count is num_batches_tracked, at least 1 and at most 2^31 - 1,
+    or 1 if that is absent: PyTorch uses running statistics whatever it says. With layout "gpt2" attn.bias and
+    attn.masked_bias, which hold the causal mask, are left out. What is no weight is not compared: eps, momentum, heads,
+    strides, the activation. Each array takes the dtype of the one in params, and its place if that was placed, as on a
+    mesh.
 
     Options: params, state: those of the net, or their shapes. layout: "gpt2" for the names of GPT-2, whose matrices are
-             transposed, with or without "transformer." in front, for a net by models.gpt(..., approximate=True).
+             transposed, with or without "transformer." and "module." in front, for a net by
+             models.gpt(..., approximate=True); a net with an exact gelu is refused.
     Source:  the docstring of each module of torch.nn, "Attributes"; for GPT-2 GPT2Attention, GPT2MLP and GPT2Block in
              models/gpt2/modeling_gpt2.py of transformers.
     Raises:  TypeError if net is not a Layer, or a layer has no counterpart; ValueError if an entry is missing, is left
-             over or has another shape, or the two places of a tie differ.
+             over or has another shape, the two places of a tie differ, a number is not finite, or not so in the dtype
+             of params, or params or state do not belong to the net.
     """
     choose("layout", layout, {"torch": 0, "gpt2": 0}, "from_torch: ")
     check_is("from_torch", "net", net, Layer)
     given = arrays_of("from_torch", weights)
-    if layout == "gpt2":
-        given = {in_gpt2(name): a for name, a in given.items() if not name.endswith(MASKS)}
+    given = of_gpt2(given) if layout == "gpt2" else given
     return taken("from_torch", net, given, params, state, places, layout)
 
 
@@ -66,15 +72,19 @@ def to_torch(
         module.load_state_dict({name: torch.tensor(a) for name, a in to_torch(net, params, state).items()})
 
     By default names are those of torch.nn.Sequential, "2.weight", with the same numbers as our serial and repeat; skip,
-    remat, cast, ragged, freeze and tie have none. The bias of K is 0. A tree of gradients goes likewise, and is then
-    that of the module. bfloat16 is returned as float32, since NumPy has none.
+    remat, cast, ragged, freeze and tie have none. The bias of K is 0. bfloat16 is returned as float32, since NumPy has
+    none.
 
-    Options: places, layout: as in from_torch.
+    A tree of gradients goes likewise, to_torch(net, grads, None), and is then that of the module. Frozen layers and
+    running statistics, which stand in the state, are then left out: they have no gradients.
+
+    Options: params, state: those of the net; state=None: params are a tree of gradients. places, layout: as in
+             from_torch.
     Raises:  TypeError if net is not a Layer, or a layer has no counterpart; ValueError if two layers have one place, or
              params or state do not belong to the net.
     """
     choose("layout", layout, {"torch": 0, "gpt2": 0}, "to_torch: ")
-    return {name: array for name, array, _ in given_out("to_torch", net, params, state, places, layout)}
+    return {name: narrowed(array) for name, array, _ in given_out("to_torch", net, params, state, places, layout)}
 
 
 def from_flax(
@@ -98,8 +108,8 @@ def from_flax(
     dense_h for all gates, so b holds all biases and c is 0; lstm_cell is LSTMCell. A scan is RNN, bidirectional is
     Bidirectional.
 
-    Options: params, state, places: as in from_torch; a place is "Dense_0", or "encoder.Dense_0". layout: "linen", where
-             batch_stats are a dict of their own, or "nnx".
+    Options: variables: of Linen "params", and "batch_stats" if there are any; other collections are refused. params,
+             state, places: as in from_torch; a place is "Dense_0", or "encoder.Dense_0". layout: "linen" or "nnx".
     Source:  flax.linen and flax.nnx, version 0.12.
     Raises:  as from_torch.
     """
@@ -107,8 +117,8 @@ def from_flax(
     check_is("from_flax", "net", net, Layer)
     if not isinstance(variables, Mapping):
         raise TypeError(f"from_flax: variables must be a dict, got {describe(variables)}")
-    trees = variables.values() if layout == "linen" else [variables]
-    given = arrays_of("from_flax", {name: a for tree in trees for name, a in flat(tree)})
+    named = of_linen(variables) if layout == "linen" else dict(flat(variables))
+    given = arrays_of("from_flax", named)
     return taken("from_flax", net, given, params, state, places, layout)
 
 
@@ -120,9 +130,11 @@ def to_flax(net: Layer, params: Any, state: Any, places: Places = None, layout: 
         nnx.replace_by_pure_dict(held, to_flax(net, params, state, layout="nnx")); nnx.update(module, held)
 
     By default names are those of Sequential, "layers_2" in Linen and "layers", 2 in NNX. Cells of Flax have one bias
-    where ours have two, and take their sum, so a gradient of ours is not theirs there. The bias of K is 0.
+    where ours have two, and take their sum, so a gradient of ours is not theirs there. The bias of K is 0. bfloat16
+    stays bfloat16, the dtype of ml_dtypes that JAX uses.
 
-    Options: places, layout: as in from_flax.
+    Options: params, state: those of the net; state=None: params are a tree of gradients, as in to_torch. places,
+             layout: as in from_flax.
     Raises:  as to_torch; ValueError if the last third of c of gru_cell is not 0, which NNX has no place for.
     """
     choose("layout", layout, {"linen": 0, "nnx": 0}, "to_flax: ")
@@ -147,8 +159,11 @@ def taken(
     maker: str, net: Layer, given: dict[str, np.ndarray], params: Any, state: Any, places: Places, library: str
 ) -> tuple[Any, Any]:
     """params and state, of arrays by name."""
-    forms = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype), tree) for tree in (params, state))
-    root = node_of(net.name, net, *forms)
+    check_arrays(maker, params, state)
+    root = node_of(net.name, net, *jax.tree.map(form_of, (params, state)))
+    check_belongs(maker, root)
+    if library == "gpt2":
+        check_approximate(maker, root)
     finder, doubled = Finder(maker, library, root, places), copies(net.name, net)
     finder.determined(root, None if library == "torch" else "")
     if library == "torch":
@@ -164,7 +179,30 @@ def taken(
     def differ(node: Node, source: Any, target: Any) -> None:
         raise ValueError(f"{maker}: {node.path} has one parameter at {source} and {target}, and their entries differ")
 
-    return jax.tree.map(jnp.asarray, built(root, values, differ))
+    leaves, form = jax.tree.flatten(built(root, values, differ))
+    return jax.tree.unflatten(form, map(laid, leaves, jax.tree.leaves((params, state))))
+
+
+def check_arrays(maker: str, params: Any, state: Any) -> None:
+    """TypeError unless all leaves of params and state are arrays, or the shapes of arrays."""
+    for what, tree in (("params", params), ("state", state)):
+        for keys, a in jax.tree_util.tree_leaves_with_path(tree):
+            if not (hasattr(a, "shape") and hasattr(a, "dtype")):
+                raise TypeError(f"{maker}: {what}{jax.tree_util.keystr(keys)} must be an array, got {describe(a)}")
+
+
+def laid(a: np.ndarray, like: Any) -> jax.Array:
+    """a as an array of JAX, where a parameter lies, if that was placed."""
+    where = None if isinstance(like, Tracer) else getattr(like, "sharding", None)
+    told = where is not None and getattr(like, "committed", True)
+    if not told or isinstance(getattr(where, "mesh", None), AbstractMesh):
+        return jnp.asarray(a)
+    return jax.device_put(a, where)
+
+
+def form_of(a: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array, and the dtype that JAX gives it."""
+    return jax.ShapeDtypeStruct(jnp.shape(a), jax.dtypes.canonicalize_dtype(a.dtype))
 
 
 def read(
@@ -176,14 +214,15 @@ def read(
     theirs: dict[str, np.ndarray] = {}
     for one in of.of(leaf.held):
         due, ours = one.shape(leaf.held), leaves_of(leaf, one)
-        name = one.theirs if place is None else place.replace("*", one.theirs)
+        name = one.theirs + of.suffix if place is None else place.replace("*", one.theirs)
         if place is None or name not in given:
             if of.optional(one) or all(f"{leaf.path}.{piece.leaf}" in doubled for piece in one.pieces):
                 continue
-            close = "" if place is not None else f"; the next entry that is left is {next(iter(left), 'none')}"
+            close = "" if place is not None else finder.nearby(leaf, one.theirs)
+            late = " in its turn" if name in given else ""
             raise ValueError(
-                f"{finder.maker}: no entry {name} of shape {due}, which {ours} needs{close}; there are "
-                f"{', '.join(list(given)[:8])}{', ...' if len(given) > 8 else ''}"
+                f"{finder.maker}: no entry {name} of shape {due}{late}, which {ours} needs{close}; there are "
+                f"{', '.join(list(given)[:8]) or 'none'}{', ...' if len(given) > 8 else ''}"
             )
         if name in where:
             raise ValueError(f"{finder.maker}: {where[name]} and {ours} have one place, {name}")
@@ -193,8 +232,15 @@ def read(
             raise ValueError(f"{finder.maker}: {name} has shape {given[name].shape}, {ours} needs {due}")
         if not jnp.issubdtype(given[name].dtype, jnp.floating) and not of.optional(one):
             raise TypeError(f"{finder.maker}: {name} must be of floating point numbers, got {describe(given[name])}")
+        check_held_by(finder.maker, name, given[name], dtype_of(leaf, one))
         theirs[one.theirs] = given[name]
     return {name: a.astype(leaf.held[name].dtype) for name, a in of.back(leaf.held, theirs).items()}
+
+
+def dtype_of(leaf: Node, one: Row) -> Any:
+    """The dtype of the leaves of a row."""
+    piece = one.pieces[0]
+    return leaf.held[piece.leaf if piece.leaf in leaf.held else str(piece.like)].dtype
 
 
 def leaves_of(leaf: Node, one: Row) -> str:
@@ -208,7 +254,10 @@ def given_out(
 ) -> Iterator[tuple[str, np.ndarray, bool]]:
     """(name, array, True if it is of the state), layer by layer."""
     check_is(maker, "net", net, Layer)
-    root = node_of(net.name, net, *(jax.tree.map(np.asarray, tree) for tree in (params, state)))
+    check_arrays(maker, params, state)
+    params, state = jax.tree.map(np.asarray, (params, Absent() if state is None else state))
+    root = node_of(net.name, net, params, state)
+    check_belongs(maker, root)
     finder, seen = Finder(maker, library, root, places), {}
     finder.determined(root, "")
     for leaf in root.leaves():
@@ -222,38 +271,9 @@ def given_out(
             if name in seen:
                 raise ValueError(f"{maker}: {seen[name]} and {leaf.label} have one place, {name}")
             seen[name] = leaf.label
-            yield name, narrowed(arrays[one.theirs]), all(piece.leaf in leaf.state for piece in one.pieces)
+            yield name, arrays[one.theirs], all(piece.leaf in leaf.state for piece in one.pieces)
 
 
 def narrowed(a: np.ndarray) -> np.ndarray:
-    """An array in a dtype of NumPy: bfloat16 as float32."""
+    """An array in a dtype of NumPy: bfloat16, which NumPy has not, as float32."""
     return a.astype(np.float32) if a.dtype == jnp.bfloat16 else a
-
-
-def arrays_of(maker: str, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a state_dict. TypeError unless it is a dict, and its entries are arrays."""
-    if not isinstance(weights, Mapping):
-        raise TypeError(f"{maker}: weights must be a dict of arrays by name, got {describe(weights)}")
-    found = {}
-    for name, a in weights.items():
-        if hasattr(a, "detach"):  # a tensor of PyTorch
-            a = a.detach().cpu()
-            a = a.float() if str(a.dtype) == "torch.bfloat16" else a
-        found[name] = np.asarray(a)
-        if found[name].dtype == object:
-            raise TypeError(f"{maker}: {name} must be an array, got {describe(a)}")
-    return found
-
-
-def in_gpt2(name: str) -> str:
-    """The name of an entry as GPT2LMHeadModel has it: a GPT2Model leaves out what stands in front."""
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-
-
-def flat(tree: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, array) of nested dicts: "layers.0.kernel"."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
