@@ -1,90 +1,19 @@
-"""Whether params and state belong to a net: the forward of each layer is asked, for an input that its leaves tell."""
+"""Whether params and state belong to a net: the forward of each layer is asked, for the input that the table says."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fnbp.arrays.checks import describe
-from fnbp.combinators.loops import scan
 from fnbp.construction import Made
+from fnbp.exchange.inputs import FLOAT
 from fnbp.exchange.nodes import Node
-from fnbp.exchange.rows import Held
+from fnbp.exchange.table import TABLE
 from fnbp.layer import Context
 from fnbp.layers.activation import gelu
-from fnbp.layers.attention import attention
-from fnbp.layers.convolution import bias, conv, conv_transpose
-from fnbp.layers.dense import dense
-from fnbp.layers.embedding import embedding, positions
-from fnbp.layers.norm import batch_norm, group_norm, layer_norm, rms_norm
-from fnbp.layers.recurrent import gru_cell, lstm_cell, rnn_cell
-
-Arguments = Mapping[str, Any]
-FLOAT = jnp.float32  # of the inputs: only shapes are compared
-
-
-def last(held: Held, leaf: str) -> int:
-    """The last axis of a leaf; 1 if there is none."""
-    shape = held[leaf].shape if leaf in held else ()
-    return shape[-1] if shape else 1
-
-
-def features(leaf: str, *before: int) -> Callable[[Arguments, Held], Any]:
-    """An input whose features are the last axis of a leaf."""
-    return lambda arguments, held: jax.ShapeDtypeStruct((*before, last(held, leaf)), FLOAT)
-
-
-def cell_input(arguments: Arguments, held: Held) -> Any:
-    """(h, x) of a cell."""
-    return None, features("W", 1)(arguments, held)
-
-
-def sequences(arguments: Arguments, held: Held) -> Any:
-    """A sequence or, where K has a width of its own, a pair of sequences."""
-    x, memory = (features(leaf, 1, 1)(arguments, held) for leaf in "QK")
-    return x if x.shape == memory.shape else (x, memory)
-
-
-def images(axis: int) -> Callable[[Arguments, Held], Any]:
-    """An image of one window, and more where the padding takes some away. axis: of W, the one of the channels."""
-
-    def of(arguments: Arguments, held: Held) -> Any:
-        W = held["W"].shape if "W" in held else (1, 1, 1)
-        kernel, padding = arguments["kernel"], arguments["padding"]
-        spatial = len(kernel) if isinstance(kernel, (tuple, list)) else max(1, len(W) - 2)
-        around = 0 if isinstance(padding, str) else int(np.sum(padding))
-        size = int(np.max(kernel)) * int(np.max(arguments["dilation"])) + 2 * around
-        groups = arguments["groups"] if axis == -1 else 1
-        channels = W[axis] * groups if W else groups
-        return jax.ShapeDtypeStruct((1, *[size] * spatial, channels), FLOAT)
-
-    return of
-
-
-def tokens(arguments: Arguments, held: Held) -> Any:
-    """One token."""
-    return jax.ShapeDtypeStruct((1, 1), jnp.int32)
-
-
-INPUTS: dict[Callable[..., Any], Callable[[Arguments, Held], Any]] = {
-    dense: features("W", 1),
-    bias: features("b", 1),
-    conv: images(-1),
-    conv_transpose: images(0),
-    layer_norm: features("gamma", 1),
-    group_norm: features("gamma", 1),
-    rms_norm: features("gamma", 1),
-    batch_norm: features("gamma", 1),
-    embedding: tokens,
-    positions: features("P", 1, 1),
-    attention: sequences,
-    rnn_cell: cell_input,
-    lstm_cell: cell_input,
-    gru_cell: cell_input,
-    scan: features("W", 1, 1),
-}
+from fnbp.layers.norm import batch_norm
 
 
 def state_of(constructor: Callable[..., Any], x: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -99,7 +28,7 @@ def check_belongs(maker: str, root: Node) -> None:
     """ValueError unless each layer takes its params and state; TypeError if a parameter is not floating point."""
     for leaf in ends(root):
         made = leaf.made
-        if made is not None and made.constructor in INPUTS and not any(leaf.turns) and "params" not in leaf.absent:
+        if made is not None and made.constructor in TABLE and not any(leaf.turns) and "params" not in leaf.absent:
             check_leaf(maker, leaf, made)
 
 
@@ -123,7 +52,7 @@ def ends(node: Node) -> Iterator[Node]:
 
 def check_leaf(maker: str, leaf: Node, made: Made) -> None:
     """The same for one layer."""
-    x = INPUTS[made.constructor](made.arguments, leaf.held)
+    x = TABLE[made.constructor].x(made.arguments, leaf.held)
     due = state_of(made.constructor, x)
     if strangers := [name for name in leaf.state if name not in due]:
         raise ValueError(f"{maker}: params and state do not belong to {leaf.label}: its state has no {strangers[0]!r}")

@@ -1,11 +1,12 @@
 """What each layer is in PyTorch and Flax: the one table, an entry for each constructor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fnbp.combinators.loops import scan
 from fnbp.construction import Made
+from fnbp.exchange.inputs import Arguments, cell_input, features, images, sequences, tokens
 from fnbp.exchange.nodes import intact
 from fnbp.exchange.rows import (
     CHANNELS_SECOND,
@@ -32,7 +33,6 @@ from fnbp.layers.embedding import embedding, positions
 from fnbp.layers.norm import batch_norm, group_norm, layer_norm, rms_norm
 from fnbp.layers.recurrent import gru_cell, lstm_cell, rnn_cell
 
-Arguments = Mapping[str, Any]
 Given = tuple[Row, ...] | Counterpart | Callable[[Arguments, Held], Counterpart | str] | str
 
 
@@ -40,9 +40,11 @@ Given = tuple[Row, ...] | Counterpart | Callable[[Arguments, Held], Counterpart 
 class Entry:
     """A layer in each library: rows, a function of its arguments and leaves, or why it has no counterpart there.
 
-    nnx and gpt2: where these differ from linen and torch; () where they do not.
+    x: an input that it takes, of its arguments and leaves. nnx and gpt2: where these differ from linen and torch; ()
+    where they do not.
     """
 
+    x: Callable[[Arguments, Held], Any]
     torch: Given
     linen: Given
     nnx: Given = ()
@@ -185,21 +187,23 @@ BATCH_NORM_IN_TORCH = Counterpart(
 BATCH_NORM_IN_FLAX = Counterpart((*normed("scale"), row("mean", "mean"), row("var", "var")), otherwise={"count": 1})
 
 TABLE: dict[Callable[..., Layer], Entry] = {
-    dense: Entry(affine("weight"), affine("kernel", TURNED), gpt2=affine("weight", TURNED)),
-    conv: Entry(affine("weight", CHANNELS_SECOND), affine("kernel", OUT_LAST)),
-    conv_transpose: Entry(affine("weight", CHANNELS_SECOND), not_grouped),
-    bias: Entry("PyTorch has no module that adds only a bias", "Flax has no module that adds only a bias"),
-    layer_norm: Entry(normed("weight"), normed("scale")),
-    group_norm: Entry(normed("weight"), normed("scale")),
-    rms_norm: Entry((row("weight", "gamma"),), (row("scale", "gamma"),)),
-    batch_norm: Entry(BATCH_NORM_IN_TORCH, BATCH_NORM_IN_FLAX),
-    embedding: Entry((row("weight", "E"),), (row("embedding", "E"),)),
-    positions: Entry((row("weight", "P"),), (row("embedding", "P"),)),
-    attention: Entry(attention_in_torch, attention_in_flax, gpt2=attention_in_gpt2),
-    rnn_cell: Entry(CELL, rnn_in_flax("i", "h"), nnx=rnn_in_flax("dense_i", "dense_h")),
-    lstm_cell: Entry(CELL, lstm_in_flax(""), nnx=lstm_in_flax("_")),
-    gru_cell: Entry(CELL, GRU_IN_LINEN, nnx=GRU_IN_NNX),
-    scan: Entry(scanned("torch"), scanned("linen"), nnx=scanned("nnx")),
+    dense: Entry(features("W", 1), affine("weight"), affine("kernel", TURNED), gpt2=affine("weight", TURNED)),
+    conv: Entry(images(-1), affine("weight", CHANNELS_SECOND), affine("kernel", OUT_LAST)),
+    conv_transpose: Entry(images(0), affine("weight", CHANNELS_SECOND), not_grouped),
+    bias: Entry(
+        features("b", 1), "PyTorch has no module that adds only a bias", "Flax has no module that adds only a bias"
+    ),
+    layer_norm: Entry(features("gamma", 1), normed("weight"), normed("scale")),
+    group_norm: Entry(features("gamma", 1), normed("weight"), normed("scale")),
+    rms_norm: Entry(features("gamma", 1), (row("weight", "gamma"),), (row("scale", "gamma"),)),
+    batch_norm: Entry(features("gamma", 1), BATCH_NORM_IN_TORCH, BATCH_NORM_IN_FLAX),
+    embedding: Entry(tokens, (row("weight", "E"),), (row("embedding", "E"),)),
+    positions: Entry(features("P", 1, 1), (row("weight", "P"),), (row("embedding", "P"),)),
+    attention: Entry(sequences, attention_in_torch, attention_in_flax, gpt2=attention_in_gpt2),
+    rnn_cell: Entry(cell_input, CELL, rnn_in_flax("i", "h"), nnx=rnn_in_flax("dense_i", "dense_h")),
+    lstm_cell: Entry(cell_input, CELL, lstm_in_flax(""), nnx=lstm_in_flax("_")),
+    gru_cell: Entry(cell_input, CELL, GRU_IN_LINEN, nnx=GRU_IN_NNX),
+    scan: Entry(features("W", 1, 1), scanned("torch"), scanned("linen"), nnx=scanned("nnx")),
 }
 
 

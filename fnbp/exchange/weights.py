@@ -16,6 +16,7 @@ from fnbp.exchange.nodes import Absent, Node, built, copies, node_of
 from fnbp.exchange.places import Finder
 from fnbp.exchange.rows import Row
 from fnbp.layer import Layer
+from fnbp.processes import brought
 
 __all__ = ["from_flax", "from_torch", "to_flax", "to_torch"]
 
@@ -255,7 +256,7 @@ def given_out(
     """(name, array, True if it is of the state), layer by layer."""
     check_is(maker, "net", net, Layer)
     check_arrays(maker, params, state)
-    params, state = jax.tree.map(np.asarray, (params, Absent() if state is None else state))
+    params, state = brought((params, Absent() if state is None else state))
     root = node_of(net.name, net, params, state)
     check_belongs(maker, root)
     finder, seen = Finder(maker, library, root, places), {}
