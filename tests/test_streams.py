@@ -503,6 +503,12 @@ class Lying(Loader):
         (fnbp.Stream(3), {}, TypeError, r"Stream needs an iterable of batches \(x, y\), got int 3"),
         (fnbp.Stream(X), {}, TypeError, "arrays go into Batches"),
         (fnbp.Stream((X, Y)), {}, TypeError, "arrays go into Batches"),
+        (
+            fnbp.Stream(lambda: PAIRS),
+            {},
+            TypeError,
+            r"Stream: a function of batches takes the epoch, .* function <lambda>",
+        ),
         (fnbp.Stream(PAIRS, epoch=0), {}, ValueError, "epoch must be at least 1"),
         (fnbp.Stream(PAIRS, augment=3), {}, TypeError, "augment must be a function"),
         (fnbp.Stream(PAIRS), {"y": Y}, ValueError, "the batches of a stream hold y"),

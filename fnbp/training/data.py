@@ -1,5 +1,6 @@
 """What fit trains on and what it measures: data, and how they are taken."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -138,6 +139,17 @@ def batches_of(x: Any, y: Any, batch_size: Any) -> Batches | Stream:
     return made
 
 
+def takes_one(f: Callable) -> bool:
+    """True unless the signature of a function says that it cannot be called with one argument."""
+    try:
+        inspect.signature(f).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True
+
+
 def checked(stream: Stream, y: Any, batch_size: Any) -> Stream:
     """The stream. ValueError or TypeError if it is none, or the data are given twice."""
     if y is not None or batch_size is not None:
@@ -148,6 +160,11 @@ def checked(stream: Stream, y: Any, batch_size: Any) -> Stream:
         )
     if not callable(stream.batches) and not hasattr(stream.batches, "__iter__"):
         raise TypeError(f"fit: Stream needs an iterable of batches (x, y), got {describe(stream.batches)}")
+    if callable(stream.batches) and not hasattr(stream.batches, "__iter__") and not takes_one(stream.batches):
+        raise TypeError(
+            f"fit: Stream: a function of batches takes the epoch, 0, 1, ...; got {describe(stream.batches)}, which does "
+            "not take one argument"
+        )
     if hasattr(stream.batches, "dtype") or isinstance(stream.batches, (tuple, dict, str)):
         raise TypeError(
             f"fit: Stream needs an iterable of batches (x, y), got {describe(stream.batches)}; arrays go into Batches"
