@@ -162,8 +162,8 @@ def checked(stream: Stream, y: Any, batch_size: Any) -> Stream:
         raise TypeError(f"fit: Stream needs an iterable of batches (x, y), got {describe(stream.batches)}")
     if callable(stream.batches) and not hasattr(stream.batches, "__iter__") and not takes_one(stream.batches):
         raise TypeError(
-            f"fit: Stream: a function of batches takes the epoch, 0, 1, ...; got {describe(stream.batches)}, which does "
-            "not take one argument"
+            f"fit: Stream: a function of batches takes the epoch, 0, 1, ...; got {describe(stream.batches)}, which "
+            "does not take one argument"
         )
     if hasattr(stream.batches, "dtype") or isinstance(stream.batches, (tuple, dict, str)):
         raise TypeError(
