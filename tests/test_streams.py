@@ -255,7 +255,10 @@ def test_what_an_iterator_had_yielded_is_not_lost(monkeypatch, end, most):
     if end == "non-finite":
         blow = optax.GradientTransformation(
             lambda params: jnp.zeros((), jnp.int32),
-            lambda updates, n, params=None: (jax.tree.map(lambda u: u * jnp.where(n == 7, jnp.inf, 1), updates), n + 1),
+            lambda updates, n, params=None: (
+                jax.tree.map(lambda u: u * jnp.where(n == 7, jnp.inf, 1), updates),
+                jnp.add(n, 1),
+            ),
         )
         optimizer = optax.chain(optax.sgd(0.1), blow)
     data = fnbp.Stream(iter(numbered(24)), epoch=4)
