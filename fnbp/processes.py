@@ -44,6 +44,11 @@ def in_all(f: Callable[[], Any], arrays: Any) -> Any:
     return found
 
 
+def least(number: int) -> int:
+    """The least of what all processes say."""
+    return int(np.min(multihost_utils.process_allgather(np.int32(number))))
+
+
 def check_alike(name: str, held: Mapping[str, Any]) -> None:
     """ValueError if the processes hold different things, in memory of their own. held: by name, in all processes."""
     sums = multihost_utils.process_allgather(np.asarray([*map(checksum, held.values())], np.uint32))

@@ -25,7 +25,7 @@ from fnbp.contraction import Contracted, is_open, total
 from fnbp.factor import Factor, Mixed, Placed
 from fnbp.layer import Context, Layer, child, leaves, map_layers
 from fnbp.naming import by_pattern, check_patterns, map_named
-from fnbp.processes import put_whole
+from fnbp.processes import check_alike, put_whole
 
 __all__ = ["mesh", "place", "places", "sharded", "split"]
 
@@ -68,7 +68,8 @@ def split(mesh: Mesh, *trees: Any) -> Any:
     Returns one tree for one, a tuple for several. Each process gives the whole data; for a part in each, see
     jax.make_array_from_process_local_data.
 
-    Raises: ValueError if the axis "data" does not divide the examples; TypeError if a leaf is no array.
+    Raises: ValueError if the axis "data" does not divide the examples, or processes give different ones; TypeError if a
+            leaf is no array.
     """
     check_mesh("split", mesh)
     parts = mesh.shape[DATA]
@@ -78,7 +79,10 @@ def split(mesh: Mesh, *trees: Any) -> Any:
             raise TypeError(f"split: expected arrays with the examples as first axis, got {describe(leaf)}")
         if leaf.shape[0] % parts:
             raise ValueError(f"split: {leaf.shape[0]} examples cannot be split over {devices(parts)} along {DATA!r}")
-    placed = put_whole(trees, NamedSharding(mesh, PartitionSpec(DATA)))
+    where = NamedSharding(mesh, PartitionSpec(DATA))
+    if not where.is_fully_addressable:
+        check_alike("split", {"arrays": trees})
+    placed = put_whole(trees, where)
     return placed[0] if len(trees) == 1 else placed
 
 

@@ -51,6 +51,9 @@ def told(f):
 def different():
     print(told(lambda: fit(SHARED, X[HALF], Y[HALF], steps=4)))
     print(told(lambda: fit(SHARED, key=jax.random.key(rank), steps=4)))
+    print(told(lambda: fit(SHARED, steps=4 + rank)))
+    print(told(lambda: fit(SHARED, steps=4, batch_size=8 - 4 * rank)))
+    print(told(lambda: fnbp.sharding.split(fnbp.sharding.mesh(), X + np.float32(rank))))
     print(told(lambda: fit(SHARED, steps=4, validation=(X[HALF], Y[HALF]))))
     print(told(lambda: fit(SHARED, fnbp.Stream(pairs(at=3, wrong=True)), None, steps=8)))
 

@@ -127,7 +127,7 @@ def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit
         check_request(net, loss, params, key, until.patience, validation)
         check_functions(optimizer, gradient=gradient, callback=watch.callback, on_epoch=watch.on_epoch)
         check_alone(checkpoint, *earlier)
-        check_devices(request, earlier)
+        check_devices(request, until, earlier)
         begun = resumed(*earlier)
         if isinstance(batches, Stream):
             rule_of(begun.step, 0, until, batches.number, watch.on_epoch)  # before a batch is drawn
@@ -147,7 +147,7 @@ def train(request: Request, until: Until, earlier: Earlier, watch: Watch) -> Fit
     return ended(found._replace(ahead=supply.rest(found.step)), stop.reason)
 
 
-def check_devices(request: Request, earlier: Earlier) -> None:
+def check_devices(request: Request, until: Until, earlier: Earlier) -> None:
     """ValueError if arrays lie on different devices, or processes that share params hold different other things."""
     batches, resume = request.batches, earlier.resume
     opt_state = earlier.opt_state if resume is None else getattr(resume, "opt_state", None)
@@ -156,7 +156,9 @@ def check_devices(request: Request, earlier: Earlier) -> None:
     check_together(**named, **{"the data": data, "the validation data": held_out})
     if is_shared(request.params):
         here = None if getattr(batches, "host", False) else data  # those of a host come, and are looked at, in parts
-        check_alike("fit", {"state": request.state, "keys": request.key, "data": here, "validation data": held_out})
+        size = getattr(batches, "size", None), getattr(batches, "drop_last", None), getattr(batches, "epoch", None)
+        asked = {"settings": repr((until, size, earlier.start)), "state": request.state, "keys": request.key}
+        check_alike("fit", {**asked, "data": here, "validation data": held_out})
 
 
 def set_out(

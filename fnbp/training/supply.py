@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fnbp.arrays.checks import as_arrays
-from fnbp.processes import check_alike, put_whole
+from fnbp.processes import check_alike, least, put_whole
 from fnbp.training.loop import Data, Marked
 from fnbp.training.progress import Stop
 from fnbp.training.sources import Batch, Passes, Rows
@@ -166,7 +165,7 @@ class Streamed:
         failed = bool(taken) and isinstance(taken[0].batch, BaseException)
         number = 0 if failed else len(taken)
         if self.shared:
-            number = int(np.min(multihost_utils.process_allgather(np.int32(number))))
+            number = least(number)
         with self.changed:
             self.drawn.extendleft(reversed(taken[number:]))
         if failed and isinstance(error := taken[0].batch, BaseException):
@@ -224,7 +223,8 @@ class Streamed:
             return ()
         chunks = [chunk for chunk in (self.chunk, self.ahead) if chunk is not None]
         batches = [batch for chunk in chunks for batch in chunk.batches[max(0, step - chunk.first) :]]
-        drawn = (one.batch for one in self.drawn if isinstance(one.batch, Batch))
+        with self.changed:  # a loader that hangs may end now
+            drawn = [one.batch for one in self.drawn if isinstance(one.batch, Batch)]
         return (*batches, *drawn, *self.source.rest())
 
     def fault(self, step: int) -> str:
