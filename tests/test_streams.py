@@ -276,6 +276,13 @@ def test_what_an_iterator_had_yielded_is_not_lost(monkeypatch, end, most):
     assert np.array_equal(after.history.loss, whole[before.step :]) and after.ahead == ()
 
 
+def test_what_an_iterator_had_yielded_does_not_go_into_another_loader():
+    before = fit(fnbp.Stream(itertools.cycle(numbered(9)), epoch=2), epochs=9, on_epoch=lambda so_far: True)
+    assert before.step == 2 and before.ahead
+    found, due = (resumed(fnbp.Stream(PAIRS), one, 5).history.loss for one in (before, before._replace(ahead=())))
+    assert np.array_equal(found, due)
+
+
 @pytest.mark.parametrize("at", [8, 6])
 def test_a_loader_that_shuffles_by_a_seed_of_its_own_is_passed_through_again(tmp_path, at):
     class Shuffled:

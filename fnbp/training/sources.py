@@ -54,8 +54,8 @@ class Passes:
         return batch
 
     def take(self, batches: Iterable[Batch]) -> None:
-        """Hand these out first: an earlier fit has drawn them, and not trained on them."""
-        self.ahead.extend((batch, None) for batch in batches)
+        """Of an iterator hand these out first: an earlier fit has drawn them, and not trained on them."""
+        self.ahead.extend((batch, None) for batch in batches if self.once)
         if self.ahead:
             x, y, _ = self.ahead[0][0]
             self.like = form_of(x, y), jax.tree.leaves(x)[0].shape[0]
