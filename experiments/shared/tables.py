@@ -326,6 +326,7 @@ TABLES: dict[str, Shown] = {
                 ("8 simulated, data-parallel", "8 devices"),
                 ("8 simulated, fully sharded", "fully"),
                 ("8 simulated, a gpt of split matrices", "gpt split"),
+                ("8 simulated, a gpt fully sharded", "gpt fully"),
                 ("2 processes", "2 processes"),
                 ("4 processes", "4 processes"),
             )
