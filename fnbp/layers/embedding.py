@@ -23,7 +23,8 @@ from fnbp.arrays.checks import (
 from fnbp.arrays.placement import by_example, each_example, over_examples
 from fnbp.arrays.sums import wide
 from fnbp.construction import constructor
-from fnbp.factor import Factor, along_examples, chunked, register_factor
+from fnbp.contractions import sq_norms
+from fnbp.factor import Factor, along_examples, register_factor
 from fnbp.layer import Context, Layer, parameterless, stateless
 from fnbp.layers.initializers import initializer_of
 from fnbp.layers.parameters import Shapes, check_numbers, weights
@@ -98,7 +99,7 @@ class Lookup(Factor):
         if x.shape[1] ** 2 < self.size * n:
             same = (x[:, :, None] == x[:, None, :]) & ((x >= 0) & (x < self.size))[:, None]
             return jnp.maximum(jnp.einsum("mst,msn,mtn->m", same.astype(d.dtype), d, d), 0)
-        return chunked(lambda d, x: Lookup(d, x, self.size), (d, x), self.size * n)
+        return self.contracted(sq_norms)
 
     def scaled(self, c: Any) -> "Lookup":
         return Lookup(along_examples(c, self.d), self.x, self.size)
