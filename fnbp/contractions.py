@@ -9,18 +9,31 @@ loop over depth. To add one is a section here; factors stay as they are.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnbp.arrays.checks import check_key, check_size
 from fnbp.arrays.placement import by_example, summed
 from fnbp.arrays.sums import wide
 
-__all__ = ["Contraction", "cross_gram", "dot", "gram", "per_example", "second_moment", "sq_norms", "total"]
+__all__ = [
+    "Contraction",
+    "cross_gram",
+    "dot",
+    "gram",
+    "kronecker",
+    "per_example",
+    "project",
+    "second_moment",
+    "sq_norms",
+    "total",
+]
 
 CHUNK = 1 << 22  # elements of per-example gradients formed at once, where a contraction has to form them
+MOST = 1 << 26  # elements of the second moment of a gradient that is no matrix
 
 
 def stays(made: Any) -> Any:
@@ -33,14 +46,25 @@ def added(made: Any) -> Any:
     return jax.tree.map(lambda a: jnp.sum(a, 0), made)
 
 
+class Outers(NamedTuple):
+    """Gradients as sums of outer products over positions: that of example i is sum_s d_is x_is^T, in that shape.
+
+    Shapes: d (m, S, n_out), x (m, S, n_in). turned is True if x is the error and d what came in.
+    """
+
+    d: jax.Array
+    x: jax.Array
+    shape: tuple[int, ...]
+    turned: bool
+
+
 @dataclass(frozen=True)
 class Contraction:
     """What is made of each factor: contraction(factor), or backprop(net, loss, contract=contraction).
 
         name    a factor that has a method of this name is asked for it: its faster way
         rows    (g, *given) -> the value, of the gradient of each example, g (m, *shape of the parameter)
-        outers  (d, x, shape, *given) -> the value, where the gradient of example i is sum_s d_is x_is^T in that shape,
-                d (m, S, n_out), x (m, S, n_in); None where rows are cheaper
+        outers  (Outers, *given) -> the value, of sums of outer products; None where rows are cheaper
         depth   what becomes of the values of n layers of one shape, (n, ...), at the end of repeat
         joined  how the values of parts of the examples become one: "stacked" along the first axis, "summed", or "whole"
                 if it needs all examples at once
@@ -72,7 +96,7 @@ class Contraction:
         form = factor.outer()
         if form is not None:
             d, x = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in form)
-            made = self.outers(d, x, shape, *given)
+            made = self.outers(Outers(d, x, shape, factor.turned), *given)
             if made is not None:
                 return made
         few = max(1, CHUNK // max(1, int(np.prod(shape))))
@@ -116,8 +140,9 @@ per_example = Contraction("per_example", rows=lambda g: g, depth=lambda rows: jn
 # --- sq_norms: |g_i|^2 ---
 
 
-def sq_norms_of_outers(d: jax.Array, x: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
+def sq_norms_of_outers(form: Outers) -> jax.Array | None:
     """|d_i|^2 |x_i|^2 for one position; for S positions sum_st (d_is . d_it) (x_is . x_it) where S^2 < n_out n_in."""
+    d, x = form.d, form.x
     positions = d.shape[1]
     if positions == 1:
         return jnp.sum(d**2, (1, 2)) * jnp.sum(x**2, (1, 2))
@@ -139,9 +164,9 @@ Source: Goodfellow 2015, arXiv:1510.01799, for one position; Li et al. 2021, arX
 # --- second_moment: sum_i g_i^2 ---
 
 
-def second_moment_of_outers(d: jax.Array, x: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
+def second_moment_of_outers(form: Outers) -> jax.Array | None:
     """sum_i (d_i^2) (x_i^2)^T for one position."""
-    return None if d.shape[1] > 1 else jnp.einsum("mso,msi->oi", d**2, x**2).reshape(shape)
+    return None if form.d.shape[1] > 1 else jnp.einsum("mso,msi->oi", form.d**2, form.x**2).reshape(form.shape)
 
 
 second_moment = Contraction(
@@ -149,7 +174,7 @@ second_moment = Contraction(
 )
 """The sum over examples of the square of each number of the gradient: the shape of the parameter.
 
-Source: Dangel, Kunstner & Hennig 2020, arXiv:1912.10985, appendix A.1.
+Source: Dangel, Kunstner & Hennig 2020, arXiv:1912.10985.
 """
 
 
@@ -161,7 +186,7 @@ def dot(direction: Any) -> Contraction:
     return Contraction(
         "dot",
         rows=lambda g, v: jnp.einsum("mp,p->m", flat(g), wide(v).reshape(-1)),
-        outers=lambda d, x, shape, v: jnp.einsum("mso,oi,msi->m", d, wide(v).reshape(d.shape[2], x.shape[2]), x),
+        outers=lambda form, v: jnp.einsum("mso,oi,msi->m", form.d, matrix(v, form), form.x),
         depth=added,
         given=direction,
     )
@@ -170,9 +195,9 @@ def dot(direction: Any) -> Contraction:
 # --- gram, cross_gram: <g_i, g'_j> ---
 
 
-def gram_of_outers(d: jax.Array, x: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
+def gram_of_outers(form: Outers) -> jax.Array | None:
     """sum_st (d_is . d_jt) (x_is . x_jt), where forming the gradients takes more multiplications."""
-    return crossed(d, x, d, x)
+    return crossed(form.d, form.x, form.d, form.x)
 
 
 def crossed(d: jax.Array, x: jax.Array, e: jax.Array, z: jax.Array) -> jax.Array | None:
@@ -190,16 +215,96 @@ gram = Contraction("gram", rows=lambda g: flat(g) @ flat(g).T, outers=gram_of_ou
 def cross_gram(factors: Any) -> Contraction:
     """The inner products with the gradients of another batch, of which keep has kept the factors: (m, n)."""
 
-    def of_outers(d, x, shape, other):
-        form = other.outer()
-        if form is None:
+    def of_outers(form, other):
+        theirs = other.widened().outer()
+        if theirs is None:
             return None
-        return crossed(d, x, *(wide(a).reshape(a.shape[0], -1, a.shape[-1]) for a in form))
+        return crossed(form.d, form.x, *(a.reshape(a.shape[0], -1, a.shape[-1]) for a in theirs))
 
     def of_rows(g, other):
-        return flat(g) @ flat(wide(other.per_example())).T
+        return flat(g) @ flat(wide(other.widened().per_example())).T
 
     return Contraction("cross_gram", of_rows, of_outers, depth=added, joined="whole", given=factors)
+
+
+# --- kronecker: A and G, whose Kronecker product stands for the curvature ---
+
+
+def kronecker(reduce: str = "expand") -> Contraction:
+    """A pair (A, G) for each parameter: the second moments of what goes in and of the error, each example's own.
+
+        expand  A = sum_is x_is x_is^T / (m S)        G = sum_is d_is d_is^T / m
+        reduce  A = sum_i xbar_i xbar_i^T / m         G = sum_i dbar_i dbar_i^T / m
+                xbar_i the mean over positions, dbar_i the sum
+
+    A bias has A = 1. An embedding has as A the diagonal, (size,). What multiplies or is added element by element has
+    A = 1, and as G the second moment of its gradients, which is stated: it is no approximation.
+
+    Shapes: A (n_in, n_in), G (n_out, n_out); of n layers of a repeat (n, ...).
+    Source: Martens & Grosse 2015, arXiv:1503.05671, section 3; Eschenhagen et al. 2023, arXiv:2311.00636, for expand
+            and reduce.
+    Raises: ValueError if reduce is neither of the two, or, by the name of the layer, if G would have more than 2^26
+            numbers.
+    """
+    if reduce not in ("expand", "reduce"):
+        raise ValueError(f"kronecker: reduce must be 'expand' or 'reduce', got {reduce!r}")
+
+    def outers(form):
+        x, d = (form.d, form.x) if form.turned else (form.x, form.d)
+        m, positions = d.shape[:2]
+        if reduce == "reduce":
+            d, x = jnp.sum(d, 1, keepdims=True), jnp.mean(x, 1, keepdims=True)
+            positions = 1
+        return jnp.einsum("msi,msj->ij", x, x) / (m * positions), jnp.einsum("mso,msp->op", d, d) / m
+
+    def rows(g):
+        g = flat(g)
+        if g.shape[1] ** 2 > MOST:
+            raise ValueError(f"kronecker: a parameter of {g.shape[1]} numbers that is no matrix has too large a G")
+        return jnp.ones((1, 1), g.dtype), g.T @ g / g.shape[0]
+
+    return Contraction(f"kronecker_{reduce}", rows, outers, joined="whole")
+
+
+# --- project: (P d_i) (Q x_i)^T ---
+
+
+def project(key: jax.Array, k_out: int, k_in: int) -> Contraction:
+    """Each example's gradient, seen as a matrix g_i, at random: P g_i Q^T, as a row of k_out k_in numbers.
+
+        <P g_i Q^T, P g_j Q^T> has the mean <g_i, g_j>      P, Q: independent normal numbers / sqrt(k_out), sqrt(k_in)
+
+    Of a sum of outer products it is sum_s (P d_is) (Q x_is)^T, and no gradient is formed. P and Q are the same for
+    every batch. Within a repeat each turn has its own numbers, with the same P and Q.
+
+    Shapes: (m, k_out k_in); of n layers of a repeat (m, n k_out k_in).
+    Source: Park et al. 2023, arXiv:2303.14186, for projected gradients; Choe et al. 2024, arXiv:2405.13954, for a
+            projection of both sides.
+    """
+    check_key("project", key)
+    check_size("project", "k_out", k_out)
+    check_size("project", "k_in", k_in)
+    keys = jax.random.split(key)
+
+    def matrices(n_out, n_in, dtype):
+        P = jax.random.normal(jax.random.fold_in(keys[0], n_out), (k_out, n_out), dtype) / np.sqrt(k_out)
+        return P, jax.random.normal(jax.random.fold_in(keys[1], n_in), (k_in, n_in), dtype) / np.sqrt(k_in)
+
+    def outers(form):
+        P, Q = matrices(form.d.shape[2], form.x.shape[2], form.d.dtype)
+        return flat(jnp.einsum("msk,msl->mkl", form.d @ P.T, form.x @ Q.T))
+
+    def rows(g):
+        g = g.reshape(*g.shape[:2], -1) if g.ndim > 1 else g[:, None, None]
+        P, Q = matrices(g.shape[1], g.shape[2], g.dtype)
+        return flat(jnp.einsum("moi,ko,li->mkl", g, P, Q))
+
+    return Contraction("project", rows, outers, depth=lambda made: flat(jnp.moveaxis(made, 0, 1)))
+
+
+def matrix(v: jax.Array, form: Outers) -> jax.Array:
+    """An array of the shape of the parameter, as (n_out, n_in)."""
+    return wide(v).reshape(form.d.shape[2], form.x.shape[2])
 
 
 def flat(g: jax.Array) -> jax.Array:

@@ -69,11 +69,13 @@ class Factor(ABC):
         positional  True if every axis between the example and the last is a position that shares the parameter: a
                     loop over time then adds its turns as one more such axis, instead of summing turn by turn
         sliced      True if every array of the factor has the example as first axis
+        turned      True if the second of outer is the error, and the first what came in
     """
 
     d: jax.Array
     positional: ClassVar[bool] = False
     sliced: ClassVar[bool] = True
+    turned: ClassVar[bool] = False
 
     @property
     def examples(self) -> int:
@@ -177,6 +179,9 @@ class Sum(Factor):
 
     def per_example(self) -> jax.Array:
         return jnp.sum(self.d, range(1, self.d.ndim - 1))
+
+    def outer(self) -> tuple[jax.Array, jax.Array]:
+        return self.d, jnp.ones_like(self.d[..., :1])
 
     def scaled(self, c: Any) -> "Sum":
         return Sum(along_examples(c, self.d))
@@ -282,9 +287,13 @@ class Added(Factor):
     def per_example(self) -> jax.Array:
         return self.one.per_example() + self.other.per_example()
 
+    @property
+    def turned(self) -> bool:  # type: ignore[override]
+        return self.one.turned
+
     def outer(self) -> tuple[jax.Array, jax.Array] | None:
         one, other = self.one.outer(), self.other.outer()
-        if one is None or other is None:
+        if one is None or other is None or self.one.turned != self.other.turned:
             return None
         d, x = (jnp.concatenate([positions_in_one(a) for a in pair], 1) for pair in zip(one, other, strict=True))
         return d, x

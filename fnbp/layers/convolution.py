@@ -47,6 +47,10 @@ class Correlation(Factor):
         """The array with one entry for each window, and the array that the windows lie over."""
         return (self.x, self.d) if self.spread else (self.d, self.x)
 
+    @property
+    def turned(self) -> bool:  # type: ignore[override]
+        return self.spread
+
     @over_examples
     def total(self) -> jax.Array:
         return kernel_gradient(*self.pair, self.at, self.groups)

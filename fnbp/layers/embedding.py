@@ -101,6 +101,24 @@ class Lookup(Factor):
             return jnp.maximum(jnp.einsum("mst,msn,mtn->m", same.astype(d.dtype), d, d), 0)
         return self.contracted(sq_norms)
 
+    @over_examples
+    def kronecker_expand(self) -> tuple[jax.Array, jax.Array]:
+        """The diagonal of A: how often each row is looked up, in the mean over examples and positions; and G."""
+        d, x = wide(self.d).reshape(-1, self.d.shape[-1]), self.x.reshape(-1)
+        there = (x >= 0) & (x < self.size)
+        counts = jnp.zeros(self.size, d.dtype).at[x].add(1, mode="drop", wrap_negative_indices=False)
+        d = jnp.where(there[:, None], d, 0)
+        return counts / x.size, d.T @ d / self.examples
+
+    @over_examples
+    def kronecker_reduce(self) -> tuple[jax.Array, jax.Array]:
+        """The same, of the mean of each example's rows: the diagonal of A."""
+        m, n = self.d.shape[0], self.d.shape[-1]
+        d, x = wide(self.d).reshape(m, -1, n), self.x.reshape(m, -1)
+        d = jnp.where(((x >= 0) & (x < self.size))[..., None], d, 0)
+        seen = jax.vmap(lambda x: jnp.zeros(self.size, d.dtype).at[x].add(1, mode="drop", wrap_negative_indices=False))
+        return jnp.mean((seen(x) / x.shape[1]) ** 2, 0), jnp.einsum("mn,mp->np", d.sum(1), d.sum(1)) / m
+
     def scaled(self, c: Any) -> "Lookup":
         return Lookup(along_examples(c, self.d), self.x, self.size)
 
