@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -210,3 +211,88 @@ def test_a_layer_that_mixes_the_examples_is_named(make):
     params, state = net.init(KEY, x)
     with pytest.raises(TypeError, match=r"serial\[1\]\.batch_norm: it mixes the examples"):
         make(net)(params, state, x, y, fnbp.Context(KEY, train=True))
+
+
+# --- curvature ---
+
+LOSSES = {
+    "labels": (fnbp.softmax_cross_entropy(), lambda key, p: jax.random.randint(key, p.shape[:-1], 0, p.shape[-1])),
+    "weighted, smoothed": (
+        fnbp.softmax_cross_entropy(weights=[0.5, 2.0, 1.0, 3.0], label_smoothing=0.1),
+        lambda key, p: jax.random.randint(key, p.shape[:-1], 0, p.shape[-1]),
+    ),
+    "distributions": (
+        fnbp.softmax_cross_entropy(),
+        lambda key, p: jax.nn.softmax(jax.random.normal(key, p.shape, p.dtype)),
+    ),
+    "tokens": (
+        fnbp.softmax_cross_entropy(reduce="tokens", ignore_index=0),
+        lambda key, p: jax.random.randint(key, p.shape[:-1], 0, p.shape[-1]),
+    ),
+    "mean squares": (fnbp.mean_squared_error(), lambda key, p: jax.random.normal(key, p.shape, p.dtype)),
+    "half squares": (fnbp.half_squared_error(), lambda key, p: jax.random.normal(key, p.shape, p.dtype)),
+    "logits": (
+        fnbp.binary_cross_entropy(from_logits=True, pos_weight=2.0),
+        lambda key, p: jax.random.uniform(key, p.shape, p.dtype),
+    ),
+    "probabilities": (fnbp.binary_cross_entropy(), lambda key, p: jax.random.uniform(key, p.shape, p.dtype)),
+}
+SMALL = {
+    "mlp": (lambda: fnbp.models.mlp(3, 4), (5,)),
+    "positions": (lambda: fnbp.serial(fnbp.scan(fnbp.gru_cell(3)), fnbp.dense(4)), (3, 2)),
+    "conv": (lambda: fnbp.serial(fnbp.conv(4, (2, 2)), fnbp.tanh(), fnbp.global_avg_pool()), (3, 3, 2)),
+}
+
+
+def ggn_by_hand(net, loss, params, state, x, y):
+    """sum_i J_i^T H_i J_i / m, with H_i by jax.hessian."""
+    flat, back = jax.flatten_util.ravel_pytree(params)
+    forward = lambda v: net.forward(back(v), state, x, fnbp.Context())[0]  # noqa: E731
+    J = jax.jacobian(forward)(flat)
+    total = lambda p: loss.forward(p, y)[0].sum() / len(x)  # noqa: E731
+    n = J.size // flat.size
+    H = jax.hessian(total)(forward(flat)).reshape(n, n)
+    J = J.reshape(n, flat.size)
+    return J.T @ H @ J, back
+
+
+@pytest.mark.parametrize("case", LOSSES)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_diagonal_of_the_ggn(x64, name, case):
+    make, shape = SMALL[name]
+    loss, target = LOSSES[case]
+    net = fnbp.serial(make(), fnbp.sigmoid()) if case == "probabilities" else make()
+    x = jax.random.normal(KEY, (3, *shape), float)
+    params, state = net.init(KEY, x)
+    y = target(jax.random.key(2), net.forward(params, state, x, fnbp.Context())[0])
+    G, back = ggn_by_hand(net, loss, params, state, x, y)
+    for chunk in (1, 5):
+        found = jax.jit(statistics.ggn_diagonal(net, loss, chunk=chunk))(params, state, x, y)
+        assert relative(found, back(jnp.diagonal(G))) <= 1e-10
+    of = lambda key: statistics.ggn_diagonal(net, loss, samples=2)(params, state, x, y, fnbp.Context(key))  # noqa: E731
+    draws = jax.jit(jax.vmap(of))(jax.random.split(KEY, 600))
+    for a, due in zip(jax.tree.leaves(draws), jax.tree.leaves(back(jnp.diagonal(G))), strict=True):
+        assert (abs(a.mean(0) - due) <= 5.5 * a.std(0) / np.sqrt(600) + 1e-12).all()
+
+
+def test_kronecker_factors_of_a_linear_net_under_squares_are_exact(x64):
+    net, x = fnbp.serial(fnbp.dense(4, b=None), fnbp.dense(3, b=None)), jax.random.normal(KEY, (6, 5), float)
+    loss = fnbp.half_squared_error()
+    params, state = net.init(KEY, x)
+    y = jnp.zeros((6, 3))
+    G, _ = ggn_by_hand(net, loss, params, state, x, y)
+    run = jax.jit(jax.vmap(lambda key: statistics.fisher(net, loss, fnbp.kronecker())(
+        params, state, x, y, fnbp.Context(key))))  # fmt: skip
+    found = jax.tree.structure(params).flatten_up_to(run(jax.random.split(KEY, 3000)))
+    (A, one), (B, two) = found
+    np.testing.assert_allclose(jnp.kron(one.mean(0), A[0]), G[:20, :20], atol=0.1 * abs(G).max())
+    np.testing.assert_allclose(jnp.kron(two.mean(0), B[0]), G[20:, 20:], atol=0.1 * abs(G).max())
+
+
+def test_what_curvature_refuses():
+    net, *rest = subject("mlp")
+    own = fnbp.loss_from_jax(lambda p, t: jnp.sum((p - t) ** 4, -1))
+    with pytest.raises(ValueError, match=r"ggn_diagonal: .* does not say the roots of its Hessian"):
+        statistics.ggn_diagonal(net, own)
+    with pytest.raises(ValueError, match="fisher: signs are drawn, so it needs a key"):
+        statistics.fisher(net, LOSS)(*rest)

@@ -90,7 +90,7 @@ def noise_scale(net: Layer, loss: Loss, norms_only: bool = False) -> Callable[..
                 by_layer[path] = m / (m - 1) * (single - whole), (m * whole - single) / (m - 1)
         if not by_layer:
             raise ValueError(f"noise_scale: {net.name} has no {'norm layer' if norms_only else 'parameters'}")
-        trace, square = (sum(pair[i] for pair in by_layer.values()) for i in (0, 1))
+        trace, square = (jnp.sum(jnp.stack([pair[i] for pair in by_layer.values()])) for i in (0, 1))
         return (done.value, done.state), grads, NoiseScale(trace / square, trace, square, by_layer)
 
     return noise_scale_of
