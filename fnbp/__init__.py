@@ -14,6 +14,7 @@ from fnbp.combinators.wrappers import *
 from fnbp.comparison import *
 from fnbp.construction import *
 from fnbp.contraction import *
+from fnbp.contractions import *
 from fnbp.exchange import *
 from fnbp.factor import *
 from fnbp.interop import *

@@ -12,8 +12,19 @@ import jax.numpy as jnp
 from fnbp.arrays.checks import as_arrays, check_finite, check_is, check_key, describe
 from fnbp.arrays.placement import of_param
 from fnbp.arrays.sums import wide
-from fnbp.contraction import Contracted, Contraction, closed, contract_leaf, contracted, is_open, sq_norms, total
-from fnbp.factor import MIXED
+from fnbp.contraction import (
+    Contract,
+    beside,
+    check_given,
+    closed,
+    contract_leaf,
+    contracted,
+    given_to,
+    is_open,
+    map_given,
+)
+from fnbp.contractions import sq_norms, total
+from fnbp.factor import MIXED, Factor
 from fnbp.layer import Around, Context, Layer, drawing, leaves, map_layers, mask_behind, mixing, tied_leaves
 from fnbp.losses.loss import Loss, losses_of
 from fnbp.sharding import over_model, predicted, sharded
@@ -68,17 +79,17 @@ def check_batch(x: Any, y: Any) -> None:
     check_finite("backprop", "y", y)
 
 
-def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[..., Pass]:
+def backprop(net: Layer, loss: Loss, contract: Contract = total) -> Callable[..., Pass]:
     """Make the backpropagation of a net and a loss: (params, state, x, y, ctx=Context()) -> Pass.
 
         1  prediction, saved = forward of every layer            2  J = mean of the losses
         3  delta = dJ/dprediction; then, last layer first:  factors, delta = backward(params, saved, delta)
         4  grads = contract of each factor
 
-    contract is a function of a factor (fnbp.total, keep, sq_norms, per_example, with_path(f), or your own), or a tuple
-    of them; the leaves of grads are then tuples. total is the gradient of J. All others are of each example's own loss,
-    without the 1/m. A pure function: jit it, vmap it, scan over it. Positions of the prediction that do not count, by
-    Context.mask or in ragged, are left out of the loss.
+    contract is a Contraction (fnbp.total, sq_norms, per_example, ...), keep, with_path(f), or a function of a factor; a
+    tuple of them: the leaves of grads are then tuples; or a dict: grads is then a dict of trees. total is the gradient
+    of J. All others are of each example's own loss, without the 1/m. A pure function: jit it, vmap it, scan over it.
+    Positions of the prediction that do not count, by Context.mask or in ragged, are left out of the loss.
 
     Values that only jit sees cannot raise. There a label, token or length out of range, or batch_norm at inference
     before any training, makes the loss and the gradient NaN.
@@ -91,21 +102,45 @@ def backprop(net: Layer, loss: Loss, contract: Contraction = total) -> Callable[
     """
     check_is("backprop", "net", net, Layer)
     check_is("backprop", "loss", loss, Loss)
-    run = on_devices(net, lambda net: one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss))
-
-    def finish(node):
-        done = node if isinstance(node, Contracted) else contract_leaf(contract, node, net.name)
-        return jax.tree.map(closed, done, is_leaf=is_open)
+    if isinstance(contract, dict):
+        return by_name(backprop(net, loss, tuple(contract.values())), tuple(contract))
+    make = lambda net: one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss, contract)  # noqa: E731
+    run = on_devices(net, make)
 
     def backprop_of(params, state, x, y, ctx=Context()):
         if contract is not total and isinstance(ctx, Context) and (path := mixing(net, ctx)):
             raise TypeError(f"{path}: {MIXED}")
+        check_given(contract, params)
         done = run(params, state, x, y, ctx)
         if contract is total:
             return done._replace(grads=conform(done.grads, params))
-        return done._replace(grads=jax.tree.map(finish, done.grads, is_leaf=is_open))
+        return done._replace(grads=closed_all(contract, done.grads, params, net.name))
 
     return backprop_of
+
+
+def closed_all(contract: Contract, grads: Any, params: Any, name: str) -> Any:
+    """The tree of params as the caller sees it; what was left open, since it is tied, is contracted now."""
+    tree = jax.tree.structure(params)
+    each = map_given(contract, given_to(contract, lambda given: given), tree.flatten_up_to)
+    made = []
+    for i, node in enumerate(tree.flatten_up_to(grads)):
+        own = map_given(contract, each, lambda leaves, i=i: leaves[i])
+        done = contract_leaf(contract, node, name, given=own) if isinstance(node, Factor) else node
+        made.append(jax.tree.map(closed, done, is_leaf=is_open))
+    return jax.tree.unflatten(tree, made)
+
+
+def by_name(run: Callable[..., Pass], names: tuple[str, ...]) -> Callable[..., Pass]:
+    """A pass whose grads are a tree of params for each name, of one whose leaves are tuples in that order."""
+
+    def named_of(params, *args, **options):
+        done = run(params, *args, **options)
+        leaves, tree = jax.tree.structure(params).flatten_up_to(done.grads), jax.tree.structure(params)
+        trees = (jax.tree.unflatten(tree, [leaf[i] for leaf in leaves]) for i in range(len(names)))
+        return done._replace(grads=dict(zip(names, trees, strict=True)))
+
+    return named_of
 
 
 def on_devices(net: Layer, make: Callable[[Layer], Callable[..., Any]]) -> Callable[..., Any]:
@@ -119,8 +154,11 @@ def on_devices(net: Layer, make: Callable[[Layer], Callable[..., Any]]) -> Calla
     return run
 
 
-def one_pass(net: Layer, loss: Loss) -> Callable[..., Pass]:
-    """Forward, loss, backward: (params, state, x, y, ctx=Context()) -> Pass, with grads as net gives them."""
+def one_pass(net: Layer, loss: Loss, contract: Contract = total) -> Callable[..., Pass]:
+    """Forward, loss, backward: (params, state, x, y, ctx=Context()) -> Pass, with grads as net gives them.
+
+    contract: what the net contracts by, and is given something for.
+    """
     check_is("backprop", "loss", loss, Loss)
 
     def run(params, state, x, y, ctx=Context()):
@@ -132,7 +170,7 @@ def one_pass(net: Layer, loss: Loss) -> Callable[..., Pass]:
         prediction, state, res = net.forward(params, state, x, ctx)
         losses, loss_res = losses_of(loss, prediction, y, mask_behind(net, x, ctx.mask))
         delta = mean_delta(loss.backward(loss_res), losses.shape[0])
-        grads, dx = net.backward(params, res, delta)
+        grads, dx = net.backward(beside(contract, net, params), res, delta)
         return Pass(jnp.mean(losses), state, prediction, grads, dx)
 
     return run

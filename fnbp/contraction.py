@@ -12,38 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.arrays.checks import describe
+from fnbp.contractions import Contraction, per_example, sq_norms, total
 from fnbp.factor import MIXED, Factor, Mixed
-from fnbp.layer import Layer, checked
+from fnbp.layer import Around, Layer, checked
 
-__all__ = ["keep", "per_example", "sq_norms", "total", "with_path"]
+__all__ = ["keep", "with_path"]
 
-Contraction = Any  # a function of a factor, a WithPath, or a tuple of them
-
-
-def total(factor: Factor) -> jax.Array:
-    """The sum over examples. Under backprop: the gradient of the mean loss J."""
-    return factor.total()
+Contract = Any  # a Contraction, a function of a factor, a WithPath, or a tuple of them
 
 
 def keep(factor: Factor) -> Factor:
     """The factor itself, to rescale or to contract later. Under backprop its d is of each example's own loss."""
     return factor
-
-
-def sq_norms(factor: Factor) -> jax.Array:
-    """The squared norm of each example's gradient, (m,), in at least float32."""
-    return factor.sq_norms()
-
-
-def per_example(factor: Factor) -> jax.Array:
-    """Each example's gradient, (m, the shape of the parameter): m times the memory of total."""
-    return factor.per_example()
-
-
-OVER_DEPTH: dict[Callable, Callable] = {  # what was made of each of n layers of one shape -> as of their Stacked
-    sq_norms: lambda squares: jnp.sum(squares, 0),
-    per_example: lambda rows: jnp.moveaxis(rows, 0, 1),
-}
 
 
 @dataclass(frozen=True)
@@ -78,8 +58,8 @@ class Contracted:
 
         What a contraction of your own makes keeps the depth as its first axis.
         """
-        if self.contract in OVER_DEPTH:
-            return replace(self, value=OVER_DEPTH[self.contract](self.value))
+        if isinstance(self.contract, Contraction):
+            return replace(self, value=self.contract.depth(self.value))
         return self.map(each)
 
     def map(self, f: Callable[[Any], Any]) -> "Contracted":
@@ -97,16 +77,16 @@ def closed(node: Any) -> Any:
     return node.value if isinstance(node, Contracted) else node
 
 
-def contract_leaf(contract: Contraction, leaf: Any, path: str, key: str = "") -> Any:
-    """What contract makes of one factor. The error runs down the net as dJ/dy, so the factors hold the 1/m of J;
-    every contraction but total sees each example's own, which is m times that."""
+def contract_leaf(contract: Contract, leaf: Any, path: str, key: str = "", given: tuple[Any, ...] = ()) -> Any:
+    """What contract makes of one factor; given: of its parameter. The error runs down the net as dJ/dy, so the factors
+    hold the 1/m of J; every contraction but total sees each example's own, which is m times that."""
     if isinstance(contract, tuple):
-        made = (contract_leaf(c, leaf, path, key) for c in contract)
+        made = (contract_leaf(c, leaf, path, key, g) for c, g in zip(contract, given, strict=True))
         return tuple(Contracted(one, c) if c is total else one for one, c in zip(made, contract, strict=True))
     if not isinstance(leaf, Factor):
         if contract is total:
             return leaf
-        name = getattr(contract, "__name__", repr(contract))
+        name = getattr(contract, "name", getattr(contract, "__name__", repr(contract)))
         raise TypeError(f"{path}: its backward returns a finished gradient, so only total is defined, not {name}")
     if contract is total:
         return total(leaf)
@@ -115,7 +95,79 @@ def contract_leaf(contract: Contraction, leaf: Any, path: str, key: str = "") ->
     own = (leaf if contract is keep else leaf.bare()).scaled(leaf.examples)
     if isinstance(contract, WithPath):
         return Contracted(contract.contract(f"{path}.{key}" if key else path, own), contract.contract)
-    return Contracted(contract(own), contract)
+    return Contracted(contract(own, *given), contract)
+
+
+# --- what a contraction is given for each parameter ---
+
+
+def given_to(contract: Contract, at: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """What a contraction is given, a tuple of none or one tree; of a tuple of contractions a tuple of such. at: what of
+    a tree of params is meant."""
+    if isinstance(contract, tuple):
+        return tuple(given_to(c, at) for c in contract)
+    return (at(contract.given),) if isinstance(contract, Contraction) and contract.given is not None else ()
+
+
+def map_given(contract: Contract, given: tuple[Any, ...], f: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """The same with f of every tree."""
+    if isinstance(contract, tuple):
+        return tuple(map_given(c, g, f) for c, g in zip(contract, given, strict=True))
+    return tuple(map(f, given))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Beside(Around):
+    """The params of a layer, and what contractions are given for them: both go through every loop alike."""
+
+    params: Any
+    given: Any
+
+    @property
+    def inside(self) -> Any:
+        return self.params
+
+    def holding(self, factors: Any) -> "Beside":
+        return replace(self, params=factors)
+
+
+def beside(contract: Contract, layer: Layer, params: Any, at: Callable[[Any], Any] = lambda tree: tree) -> Any:
+    """params, with what contract is given beside those of each layer."""
+    if not jax.tree.leaves(given_to(contract, lambda tree: tree)):
+        return params
+    if layer.rebuild is None:
+        return Beside(params, given_to(contract, at))
+
+    def turn(node: Any) -> Any:
+        return node.in_turn() if layer.traits.turns and isinstance(node, Factor) else node
+
+    def part_of(i: int) -> Callable[[Any], Any]:
+        return lambda tree: jax.tree.map(turn, at(tree)[i], is_leaf=lambda node: isinstance(node, Factor))
+
+    return tuple(beside(contract, part, params[i], part_of(i)) for i, part in enumerate(layer.parts))
+
+
+def check_given(contract: Contract, params: Any) -> None:
+    """ValueError unless what a contraction is given is a tree of params."""
+
+    def check(c: Contraction) -> None:
+        tree = jax.tree.structure(c.given, is_leaf=lambda node: isinstance(node, Factor))
+        if tree != jax.tree.structure(params):
+            raise ValueError(f"{c.name}: expected a tree of params, {jax.tree.structure(params)}, got {tree}")
+        for a, p in zip(jax.tree.leaves(c.given, is_leaf=is_open), jax.tree.leaves(params), strict=True):
+            came = jax.eval_shape(a.total).shape if isinstance(a, Factor) else jnp.shape(a)
+            if came != jnp.shape(p):
+                raise ValueError(f"{c.name}: a parameter of shape {jnp.shape(p)} is given one of shape {came}")
+
+    for c in contract if isinstance(contract, tuple) else (contract,):
+        if isinstance(c, tuple):
+            check_given(c, params)
+        elif isinstance(c, Contraction) and c.given is not None:
+            check(c)
+
+
+# --- in a net ---
 
 
 def check_factors(path: str, factors: Any, params: Any, m: int) -> None:
@@ -134,12 +186,25 @@ def check_factors(path: str, factors: Any, params: Any, m: int) -> None:
         for made, due in ((total, shape), (per_example, (m, *shape)), (sq_norms, (m,))):
             came = jax.eval_shape(lambda made=made, factor=factor: made(factor)).shape
             if came != due:
-                what = "its gradient" if made is total else f"{made.__name__} of its {kind}"
+                what = "its gradient" if made is total else f"{made.name} of its {kind}"
                 hint = "is its backward wrong?" if made is total else f"expected {due}: is the example its first axis?"
                 raise ValueError(f"{path}: {name} has shape {shape}, {what} {came}: {hint}")
 
 
-def contracted(contract: Contraction, later: frozenset[str] = frozenset()) -> Callable[[str, Layer], Layer]:
+def finished(contract: Contract, factors: Any, given: Any, path: str) -> Any:
+    """What contract makes of a tree of factors. given: trees of the same form, as given_to has them."""
+    given = given_to(contract, lambda tree: tree) if given is None else given
+    found, tree = jax.tree_util.tree_flatten_with_path(factors, is_leaf=is_open)
+    each = map_given(contract, given, tree.flatten_up_to)
+    made = []
+    for i, (where, leaf) in enumerate(found):
+        key = ".".join(str(getattr(k, "key", k)) for k in where)
+        own = map_given(contract, each, lambda leaves, i=i: leaves[i])
+        made.append(leaf if isinstance(leaf, Contracted) else contract_leaf(contract, leaf, path, key, own))
+    return jax.tree.unflatten(tree, made)
+
+
+def contracted(contract: Contract, later: frozenset[str] = frozenset()) -> Callable[[str, Layer], Layer]:
     """For map_layers: a layer whose backward contracts its factors as soon as they exist; but for those at later, the
     paths of layers whose factors are still to be added to others. Only total can be added when it is done."""
     for c in contract if isinstance(contract, tuple) and not isinstance(contract, Layer) else (contract,):
@@ -149,17 +214,18 @@ def contracted(contract: Contraction, later: frozenset[str] = frozenset()) -> Ca
     def at(path, layer):
         layer = checked(path, layer)
 
+        def forward(params, state, x, ctx):  # in remat: params come as in backward
+            return layer.forward(params.params if isinstance(params, Beside) else params, state, x, ctx)
+
         def backward(params, res, dy):
+            params, given = (params.params, params.given) if isinstance(params, Beside) else (params, None)
             factors, dx = layer.backward(params, res, dy)
             if contract is not total:
                 check_factors(path, factors, params, jax.tree.leaves(dy)[0].shape[0])
                 if path in later:
                     return factors, dx
-            return jax.tree_util.tree_map_with_path(finish, factors, is_leaf=lambda leaf: isinstance(leaf, Factor)), dx
+            return finished(contract, factors, given, path), dx
 
-        def finish(where, leaf):
-            return contract_leaf(contract, leaf, path, ".".join(str(getattr(k, "key", k)) for k in where))
-
-        return layer._replace(backward=backward)
+        return layer._replace(forward=forward, backward=backward)
 
     return at

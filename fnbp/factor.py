@@ -7,21 +7,18 @@ The indices, here and wherever a factor stands:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
-from fnbp.arrays.placement import each_example, einsum, laid
+from fnbp.arrays.placement import einsum, laid
 from fnbp.arrays.sums import wide
+from fnbp.contractions import Contraction, sq_norms
 
 __all__ = ["Factor", "Outer", "Product", "Sum", "register_factor"]
-
-CHUNK = 1 << 22  # elements of per-example matrices formed at once, where sq_norms has to form them
 
 MIXED = "it mixes the examples of a batch, so no example has a gradient of its own; only total is defined"
 
@@ -65,17 +62,20 @@ class Factor(ABC):
         y = p x, a number a feature        Product(dy, x)       y[t] = x[t] + p[t]           Rows(dy, length)
         anything else: a scalar, a table, a tensor of any rank  PerExample(g), g (m, *shape of p)
 
-    A factor of your own is a frozen dataclass, registered by fnbp.register_factor, with the four abstract methods
-    below and a field d, the error, whose first axis is the example; or with a property examples in place of d.
+    A factor of your own is a frozen dataclass, registered by fnbp.register_factor, with the three abstract methods
+    below and a field d, the error, whose first axis is the example; or with a property examples in place of d. Every
+    contraction then has what it needs. A method with the name of a contraction, sq_norms for example, is a faster way.
 
         positional  True if every axis between the example and the last is a position that shares the parameter: a
                     loop over time then adds its turns as one more such axis, instead of summing turn by turn
         sliced      True if every array of the factor has the example as first axis
+        turned      True if the second of outer is the error, and the first what came in
     """
 
     d: jax.Array
     positional: ClassVar[bool] = False
     sliced: ClassVar[bool] = True
+    turned: ClassVar[bool] = False
 
     @property
     def examples(self) -> int:
@@ -95,12 +95,29 @@ class Factor(ABC):
         """The gradient of each example: (m, the shape of the parameter)."""
 
     @abstractmethod
-    def sq_norms(self) -> jax.Array:
-        """The squared norm of each example's gradient, (m,), without forming the gradients where that is cheaper."""
-
-    @abstractmethod
     def scaled(self, c: Any) -> "Factor":
         """The factor with d times c: a number, or one number for each example, (m,)."""
+
+    def outer(self) -> tuple[jax.Array, jax.Array] | None:
+        """d (m, ..., n_out) and x (m, ..., n_in), if the gradient of an example is the sum of d x^T over positions,
+        reshaped; else None."""
+        return None
+
+    def sq_norms(self) -> jax.Array:
+        """The squared norm of each example's gradient, (m,), without forming the gradients where that is cheaper."""
+        return self.contracted(sq_norms)
+
+    def contracted(self, contraction: Contraction, *given: Any) -> Any:
+        """The value of a contraction, by the forms that the factor has."""
+        return contraction.of_form(self, *given)
+
+    def widened(self) -> "Factor":
+        """The factor in at least float32."""
+        return jax.tree.map(lambda a: wide(a) if jnp.issubdtype(a.dtype, jnp.inexact) else a, self)
+
+    def in_turn(self) -> "Factor":
+        """The factor of one turn of a loop, if this is that of all turns."""
+        return self
 
     def bare(self) -> "Factor":
         """The factor as its layer returned it, without where its parameter lies."""
@@ -122,11 +139,8 @@ class Outer(Factor):
 
         total        d^T x                                     (n_out, n_in)
         per_example  d_i x_i^T, summed over positions          (m, n_out, n_in)
-        sq_norms     |d_i|^2 |x_i|^2, for one position
-                     sum_st (d_is . d_it) (x_is . x_it), the Gram form, for S positions where S^2 < n_out n_in
 
     Shapes: d (m, ..., n_out), x (m, ..., n_in).
-    Source: Goodfellow 2015, arXiv:1510.01799, for one position; Li et al. 2021, arXiv:2110.05679, for the Gram form.
     """
 
     d: jax.Array
@@ -139,17 +153,8 @@ class Outer(Factor):
     def per_example(self) -> jax.Array:
         return einsum("m...o,m...i->moi", self.d, self.x)
 
-    @each_example
-    def sq_norms(self) -> jax.Array:
-        m, n_out, n_in = self.d.shape[0], self.d.shape[-1], self.x.shape[-1]
-        d, x = (wide(a).reshape(m, -1, a.shape[-1]) for a in (self.d, self.x))
-        positions = d.shape[1]
-        if positions == 1:
-            return jnp.sum(d**2, (1, 2)) * jnp.sum(x**2, (1, 2))
-        if positions**2 < n_out * n_in:
-            gram = jnp.einsum("mso,mto->mst", d, d) * jnp.einsum("msi,mti->mst", x, x)
-            return jnp.maximum(jnp.sum(gram, (1, 2)), 0)  # a sum of squares; rounding can leave it below 0
-        return chunked(Outer, (d, x), n_out * n_in)
+    def outer(self) -> tuple[jax.Array, jax.Array]:
+        return self.d, self.x
 
     def scaled(self, c: Any) -> "Outer":
         return Outer(along_examples(c, self.d), self.x)
@@ -162,7 +167,6 @@ class Sum(Factor):
 
         total        sum of d over examples and positions      (n,)
         per_example  d_i, summed over positions                (m, n)
-        sq_norms     |sum over positions of d_i|^2             (m,)
 
     Shapes: d (m, ..., n).
     """
@@ -176,8 +180,8 @@ class Sum(Factor):
     def per_example(self) -> jax.Array:
         return jnp.sum(self.d, range(1, self.d.ndim - 1))
 
-    def sq_norms(self) -> jax.Array:
-        return jnp.sum(jnp.sum(wide(self.d), range(1, self.d.ndim - 1)) ** 2, -1)
+    def outer(self) -> tuple[jax.Array, jax.Array]:
+        return self.d, jnp.ones_like(self.d[..., :1])
 
     def scaled(self, c: Any) -> "Sum":
         return Sum(along_examples(c, self.d))
@@ -190,7 +194,6 @@ class Product(Factor):
 
         total        sum of d x over examples and positions    (n,)
         per_example  d_i x_i, summed over positions            (m, n)
-        sq_norms     |sum over positions of d_i x_i|^2         (m,)
 
     Shapes: d, x (m, ..., n).
     """
@@ -205,9 +208,6 @@ class Product(Factor):
     def per_example(self) -> jax.Array:
         return einsum("m...n,m...n->mn", wide(self.d), wide(self.x)).astype(self.d.dtype)
 
-    def sq_norms(self) -> jax.Array:
-        return jnp.sum(einsum("m...n,m...n->mn", wide(self.d), wide(self.x)) ** 2, -1)
-
     def scaled(self, c: Any) -> "Product":
         return Product(along_examples(c, self.d), self.x)
 
@@ -219,7 +219,6 @@ class PerExample(Factor):
 
         total        sum of d over examples    (the shape of the parameter)
         per_example  d                         (m, the shape of the parameter)
-        sq_norms     |d_i|^2                   (m,)
 
     Shapes: d (m, the shape of the parameter): m times the memory of the gradient.
     """
@@ -231,9 +230,6 @@ class PerExample(Factor):
 
     def per_example(self) -> jax.Array:
         return self.d
-
-    def sq_norms(self) -> jax.Array:
-        return jnp.sum(wide(self.d) ** 2, range(1, self.d.ndim))
 
     def scaled(self, c: Any) -> "PerExample":
         return PerExample(along_examples(c, self.d))
@@ -256,7 +252,7 @@ class Mixed(Factor):
     def per_example(self) -> jax.Array:
         raise TypeError(MIXED)
 
-    def sq_norms(self) -> jax.Array:
+    def contracted(self, contraction: Contraction, *given: Any) -> Any:
         raise TypeError(MIXED)
 
     def scaled(self, c: Any) -> "Mixed":
@@ -268,7 +264,7 @@ class Mixed(Factor):
 class Added(Factor):
     """The sum of two factors of one parameter that is used in two places.
 
-    total, per_example   the sum of both                    sq_norms   of each example's sum, formed a few at once
+    total, per_example   the sum of both
     """
 
     one: Factor
@@ -291,20 +287,19 @@ class Added(Factor):
     def per_example(self) -> jax.Array:
         return self.one.per_example() + self.other.per_example()
 
-    @each_example
-    def sq_norms(self) -> jax.Array:
-        if not self.sliced:
-            rows = wide(self.per_example())
-            return jnp.sum(rows**2, range(1, rows.ndim))
-        axes = self.example_axes()
+    @property
+    def turned(self) -> bool:  # type: ignore[override]
+        return self.one.turned
 
-        def alone(both: Added) -> jax.Array:
-            rows = jax.tree.map(jnp.expand_dims, both, axes).per_example()[0]
-            return jnp.sum(wide(rows) ** 2)
+    def outer(self) -> tuple[jax.Array, jax.Array] | None:
+        one, other = self.one.outer(), self.other.outer()
+        if one is None or other is None or self.one.turned != self.other.turned:
+            return None
+        d, x = (jnp.concatenate([positions_in_one(a) for a in pair], 1) for pair in zip(one, other, strict=True))
+        return d, x
 
-        elements = int(np.prod(jax.eval_shape(self.total).shape))
-        examples = jax.tree.map(lambda a, axis: jnp.moveaxis(a, axis, 0), self, axes)
-        return jax.lax.map(alone, examples, batch_size=min(self.examples, max(1, CHUNK // elements)))
+    def widened(self) -> "Added":
+        return Added(self.one.widened(), self.other.widened())
 
     def scaled(self, c: Any) -> "Added":
         return Added(self.one.scaled(c), self.other.scaled(c))
@@ -338,18 +333,16 @@ class Placed(Factor):
     def per_example(self) -> jax.Array:
         return self.factor.per_example()
 
-    def sq_norms(self) -> jax.Array:
-        return self.factor.sq_norms()
+    def contracted(self, contraction: Contraction, *given: Any) -> Any:
+        return contraction(self.factor, *given)
 
     def scaled(self, c: Any) -> "Placed":
         return replace(self, factor=self.factor.scaled(c))
 
 
-def chunked(factor: Callable[..., Factor], arrays: tuple, elements: int) -> jax.Array:
-    """sq_norms by forming the per-example gradients, each of that many elements, a few at a time."""
-    m = arrays[0].shape[0]
-    chunk = min(m, max(1, CHUNK // elements))
-    return jax.lax.map(lambda one: jnp.sum(factor(*one).total() ** 2), arrays, batch_size=chunk)
+def positions_in_one(a: jax.Array) -> jax.Array:
+    """(m, ..., n) with all positions along one axis."""
+    return a.reshape(a.shape[0], -1, a.shape[-1])
 
 
 def along_examples(c: Any, d: jax.Array) -> jax.Array:

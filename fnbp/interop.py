@@ -24,8 +24,9 @@ from fnbp.arrays.placement import check_whole, each_example, of_param, varying
 from fnbp.arrays.sums import wide
 from fnbp.backpropagation import check_batch, conform
 from fnbp.construction import constructor
-from fnbp.contraction import contracted, total
-from fnbp.factor import CHUNK, Factor, Mixed, along_examples, register_factor
+from fnbp.contraction import contracted
+from fnbp.contractions import CHUNK, total
+from fnbp.factor import Factor, Mixed, along_examples, register_factor
 from fnbp.layer import (
     MIXES,
     Context,
@@ -129,6 +130,9 @@ class Automatic(Factor):
         elements = int(np.prod(jax.tree.leaves(self.inputs[0])[self.which].shape))
         chunk = min(self.examples, max(1, CHUNK // elements))
         return jax.lax.map(lambda one: jnp.sum(wide(alone(*one)) ** 2), self.slices(), batch_size=chunk)
+
+    def widened(self) -> "Automatic":
+        return self
 
     def scaled(self, c: Any) -> "Automatic":
         return replace(self, d=jax.tree.map(lambda d: along_examples(c, d), self.d), gradient=None)

@@ -21,7 +21,8 @@ from fnbp.arrays.masks import RULES
 from fnbp.arrays.placement import axes_of, laid, left_to_compiler, over
 from fnbp.combinators.tie import look_up, put
 from fnbp.construction import constructor
-from fnbp.contraction import Contracted, is_open, total
+from fnbp.contraction import Contracted, is_open
+from fnbp.contractions import total
 from fnbp.factor import Factor, Mixed, Placed
 from fnbp.layer import Context, Layer, child, leaves, map_layers
 from fnbp.naming import by_pattern, check_patterns, map_named

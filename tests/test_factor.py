@@ -55,13 +55,13 @@ def test_sum_is_the_sum_over_positions(x64, positions):
 
 @pytest.mark.parametrize("matrices", [1, 2, 3, 7, 8])
 def test_sq_norms_formed_in_chunks_are_the_same(x64, monkeypatch, matrices):
-    monkeypatch.setattr(fnbp.factor, "CHUNK", matrices * N_OUT * N_IN)
+    monkeypatch.setattr(fnbp.contractions, "CHUNK", matrices * N_OUT * N_IN)
     d, x = drawn((11,))
     assert relative(fnbp.Outer(d, x).sq_norms(), squares(rows_of(d, x))) <= 1e-12
 
 
 def test_a_chunk_holds_one_matrix_at_least(x64, monkeypatch):
-    monkeypatch.setattr(fnbp.factor, "CHUNK", 1)
+    monkeypatch.setattr(fnbp.contractions, "CHUNK", 1)
     d, x = drawn((11,))
     assert relative(fnbp.Outer(d, x).sq_norms(), squares(rows_of(d, x))) <= 1e-12
 
@@ -90,7 +90,7 @@ def test_sq_norms_of_few_positions_form_no_gradient(positions):
 
 @pytest.mark.parametrize("positions", FORMED, ids=str)
 def test_sq_norms_of_many_positions_form_no_gram_matrix_and_a_chunk_of_gradients(monkeypatch, positions):
-    monkeypatch.setattr(fnbp.factor, "CHUNK", 2 * N_OUT * N_IN)
+    monkeypatch.setattr(fnbp.contractions, "CHUNK", 2 * N_OUT * N_IN)
     shapes = intermediates(lambda d, x: fnbp.Outer(d, x).sq_norms(), *drawn(positions))
     count = int(np.prod(positions))
     assert (2, N_OUT, N_IN) in shapes

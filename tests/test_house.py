@@ -24,6 +24,7 @@ AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacr
 DIFFERENTIATORS = {"comparison", "interop"}  # modules, and a package
 FLOORS = (  # rooms: files and packages; imports run down these, one way
     {"arrays", "construction", "processes", "steps"},
+    {"contractions"},
     {"layer", "factor", "losses"},
     {"naming"},
     {"contraction", "layers", "rendering"},

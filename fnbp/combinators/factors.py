@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnbp.arrays.sums import wide
 from fnbp.contraction import Contracted
+from fnbp.contractions import Contraction
 from fnbp.factor import Factor, Mixed, register_factor
 
 
@@ -31,6 +31,9 @@ class Turns(Factor):
     def scaled(self, c: Any) -> Any:
         return replace(self, factor=jax.vmap(lambda factor: factor.scaled(c))(self.factor))
 
+    def widened(self) -> Any:
+        return replace(self, factor=self.factor.widened())
+
     def totals(self) -> jax.Array:
         """total of each turn, (n, the shape of the parameter)."""
         return jax.vmap(lambda factor: factor.total())(self.factor)
@@ -47,7 +50,6 @@ class Stacked(Turns):
 
     total        of each layer                              (n, the shape of the parameter)
     per_example  of each layer, the example first           (m, n, the shape of the parameter)
-    sq_norms     summed over the depth                      (m,)
     """
 
     def total(self) -> jax.Array:
@@ -56,8 +58,12 @@ class Stacked(Turns):
     def per_example(self) -> jax.Array:
         return jnp.moveaxis(self.rows(), 0, 1)
 
-    def sq_norms(self) -> jax.Array:
-        return jnp.sum(jax.lax.map(lambda factor: factor.sq_norms(), self.factor), 0)
+    def in_turn(self) -> Factor:
+        return self.factor
+
+    def contracted(self, contraction: Contraction, *given: Any) -> Any:
+        given = tuple(one.in_turn() if isinstance(one, Factor) else one for one in given)
+        return contraction.depth(jax.lax.map(lambda turn: contraction(turn[0], *turn[1]), (self.factor, given)))
 
 
 @register_factor
@@ -65,7 +71,7 @@ class Stacked(Turns):
 class Shared(Turns):
     """The factors of one parameter in every turn of a loop over time.
 
-    total, per_example   the sum over time      sq_norms   of each example's sum
+    total, per_example   the sum over time
     """
 
     def total(self) -> jax.Array:
@@ -73,10 +79,6 @@ class Shared(Turns):
 
     def per_example(self) -> jax.Array:
         return jnp.sum(self.rows(), 0)
-
-    def sq_norms(self) -> jax.Array:
-        rows = wide(self.per_example())
-        return jnp.sum(rows**2, range(1, rows.ndim))
 
 
 @register_factor
@@ -108,8 +110,12 @@ class Cast(Factor):
     def per_example(self) -> jax.Array:
         return self.factor.per_example().astype(self.rows)
 
-    def sq_norms(self) -> jax.Array:
-        return self.factor.sq_norms()
+    def contracted(self, contraction: Contraction, *given: Any) -> Any:
+        made = contraction(self.factor, *given)
+        return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, self.rows)), made)
+
+    def widened(self) -> "Cast":
+        return replace(self, factor=self.factor.widened())
 
     def scaled(self, c: Any) -> "Cast":
         return replace(self, factor=self.factor.scaled(c))

@@ -15,7 +15,8 @@ from fnbp.comparison.numerics import U32, arithmetic, as_jax, as_numpy, compiled
 from fnbp.comparison.probe import Probe
 from fnbp.comparison.report import Row
 from fnbp.comparison.rounding import Z_LIMIT
-from fnbp.contraction import closed, contract_leaf, contracted, is_open, per_example, sq_norms
+from fnbp.contraction import closed, contract_leaf, contracted, is_open
+from fnbp.contractions import per_example, sq_norms
 from fnbp.factor import Factor, Mixed
 from fnbp.layer import Context, drawing, map_layers, mixing, tied_leaves
 

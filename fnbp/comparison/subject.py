@@ -12,7 +12,8 @@ import numpy as np
 
 from fnbp.comparison.code import computes_narrow, equations, has_narrow_constant, jaxpr_of, numbers_in, rules_in
 from fnbp.comparison.numerics import arithmetic, in_dtype, is_complex, is_inexact
-from fnbp.contraction import contracted, total
+from fnbp.contraction import contracted
+from fnbp.contractions import total
 from fnbp.layer import Context, Layer, drawing, map_layers, rebuilt
 from fnbp.losses.loss import Loss, losses_of
 

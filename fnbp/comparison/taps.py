@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.comparison.numerics import is_floating
-from fnbp.contraction import contracted, total
+from fnbp.contraction import contracted
+from fnbp.contractions import total
 from fnbp.layer import Around, Context, Layer, child, map_layers, rebuilt
 
 

@@ -12,9 +12,8 @@ from jaxtyping import Array, Float
 from fnbp.arrays.checks import check_size
 from fnbp.arrays.masks import Rule, by_position
 from fnbp.arrays.placement import each_example, over_examples
-from fnbp.arrays.sums import wide
 from fnbp.construction import constructor
-from fnbp.factor import Factor, Outer, Sum, along_examples, register_factor
+from fnbp.factor import Factor, Sum, along_examples, register_factor
 from fnbp.layer import Layer, stateless
 from fnbp.layers.initializers import initializer_of
 from fnbp.layers.parameters import Shapes, add_bias, due, optional, weights
@@ -30,7 +29,7 @@ class Correlation(Factor):
 
         total        of d with x                                             (n_out, *kernel, n_in / groups)
         per_example  the same for each example                               (m, n_out, *kernel, n_in / groups)
-        sq_norms     as for Outer: the content of a window is one row of x
+        outer        the content of a window is one row of x, without groups
 
     Shapes: d (m, *count, n_out), x (m, *size, n_in); at (the windows), groups and spread are static. spread is True
             for a transposed convolution, in which d and x change places.
@@ -48,6 +47,10 @@ class Correlation(Factor):
         """The array with one entry for each window, and the array that the windows lie over."""
         return (self.x, self.d) if self.spread else (self.d, self.x)
 
+    @property
+    def turned(self) -> bool:  # type: ignore[override]
+        return self.spread
+
     @over_examples
     def total(self) -> jax.Array:
         return kernel_gradient(*self.pair, self.at, self.groups)
@@ -56,14 +59,12 @@ class Correlation(Factor):
     def per_example(self) -> jax.Array:
         return jax.vmap(lambda d, x: kernel_gradient(d[None], x[None], self.at, self.groups))(*self.pair)
 
-    @each_example
-    def sq_norms(self) -> jax.Array:
-        each, under = (wide(a) for a in self.pair)
-        m, g = each.shape[0], self.groups
-        views = jnp.stack(self.at.views(under), -2).reshape(m, -1, len(self.at.offsets), g, under.shape[-1] // g)
-        rows = jnp.moveaxis(views, 3, 0).reshape(g, m, views.shape[1], -1)
-        each = jnp.moveaxis(each.reshape(m, -1, g, each.shape[-1] // g), 2, 0)
-        return jnp.sum(jax.vmap(lambda d, x: Outer(d, x).sq_norms())(each, rows), 0)
+    def outer(self) -> tuple[jax.Array, jax.Array] | None:
+        if self.groups > 1:
+            return None
+        each, under = self.pair
+        views = jnp.stack(self.at.views(under), -2)
+        return each, views.reshape(*views.shape[:-2], -1)
 
     def scaled(self, c: Any) -> "Correlation":
         return replace(self, d=along_examples(c, self.d))

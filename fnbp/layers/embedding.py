@@ -23,7 +23,8 @@ from fnbp.arrays.checks import (
 from fnbp.arrays.placement import by_example, each_example, over_examples
 from fnbp.arrays.sums import wide
 from fnbp.construction import constructor
-from fnbp.factor import Factor, along_examples, chunked, register_factor
+from fnbp.contractions import sq_norms
+from fnbp.factor import Factor, along_examples, register_factor
 from fnbp.layer import Context, Layer, parameterless, stateless
 from fnbp.layers.initializers import initializer_of
 from fnbp.layers.parameters import Shapes, check_numbers, weights
@@ -98,7 +99,25 @@ class Lookup(Factor):
         if x.shape[1] ** 2 < self.size * n:
             same = (x[:, :, None] == x[:, None, :]) & ((x >= 0) & (x < self.size))[:, None]
             return jnp.maximum(jnp.einsum("mst,msn,mtn->m", same.astype(d.dtype), d, d), 0)
-        return chunked(lambda d, x: Lookup(d, x, self.size), (d, x), self.size * n)
+        return self.contracted(sq_norms)
+
+    @over_examples
+    def kronecker_expand(self) -> tuple[jax.Array, jax.Array]:
+        """The diagonal of A: how often each row is looked up, in the mean over examples and positions; and G."""
+        d, x = wide(self.d).reshape(-1, self.d.shape[-1]), self.x.reshape(-1)
+        there = (x >= 0) & (x < self.size)
+        counts = jnp.zeros(self.size, d.dtype).at[x].add(1, mode="drop", wrap_negative_indices=False)
+        d = jnp.where(there[:, None], d, 0)
+        return counts / x.size, d.T @ d / self.examples
+
+    @over_examples
+    def kronecker_reduce(self) -> tuple[jax.Array, jax.Array]:
+        """The same, of the mean of each example's rows: the diagonal of A."""
+        m, n = self.d.shape[0], self.d.shape[-1]
+        d, x = wide(self.d).reshape(m, -1, n), self.x.reshape(m, -1)
+        d = jnp.where(((x >= 0) & (x < self.size))[..., None], d, 0)
+        seen = jax.vmap(lambda x: jnp.zeros(self.size, d.dtype).at[x].add(1, mode="drop", wrap_negative_indices=False))
+        return jnp.mean((seen(x) / x.shape[1]) ** 2, 0), jnp.einsum("mn,mp->np", d.sum(1), d.sum(1)) / m
 
     def scaled(self, c: Any) -> "Lookup":
         return Lookup(along_examples(c, self.d), self.x, self.size)

@@ -38,6 +38,7 @@ def softmax_cross_entropy(
 
         l = -sum_j v_j log y_hat_j / s      y_hat = softmax(a)      da = (y_hat sum v - v) / s
         v = w q      q = (1 - e) y + e / k      y a distribution, one-hot for a label; w weights, e label_smoothing
+        Hessian = (diag(y_hat) - y_hat y_hat^T) sum v / s      roots sqrt(y_hat_j sum v / s) (e_j - y_hat), e_j one-hot
 
     Without options v = y, so da = (y_hat - y) / s. l is also summed over the s positions of an example that count; a
     position that does not count adds 0 to l and has da = 0.
@@ -87,7 +88,16 @@ def softmax_cross_entropy(
         da = jnp.where(is_good(y_hat, y)[..., None], da, jnp.nan)
         return share(at, da).astype(like_a.dtype)
 
-    return Loss(forward, backward, name, check, True, positions_of(reduce, ignore_index))
+    def roots(res: tuple) -> Float[Array, "k m *s k"]:
+        y_hat, _, y, at, like_a = res
+        v = weighed(y_hat, y, w, label_smoothing)
+        weight = jnp.ones(y_hat.shape[:-1], y_hat.dtype) if v is None else jnp.sum(v, -1)
+        weight = jnp.where(is_good(y_hat, y), weight, jnp.nan)
+        size = jnp.sqrt(share(at, y_hat * weight[..., None]))
+        each = size[..., None] * (jnp.eye(y_hat.shape[-1], dtype=y_hat.dtype) - y_hat[..., None, :])
+        return jnp.moveaxis(each, -2, 0).astype(like_a.dtype)
+
+    return Loss(forward, backward, name, check, True, positions_of(reduce, ignore_index), roots)
 
 
 def positions_of(reduce: str, ignore_index: int | None) -> Callable[..., Any] | None:
@@ -158,6 +168,7 @@ def binary_cross_entropy(
 
         y_hat    l = -[w y log y_hat + (1 - y) log(1 - y_hat)] / s    dy_hat = [(1 - y) / (1 - y_hat) - w y / y_hat] / s
         logits   l = [w y log(1 + e^-z) + (1 - y) log(1 + e^z)] / s   dz = [(1 - y) sigma(z) - w y sigma(-z)] / s
+        Hessian  [(1 - y) / (1 - y_hat)^2 + w y / y_hat^2] / s; of logits (1 - y + w y) sigma(z) sigma(-z) / s
 
     w is pos_weight, 1 by default. l is summed over the s outputs of an example that count. The logarithms of y_hat and
     1 - y_hat are taken of at least the eps of the dtype: nearer to 0 and 1 the loss is flat and its derivative 0. Give
@@ -192,11 +203,11 @@ def binary_cross_entropy(
         return y if given is None else jnp.asarray(given, p.dtype) * y, 1 - y
 
     formulas = of_logits(yes_and_no) if from_logits else of_probabilities(yes_and_no)
-    return of_pairs(name, *formulas, reduce, check, ignore_index)
+    return of_pairs(name, *formulas[:2], reduce, check, ignore_index, formulas[2])
 
 
-def of_probabilities(yes_and_no: Callable) -> tuple[Callable, Callable]:
-    """The loss of each output and its derivative by y_hat; flat below eps and above 1 - eps."""
+def of_probabilities(yes_and_no: Callable) -> tuple[Callable, Callable, Callable]:
+    """The loss of each output, and its derivatives by y_hat; flat below eps and above 1 - eps."""
 
     def inside(y_hat):
         eps = jnp.finfo(y_hat.dtype).eps
@@ -210,11 +221,15 @@ def of_probabilities(yes_and_no: Callable) -> tuple[Callable, Callable]:
         (yes, no), p = yes_and_no(y_hat, t), inside(y_hat)
         return jnp.where(p == y_hat, no / (1 - p) - yes / p, 0 * (yes + no))
 
-    return loss, dloss
+    def d2loss(y_hat, t):
+        (yes, no), p = yes_and_no(y_hat, t), inside(y_hat)
+        return jnp.where(p == y_hat, no / (1 - p) ** 2 + yes / p**2, 0 * (yes + no))
+
+    return loss, dloss, d2loss
 
 
-def of_logits(yes_and_no: Callable) -> tuple[Callable, Callable]:
-    """The loss of each output and its derivative by z."""
+def of_logits(yes_and_no: Callable) -> tuple[Callable, Callable, Callable]:
+    """The loss of each output, and its derivatives by z."""
 
     def loss(z, t):
         yes, no = yes_and_no(z, t)
@@ -224,4 +239,8 @@ def of_logits(yes_and_no: Callable) -> tuple[Callable, Callable]:
         yes, no = yes_and_no(z, t)
         return no * jax.nn.sigmoid(z) - yes * jax.nn.sigmoid(-z)
 
-    return loss, dloss
+    def d2loss(z, t):
+        yes, no = yes_and_no(z, t)
+        return (yes + no) * jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
+
+    return loss, dloss, d2loss

@@ -26,6 +26,10 @@ class Loss(NamedTuple):
         takes_mask  True if forward and check take a third argument: the mask of the prediction's positions, or None
         positions   (prediction, target, mask) -> how many positions count, if each loss is a share of a whole batch, as
                     for reduce="tokens"; None otherwise
+        roots       (res) -> r (k, m, ...), so that sum_k r_k r_k^T is the Hessian of each loss by its prediction; None
+                    if there is none of this form
+        joint       how many of the last axes of the prediction belong together in that Hessian, 1 or 0; numbers at
+                    different places of the others do not, and each place has roots of its own
         made        the call that made it, see fnbp.constructor
 
     fnbp.backprop takes the mean over the m examples. If a prediction has positions (time, outputs), the loss of an
@@ -38,6 +42,8 @@ class Loss(NamedTuple):
     check: Callable[..., None] = lambda prediction, target: None
     takes_mask: bool = False
     positions: Callable[..., Any] | None = None
+    roots: Callable[..., Any] | None = None
+    joint: int = 1
     made: Made | None = None
 
     __eq__, __ne__, __hash__ = is_alike, is_other, hashed
@@ -92,10 +98,11 @@ def of_pairs(
     reduce: str,
     check_values: Callable = accept,
     ignore_index: int | None = None,
+    d2loss: Callable | None = None,
 ) -> Loss:
     """A Loss that compares prediction and target number by number.
 
-        l = sum_j loss(p_j, t_j) / s      dp = dloss(p, t) / s
+        l = sum_j loss(p_j, t_j) / s      dp = dloss(p, t) / s      Hessian: diagonal, d2loss(p, t) / s
 
     s is 1 for reduce="sum", else as in softmax_cross_entropy.
     """
@@ -121,4 +128,10 @@ def of_pairs(
     def positions(p, t, mask):
         return how_many(counted(mask, t, ignore_index), p.shape)
 
-    return Loss(forward, backward, name, check, True, positions if reduce == "tokens" else None)
+    def roots(res: tuple) -> Float[Array, "1 m *n"]:
+        p, t, at = res
+        assert d2loss is not None
+        return jnp.sqrt(share(at, d2loss(wide(p), t)))[None].astype(p.dtype)
+
+    of = positions if reduce == "tokens" else None
+    return Loss(forward, backward, name, check, True, of, None if d2loss is None else roots, 0)

@@ -1,0 +1,298 @@
+"""Clipping, moments, noise scale and influence, against the gradients of single examples by jax.grad."""
+
+import functools
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fnbp
+from fnbp import statistics
+from fnbp.statistics import clipping
+from tests.cases import relative
+
+LOSS, KEY = fnbp.softmax_cross_entropy(), jax.random.key(5)
+NETS = {
+    "mlp": (lambda: fnbp.models.mlp(7, 6, 5), (11,)),
+    "lenet": (lambda: fnbp.models.lenet(5), (28, 28, 1)),
+    "lstm": (lambda: fnbp.models.lstm_classifier(6, 5), (7, 3)),
+    "gpt": (lambda: fnbp.models.gpt(13, 8, 2, 2, 6), (8,)),
+    "tied, repeated": (
+        lambda: fnbp.serial(
+            fnbp.dense(6),
+            fnbp.repeat(fnbp.tie(fnbp.serial(fnbp.dense(6), fnbp.tanh(), fnbp.dense(6)), (0, "W"), (2, "W")), 3),
+            fnbp.layer_norm(),
+            fnbp.dense(5),
+        ),
+        (11,),
+    ),
+}
+each = pytest.mark.parametrize("name", NETS)
+
+
+def subject(name, m=5, seed=0):
+    make, shape = NETS[name]
+    net, key = make(), jax.random.key(seed)
+    if name == "gpt":
+        x = jax.random.randint(key, (m, *shape), 0, 13)
+        y = jnp.roll(x, -1, 1)
+    else:
+        x, y = jax.random.normal(key, (m, *shape), float), jax.random.randint(key, (m,), 0, 5)
+    params, state = net.init(KEY, x)
+    leaf, tree = jax.tree.flatten(params)
+    away = [a + 0.2 * jax.random.normal(jax.random.fold_in(KEY, i), a.shape, a.dtype) for i, a in enumerate(leaf)]
+    return net, jax.tree.unflatten(tree, away), state, x, y
+
+
+def rows_of(net, params, state, x, y):
+    """The gradient of each example, by jax.grad."""
+
+    def alone(x, y):
+        forward = lambda p: net.forward(p, state, x[None], fnbp.Context())[0]  # noqa: E731
+        return jax.grad(lambda p: LOSS.forward(forward(p), y[None])[0].sum())(params)
+
+    return jax.jit(jax.vmap(alone))(x, y)
+
+
+def squares(tree):
+    return sum(jnp.sum(a.reshape(a.shape[0], -1) ** 2, 1) for a in jax.tree.leaves(tree))
+
+
+def clipped_by_hand(rows, scale):
+    return jax.tree.map(lambda a: jnp.mean(a * scale.reshape(-1, *[1] * (a.ndim - 1)), 0), rows)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@each
+def test_clipped_gradients_are_those_of_single_examples(x64, name, passes):
+    given = subject(name)
+    net, *rest = given
+    rows = rows_of(*given)
+    limit = float(jnp.median(jnp.sqrt(squares(rows))))
+    (J, _), found = jax.jit(statistics.clipped(net, LOSS, limit, passes=passes))(*rest)
+    due = clipped_by_hand(rows, jnp.minimum(1, limit / jnp.sqrt(squares(rows))))
+    assert relative(found, due) <= 1e-10
+    assert jnp.allclose(J, fnbp.value_and_grad(net, LOSS)(*rest)[0][0])
+
+
+@each
+def test_clipped_layer_by_layer(x64, name):
+    given = subject(name)
+    net, *rest = given
+    rows = rows_of(*given)
+    _, found = jax.jit(statistics.clipped(net, LOSS, 0.1, per_layer=True))(*rest)
+    for (path, _, own), (_, _, got) in zip(fnbp.layer.leaves(net, rows), fnbp.layer.leaves(net, found), strict=True):
+        if jax.tree.leaves(own):
+            due = clipped_by_hand(own, jnp.minimum(1, 0.1 / jnp.sqrt(squares(own))))
+            assert relative(got, due) <= 1e-10, path
+
+
+def test_noise_has_the_deviation_that_was_asked_for():
+    net, *rest = subject("mlp")
+    key = jax.random.key(3)
+    ctx = fnbp.Context(key, train=True)
+    for per_layer, spread in ((False, 2 * 0.5 / 5), (True, 2 * 0.5 * np.sqrt(3) / 5)):
+        run = functools.partial(statistics.clipped, net, LOSS, 0.5, per_layer=per_layer)
+        of = run(noise=2.0)
+        with_noise = jax.jit(jax.vmap(lambda key, of=of: of(*rest, fnbp.Context(key, train=True))[1]))
+        without = run()(*rest, ctx)[1]
+        noise = jax.tree.map(lambda a, b: a - b, with_noise(jax.random.split(key, 500)), without)
+        found = np.concatenate([np.asarray(a).reshape(-1) for a in jax.tree.leaves(noise)])
+        assert abs(found.std() / spread - 1) <= 5 / np.sqrt(2 * found.size)
+        assert abs(found.mean()) <= 5 * spread / np.sqrt(found.size)
+
+
+def test_fit_trains_by_clipped_gradients():
+    net, params, state, x, y = subject("mlp", 20)
+    options = {"optimizer": optax.sgd(0.3), "key": KEY, "batch_size": 6, "steps": 8, "progress": False}
+    plain = fnbp.fit(net, LOSS, params, state, x, y, **options)
+    wide = functools.partial(statistics.clipped, limit=1e6)
+    same = fnbp.fit(net, LOSS, params, state, x, y, gradient=wide, **options)
+    np.testing.assert_allclose(same.history.loss, plain.history.loss, rtol=1e-5)
+    private = functools.partial(statistics.clipped, limit=0.1, noise=1.0)
+    other = fnbp.fit(net, LOSS, params, state, x, y, gradient=private, **options)
+    assert abs(other.history.loss / plain.history.loss - 1).max() > 1e-3
+
+
+def test_factors_that_take_much_room_make_two_passes(monkeypatch):
+    net, *rest = subject("mlp")
+    text = lambda: str(jax.make_jaxpr(statistics.clipped(net, LOSS, 1.0))(*rest))  # noqa: E731
+    one = text()
+    monkeypatch.setattr(clipping, "ROOM", 0)
+    assert text().count("dot_general") > 1.5 * one.count("dot_general")
+
+
+@each
+def test_moments(x64, name):
+    given = subject(name)
+    rows = rows_of(*given)
+    _, found = jax.jit(statistics.moments(given[0], LOSS))(*given[1:])
+    assert relative(found.mean, jax.tree.map(lambda a: a.mean(0), rows)) <= 1e-10
+    assert relative(found.variance, jax.tree.map(lambda a: a.var(0, ddof=1), rows)) <= 1e-10
+
+
+@each
+def test_noise_scale(x64, name):
+    given = subject(name)
+    rows = rows_of(*given)
+    _, grads, found = jax.jit(statistics.noise_scale(given[0], LOSS))(*given[1:])
+    trace = sum(jnp.sum(a.var(0, ddof=1)) for a in jax.tree.leaves(rows))
+    whole = sum(jnp.sum(a.mean(0) ** 2) for a in jax.tree.leaves(rows))
+    np.testing.assert_allclose(found.trace, trace, rtol=1e-10)
+    np.testing.assert_allclose(found.square, whole - trace / 5, rtol=1e-9)
+    np.testing.assert_allclose(found.scale, found.trace / found.square, rtol=1e-12)
+    assert relative(grads, jax.tree.map(lambda a: a.mean(0), rows)) <= 1e-10
+    np.testing.assert_allclose(sum(pair[0] for pair in found.by_layer.values()), trace, rtol=1e-10)
+
+
+def test_the_noise_scale_of_norm_layers_alone(x64):
+    given = subject("gpt")
+    rows = rows_of(*given)
+    _, _, found = statistics.noise_scale(given[0], LOSS, norms_only=True)(*given[1:])
+    own = [own for path, _, own in fnbp.layer.leaves(given[0], rows) if "norm" in path.rsplit(".", 1)[-1]]
+    np.testing.assert_allclose(found.trace, sum(jnp.sum(a.var(0, ddof=1)) for a in jax.tree.leaves(own)), rtol=1e-10)
+    with pytest.raises(ValueError, match="noise_scale: mlp has no norm layer"):
+        statistics.noise_scale(subject("mlp")[0], LOSS, norms_only=True)(*subject("mlp")[1:])
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 100])
+@each
+def test_influence(x64, name, chunk):
+    net, params, state, x, y = subject(name)
+    query = subject(name, 3, seed=1)[3:]
+    rows, others = (rows_of(net, params, state, *data) for data in ((x, y), query))
+    due = sum(
+        a.reshape(5, -1) @ b.reshape(3, -1).T
+        for a, b in zip(jax.tree.leaves(rows), jax.tree.leaves(others), strict=True)
+    )
+    found = jax.jit(statistics.influence(net, LOSS, chunk))(params, state, (x, y), query)
+    assert found.shape == (5, 3) and relative(found, due) <= 1e-10
+
+
+def test_influence_of_projections_is_near(x64):
+    net, params, state, x, y = subject("mlp")
+    query = subject("mlp", 3, seed=1)[3:]
+    due = statistics.influence(net, LOSS)(params, state, (x, y), query)
+    of = lambda key: statistics.influence(net, LOSS, projection=fnbp.project(key, 16, 16))  # noqa: E731
+    found = jax.jit(jax.vmap(lambda key: of(key)(params, state, (x, y), query)))(jax.random.split(KEY, 400))
+    assert (abs(found.mean(0) - due) <= 5 * found.std(0) / 20).all()
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda net, *rest: statistics.clipped(net, LOSS, 0), ValueError, "limit must be above 0, got 0"),
+        (lambda net, *rest: statistics.clipped(net, LOSS, -1.0), ValueError, "limit must be above 0"),
+        (lambda net, *rest: statistics.clipped(net, LOSS, 1, noise=-1), ValueError, "noise must be a number from 0 on"),
+        (lambda net, *rest: statistics.clipped(net, LOSS, 1, passes=3), ValueError, "passes must be 1 or 2"),
+        (lambda net, *rest: statistics.clipped(net, LOSS, 1, per_layer=True, passes=2), ValueError, "1 per layer"),
+        (lambda net, *rest: statistics.clipped(net, LOSS, 1, noise=1.0)(*rest), ValueError, "noise needs a key"),
+        (lambda net, p, s, x, y: statistics.moments(net, LOSS)(p, s, x[:1], y[:1]), ValueError, "a batch of 1 has no"),
+        (lambda net, p, s, x, y: statistics.noise_scale(net, LOSS)(p, s, x[:1], y[:1]), ValueError, "a batch of 1"),
+        (lambda net, *rest: statistics.influence(net, LOSS, 0), ValueError, "chunk must be at least 1, got 0"),
+        (
+            lambda net, p, s, x, y: statistics.influence(net, LOSS)(p, s, (x[:0], y[:0]), (x, y)),
+            ValueError,
+            "there is no training example",
+        ),
+    ],
+)
+def test_what_is_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        make(*subject("mlp"))
+
+
+@pytest.mark.parametrize("make", [lambda n: statistics.clipped(n, LOSS, 1.0), lambda n: statistics.moments(n, LOSS)])
+def test_a_layer_that_mixes_the_examples_is_named(make):
+    net, x, y = fnbp.serial(fnbp.dense(4), fnbp.batch_norm(), fnbp.dense(5)), jnp.ones((3, 2)), jnp.arange(3)
+    params, state = net.init(KEY, x)
+    with pytest.raises(TypeError, match=r"serial\[1\]\.batch_norm: it mixes the examples"):
+        make(net)(params, state, x, y, fnbp.Context(KEY, train=True))
+
+
+# --- curvature ---
+
+LOSSES = {
+    "labels": (fnbp.softmax_cross_entropy(), lambda key, p: jax.random.randint(key, p.shape[:-1], 0, p.shape[-1])),
+    "weighted, smoothed": (
+        fnbp.softmax_cross_entropy(weights=[0.5, 2.0, 1.0, 3.0], label_smoothing=0.1),
+        lambda key, p: jax.random.randint(key, p.shape[:-1], 0, p.shape[-1]),
+    ),
+    "distributions": (
+        fnbp.softmax_cross_entropy(),
+        lambda key, p: jax.nn.softmax(jax.random.normal(key, p.shape, p.dtype)),
+    ),
+    "tokens": (
+        fnbp.softmax_cross_entropy(reduce="tokens", ignore_index=0),
+        lambda key, p: jax.random.randint(key, p.shape[:-1], 0, p.shape[-1]),
+    ),
+    "mean squares": (fnbp.mean_squared_error(), lambda key, p: jax.random.normal(key, p.shape, p.dtype)),
+    "half squares": (fnbp.half_squared_error(), lambda key, p: jax.random.normal(key, p.shape, p.dtype)),
+    "logits": (
+        fnbp.binary_cross_entropy(from_logits=True, pos_weight=2.0),
+        lambda key, p: jax.random.uniform(key, p.shape, p.dtype),
+    ),
+    "probabilities": (fnbp.binary_cross_entropy(), lambda key, p: jax.random.uniform(key, p.shape, p.dtype)),
+}
+SMALL = {
+    "mlp": (lambda: fnbp.models.mlp(3, 4), (5,)),
+    "positions": (lambda: fnbp.serial(fnbp.scan(fnbp.gru_cell(3)), fnbp.dense(4)), (3, 2)),
+    "conv": (lambda: fnbp.serial(fnbp.conv(4, (2, 2)), fnbp.tanh(), fnbp.global_avg_pool()), (3, 3, 2)),
+}
+
+
+def ggn_by_hand(net, loss, params, state, x, y):
+    """sum_i J_i^T H_i J_i / m, with H_i by jax.hessian."""
+    flat, back = jax.flatten_util.ravel_pytree(params)
+    forward = lambda v: net.forward(back(v), state, x, fnbp.Context())[0]  # noqa: E731
+    J = jax.jacobian(forward)(flat)
+    total = lambda p: loss.forward(p, y)[0].sum() / len(x)  # noqa: E731
+    n = J.size // flat.size
+    H = jax.hessian(total)(forward(flat)).reshape(n, n)
+    J = J.reshape(n, flat.size)
+    return J.T @ H @ J, back
+
+
+@pytest.mark.parametrize("case", LOSSES)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_diagonal_of_the_ggn(x64, name, case):
+    make, shape = SMALL[name]
+    loss, target = LOSSES[case]
+    net = fnbp.serial(make(), fnbp.sigmoid()) if case == "probabilities" else make()
+    x = jax.random.normal(KEY, (3, *shape), float)
+    params, state = net.init(KEY, x)
+    y = target(jax.random.key(2), net.forward(params, state, x, fnbp.Context())[0])
+    G, back = ggn_by_hand(net, loss, params, state, x, y)
+    for chunk in (1, 5):
+        found = jax.jit(statistics.ggn_diagonal(net, loss, chunk=chunk))(params, state, x, y)
+        assert relative(found, back(jnp.diagonal(G))) <= 1e-10
+    of = lambda key: statistics.ggn_diagonal(net, loss, samples=2)(params, state, x, y, fnbp.Context(key))  # noqa: E731
+    draws = jax.jit(jax.vmap(of))(jax.random.split(KEY, 600))
+    for a, due in zip(jax.tree.leaves(draws), jax.tree.leaves(back(jnp.diagonal(G))), strict=True):
+        assert (abs(a.mean(0) - due) <= 5.5 * a.std(0) / np.sqrt(600) + 1e-12).all()
+
+
+def test_kronecker_factors_of_a_linear_net_under_squares_are_exact(x64):
+    net, x = fnbp.serial(fnbp.dense(4, b=None), fnbp.dense(3, b=None)), jax.random.normal(KEY, (6, 5), float)
+    loss = fnbp.half_squared_error()
+    params, state = net.init(KEY, x)
+    y = jnp.zeros((6, 3))
+    G, _ = ggn_by_hand(net, loss, params, state, x, y)
+    run = jax.jit(jax.vmap(lambda key: statistics.fisher(net, loss, fnbp.kronecker())(
+        params, state, x, y, fnbp.Context(key))))  # fmt: skip
+    found = jax.tree.structure(params).flatten_up_to(run(jax.random.split(KEY, 3000)))
+    (A, one), (B, two) = found
+    np.testing.assert_allclose(jnp.kron(one.mean(0), A[0]), G[:20, :20], atol=0.1 * abs(G).max())
+    np.testing.assert_allclose(jnp.kron(two.mean(0), B[0]), G[20:, 20:], atol=0.1 * abs(G).max())
+
+
+def test_what_curvature_refuses():
+    net, *rest = subject("mlp")
+    own = fnbp.loss_from_jax(lambda p, t: jnp.sum((p - t) ** 4, -1))
+    with pytest.raises(ValueError, match=r"ggn_diagonal: .* does not say the roots of its Hessian"):
+        statistics.ggn_diagonal(net, own)
+    with pytest.raises(ValueError, match="fisher: signs are drawn, so it needs a key"):
+        statistics.fisher(net, LOSS)(*rest)
