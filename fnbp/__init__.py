@@ -45,6 +45,6 @@ from fnbp.training.fit import *
 from fnbp.training.records import *
 from fnbp.training.steps import *
 
-from . import factors, models, sharding, testing
+from . import factors, models, sharding, statistics, testing
 
 __version__ = version("fnbp")

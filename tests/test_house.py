@@ -31,7 +31,7 @@ FLOORS = (  # rooms: files and packages; imports run down these, one way
     {"combinators", "measurement"},
     {"sharding"},
     {"backpropagation"},
-    {"factors", "models", "interop", "training"},
+    {"factors", "models", "interop", "statistics", "training"},
     {"comparison", "exchange"},
     {"testing", "__main__"},
     {"__init__"},
@@ -68,7 +68,7 @@ def test_what_a_file_hands_on_is_public(path):
     for name in (name for name, f in made.items() if "Shapes:" in (f.__doc__ or "")):  # a helper has no shapes
         assert name in getattr(module, "__all__", ()), f'put "{name}" into __all__ of {file}'
     for name in getattr(module, "__all__", ()):
-        places = (fnbp, fnbp.factors, fnbp.models, fnbp.sharding, fnbp.testing)
+        places = (fnbp, fnbp.factors, fnbp.models, fnbp.sharding, fnbp.statistics, fnbp.testing)
         found = any(hasattr(place, name) for place in places)
         assert found, f"{name} is not in fnbp; add to fnbp/__init__.py: from {module.__name__} import *"
 

@@ -29,10 +29,7 @@ __all__ = ["binary_cross_entropy", "softmax_cross_entropy"]
 
 @constructor
 def softmax_cross_entropy(
-    ignore_index: int | None = None,
-    weights: Any = None,
-    label_smoothing: float = 0.0,
-    reduce: str = "examples",
+    ignore_index: int | None = None, weights: Any = None, label_smoothing: float = 0.0, reduce: str = "examples"
 ) -> Loss:
     """Cross-entropy of softmax(a) and a target, where a is the prediction.
 
@@ -72,11 +69,7 @@ def softmax_cross_entropy(
         a, y = only(counts, a), only(counts, y)
         M, r = log_total(wide(a))
         y_hat = softmax_of(wide(a), M, r)
-        v = weighed(y_hat, y, w, label_smoothing)
-        if v is None:
-            losses = jnp.log1p(r[..., 0]) - (by_example(at_label, wide(a), y) - M[..., 0])
-        else:
-            losses = cross_entropy(v, (wide(a) - M) - jnp.log1p(r))
+        losses = cross_entropies(wide(a), y, weighed(y_hat, y, w, label_smoothing), M, r)
         losses = jnp.where(is_good(a, y), losses, jnp.nan)
         at = shares(reduce, losses, counts)
         return summed_up(at, losses), (y_hat, r, y, at, like(a))
@@ -90,12 +83,7 @@ def softmax_cross_entropy(
 
     def roots(res: tuple) -> Float[Array, "k m *s k"]:
         y_hat, _, y, at, like_a = res
-        v = weighed(y_hat, y, w, label_smoothing)
-        weight = jnp.ones(y_hat.shape[:-1], y_hat.dtype) if v is None else jnp.sum(v, -1)
-        weight = jnp.where(is_good(y_hat, y), weight, jnp.nan)
-        size = jnp.sqrt(share(at, y_hat * weight[..., None]))
-        each = size[..., None] * (jnp.eye(y_hat.shape[-1], dtype=y_hat.dtype) - y_hat[..., None, :])
-        return jnp.moveaxis(each, -2, 0).astype(like_a.dtype)
+        return softmax_roots(y_hat, y, at, weighed(y_hat, y, w, label_smoothing)).astype(like_a.dtype)
 
     return Loss(forward, backward, name, check, True, positions_of(reduce, ignore_index), roots)
 
@@ -132,9 +120,27 @@ def minus(y_hat: jax.Array, r: jax.Array, v: jax.Array) -> jax.Array:
     return y_hat * (jnp.sum(v, -1, keepdims=True) - v) - v * complement(y_hat, r)
 
 
+def cross_entropies(a: jax.Array, y: jax.Array, v: jax.Array | None, M: jax.Array, r: jax.Array) -> jax.Array:
+    """The loss of each position, with the M and r of log_total(a): of the label y, or of v."""
+    if v is None:
+        return jnp.log1p(r[..., 0]) - (by_example(at_label, a, y) - M[..., 0])
+    return cross_entropy(v, (a - M) - jnp.log1p(r))
+
+
 def cross_entropy(v: jax.Array, log_y_hat: jax.Array) -> jax.Array:
     """-sum_j v_j log y_hat_j, with 0 log 0 = 0."""
     return -jnp.sum(jnp.where(v > 0, v * log_y_hat, 0), -1)
+
+
+def softmax_roots(y_hat: jax.Array, y: jax.Array, at: Any, v: jax.Array | None) -> jax.Array:
+    """r_j = sqrt(y_hat_j weight) (e_j - y_hat), with sum_j r_j r_j^T = weight (diag(y_hat) - y_hat y_hat^T).
+
+    The weight is the sum of v, or 1 for None, by shares(at).
+    """
+    weight = jnp.ones(y_hat.shape[:-1], y_hat.dtype) if v is None else jnp.sum(v, -1)
+    weight = share(at, jnp.where(is_good(y_hat, y), weight, jnp.nan)[..., None])
+    e = jnp.eye(y_hat.shape[-1], dtype=y_hat.dtype)
+    return jnp.moveaxis(jnp.sqrt(y_hat * weight)[..., None] * (e - y_hat[..., None, :]), -2, 0)
 
 
 def hot(y: jax.Array, k: int) -> jax.Array:

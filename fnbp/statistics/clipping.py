@@ -15,6 +15,8 @@ from fnbp.factor import Factor
 from fnbp.layer import Context, Layer, leaves
 from fnbp.losses.loss import Loss
 
+__all__ = ["clipped"]
+
 ROOM = 1 << 30  # bytes of factors that are kept for one backward
 APART = 2**31 - 1  # of the key of the noise from those of layers, which count from 0
 
@@ -68,7 +70,7 @@ def clipped(
             grads = jax.tree.map(summed, done.grads, scales, is_leaf=is_factor)
         else:
             squares = jax.tree.leaves(squares_of(*given).grads)
-            scale = share(sum(squares), limit)
+            scale = share(all_of(squares), limit)
             done = backprop(net, loss, lambda factor: summed(factor, scale))(*given)
             grads = done.grads
         grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
@@ -80,6 +82,11 @@ def clipped(
     return clipped_of
 
 
+def all_of(squares: list[jax.Array]) -> jax.Array:
+    """Their sum."""
+    return sum(squares[1:], squares[0])
+
+
 def share(squares: jax.Array, limit: float) -> jax.Array:
     """min(1, limit / norm), (m,); 1 for a gradient of 0."""
     return jnp.minimum(1, limit / jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny)))
@@ -89,12 +96,12 @@ def scales_of(net: Layer, kept: Any, limit: float, per_layer: bool) -> Any:
     """How much of each example's gradient is left, (m,) for each parameter: a tree of params."""
     squares = jax.tree.map(sq_norms, kept, is_leaf=is_factor)
     if not per_layer:
-        scale = share(sum(jax.tree.leaves(squares)), limit)
+        scale = share(all_of(jax.tree.leaves(squares)), limit)
         return jax.tree.map(lambda _: scale, squares)
     leaf, tree = jax.tree.flatten(squares)
     places = jax.tree.unflatten(tree, range(len(leaf)))
     for _, _, own in layers_of(net, places):
-        scale = share(sum(leaf[i] for i in jax.tree.leaves(own)), limit)
+        scale = share(all_of([leaf[i] for i in jax.tree.leaves(own)]), limit)
         for i in jax.tree.leaves(own):
             leaf[i] = scale
     return jax.tree.unflatten(tree, leaf)

@@ -13,6 +13,8 @@ from fnbp.contractions import second_moment
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
 
+__all__ = ["fisher", "ggn_diagonal"]
+
 APART = 2**31 - 2  # of the key of the signs from those of layers, which count from 0
 
 

@@ -12,6 +12,8 @@ from fnbp.contractions import second_moment, sq_norms, total
 from fnbp.layer import Context, Layer, leaves
 from fnbp.losses.loss import Loss
 
+__all__ = ["Moments", "NoiseScale", "moments", "noise_scale"]
+
 NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
 
 

@@ -13,6 +13,8 @@ from fnbp.contractions import cross_gram
 from fnbp.layer import Context, Layer
 from fnbp.losses.loss import Loss
 
+__all__ = ["influence"]
+
 
 def influence(net: Layer, loss: Loss, chunk: int = 256, projection: Any = None) -> Callable[..., jax.Array]:
     """Make the function of influences: (params, state, (x, y), (x_query, y_query), ctx) -> (n, q).
@@ -36,7 +38,7 @@ def influence(net: Layer, loss: Loss, chunk: int = 256, projection: Any = None) 
         if projection is None:
             kept = backprop(net, loss, keep)(params, state, *query, ctx).grads
             run = backprop(net, loss, cross_gram(kept))
-            products = lambda grads: sum(jax.tree.leaves(grads))  # noqa: E731
+            products = lambda grads: jnp.sum(jnp.stack(jax.tree.leaves(grads)), 0)  # noqa: E731
         else:
             run = backprop(net, loss, projection)
             rows = rows_of(run(params, state, *query, ctx).grads)
