@@ -22,7 +22,8 @@ from experiments.charlm.__main__ import Settings as Recipe
 from experiments.charlm.__main__ import Trained, network, split
 from experiments.shared import data, report
 from experiments.shared.report import console
-from fnbp.combinators.stepping import beginning, going_on, unrolled
+from fnbp.combinators.stepping import beginning, going_on
+from fnbp.combinators.unrolling import unrolled
 
 MINUTES = 1  # on two CPU cores
 
@@ -128,7 +129,7 @@ def scores_apart(net: fnbp.Layer, params: Any, state: Any, prompt: np.ndarray, s
         wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, state))
         rest = np.random.default_rng(0).integers(0, k, (1, settings.block - prompt.shape[1]))
         tokens = np.concatenate([prompt, rest], 1).astype(np.int32)
-        then, in_turn = unrolled(going_on(net))
+        then, in_turn, _ = unrolled(going_on(net))
 
         @jax.jit
         def both(params, state, tokens):

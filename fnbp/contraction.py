@@ -4,16 +4,18 @@ A contraction is a function of a factor. It runs inside the net, as soon as a ba
 makes is then carried out of repeat, tie and cast in a Contracted, and handed to the caller at the end of the pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fnbp.arrays.checks import describe
-from fnbp.contractions import Contraction, per_example, sq_norms, total
-from fnbp.factor import MIXED, Factor, Mixed
+from fnbp.arrays.placement import placement
+from fnbp.contractions import Contraction, per_example, rows_of, sq_norms, total
+from fnbp.factor import MIXED, Factor, Mixed, Outer
 from fnbp.layer import Around, Layer, checked
 
 __all__ = ["keep", "with_path"]
@@ -73,15 +75,23 @@ def is_open(node: Any) -> bool:
 
 
 def closed(node: Any) -> Any:
-    """A node as the caller will see it."""
-    return node.value if isinstance(node, Contracted) else node
+    """A node as the caller will see it. A factor that is kept is scaled here, behind the loops, where two weights that
+    share an error still share it."""
+    if not isinstance(node, Contracted):
+        return node
+    return node.value.scaled(node.value.examples) if node.contract is keep else node.value
 
 
-def contract_leaf(contract: Contract, leaf: Any, path: str, key: str = "", given: tuple[Any, ...] = ()) -> Any:
-    """What contract makes of one factor; given: of its parameter. The error runs down the net as dJ/dy, so the factors
-    hold the 1/m of J; every contraction but total sees each example's own, which is m times that."""
+def contract_leaf(
+    contract: Contract, leaf: Any, path: str, key: str = "", given: tuple[Any, ...] = (), whole: Any = None
+) -> Any:
+    """What contract makes of one factor; given: of its parameter. whole: its total, if it is there already.
+
+    The error runs down the net as dJ/dy, so the factors hold the 1/m of J; every contraction but total sees each
+    example's own, which is m times that.
+    """
     if isinstance(contract, tuple):
-        made = (contract_leaf(c, leaf, path, key, g) for c, g in zip(contract, given, strict=True))
+        made = (contract_leaf(c, leaf, path, key, g, whole) for c, g in zip(contract, given, strict=True))
         return tuple(Contracted(one, c) if c is total else one for one, c in zip(made, contract, strict=True))
     if not isinstance(leaf, Factor):
         if contract is total:
@@ -89,10 +99,14 @@ def contract_leaf(contract: Contract, leaf: Any, path: str, key: str = "", given
         name = getattr(contract, "name", getattr(contract, "__name__", repr(contract)))
         raise TypeError(f"{path}: its backward returns a finished gradient, so only total is defined, not {name}")
     if contract is total:
-        return total(leaf)
+        return total(leaf) if whole is None else whole
     if isinstance(leaf, Mixed):
         raise TypeError(f"{path}: {MIXED}")
-    own = (leaf if contract is keep else leaf.bare()).scaled(leaf.examples)
+    if isinstance(contract, Contraction) and contract.scaled is not None:
+        return Contracted(contract.scaled(contract(leaf.bare(), *given), leaf.examples), contract)
+    if contract is keep:
+        return Contracted(leaf, keep)
+    own = leaf.bare().scaled(leaf.examples)
     if isinstance(contract, WithPath):
         return Contracted(contract.contract(f"{path}.{key}" if key else path, own), contract.contract)
     return Contracted(contract(own, *given), contract)
@@ -196,12 +210,51 @@ def finished(contract: Contract, factors: Any, given: Any, path: str) -> Any:
     given = given_to(contract, lambda tree: tree) if given is None else given
     found, tree = jax.tree_util.tree_flatten_with_path(factors, is_leaf=is_open)
     each = map_given(contract, given, tree.flatten_up_to)
+    own = [map_given(contract, each, lambda leaves, i=i: leaves[i]) for i in range(len(found))]
+    whole = shared_totals(contract, [leaf for _, leaf in found], own)
     made = []
-    for i, (where, leaf) in enumerate(found):
+    for (where, leaf), given, sum_of_all in zip(found, own, whole, strict=True):
         key = ".".join(str(getattr(k, "key", k)) for k in where)
-        own = map_given(contract, each, lambda leaves, i=i: leaves[i])
-        made.append(leaf if isinstance(leaf, Contracted) else contract_leaf(contract, leaf, path, key, own))
+        done = isinstance(leaf, Contracted)
+        made.append(leaf if done else contract_leaf(contract, leaf, path, key, given, sum_of_all))
     return jax.tree.unflatten(tree, made)
+
+
+def shared_totals(contract: Contract, factors: list[Any], given: list[Any]) -> list[Any]:
+    """The totals of the factors of one layer that come cheaper by shared work; None for the others.
+
+    Where another contraction forms the gradients of all examples, their sum is the total. Outer products that share the
+    error, d x^T and d z^T over several positions, are one product, d [x, z]^T.
+    """
+    made: list[Any] = [None] * len(factors)
+    if not any(c is total for c, _ in each_contraction(contract, ())):
+        return made
+    alike: dict[int, list[int]] = {}
+    for i, (factor, own) in enumerate(zip(factors, given, strict=True)):
+        if not isinstance(factor, Factor) or type(factor).contracted is not Factor.contracted or placement(factor):
+            continue
+        beside = [(c, g) for c, g in each_contraction(contract, own) if isinstance(c, Contraction)]
+        if any(c.forms_rows(factor, *g) for c, g in beside):
+            made[i] = jnp.sum(rows_of(factor), 0).astype(jax.eval_shape(factor.total).dtype)
+        elif type(factor) is Outer and factor.d.ndim > 2:
+            alike.setdefault(id(factor.d), []).append(i)
+    for those in alike.values():
+        if len(those) > 1:
+            pairs = [factors[i] for i in those]
+            at_once = Outer(pairs[0].d, jnp.concatenate([pair.x for pair in pairs], -1)).total()
+            ends = [int(end) for end in np.cumsum([pair.x.shape[-1] for pair in pairs])[:-1]]
+            for i, part in zip(those, jnp.split(at_once, ends, 1), strict=True):
+                made[i] = part
+    return made
+
+
+def each_contraction(contract: Contract, given: tuple[Any, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Every contraction, and what it is given."""
+    if not isinstance(contract, tuple):
+        yield contract, given
+        return
+    for c, own in zip(contract, given or [()] * len(contract), strict=True):
+        yield from each_contraction(c, own)
 
 
 def contracted(contract: Contract, later: frozenset[str] = frozenset()) -> Callable[[str, Layer], Layer]:

@@ -46,6 +46,16 @@ def added(made: Any) -> Any:
     return jax.tree.map(lambda a: jnp.sum(a, 0), made)
 
 
+def linear(made: Any, c: float) -> Any:
+    """What was made of the error d, as it is of c d: c times that."""
+    return jax.tree.map(lambda a: a * jnp.asarray(c, a.dtype), made)
+
+
+def quadratic(made: Any, c: float) -> Any:
+    """The same, c^2 times that."""
+    return linear(linear(made, c), c)
+
+
 class Outers(NamedTuple):
     """Gradients as sums of outer products over positions: that of example i is sum_s d_is x_is^T, in that shape.
 
@@ -68,6 +78,8 @@ class Contraction:
         depth   what becomes of the values of n layers of one shape, (n, ...), at the end of repeat
         joined  how the values of parts of the examples become one: "stacked" along the first axis, "summed", or "whole"
                 if it needs all examples at once
+        scaled  (value, c) -> the value if d were c d: backprop then scales it, and not the error, to that of each
+                example's own loss
         given   a tree of params: what it needs for each parameter
 
     Values are in at least float32.
@@ -78,6 +90,7 @@ class Contraction:
     outers: Callable[..., Any] = lambda *args: None
     depth: Callable[[Any], Any] = stays
     joined: str = "stacked"
+    scaled: Callable[[Any, float], Any] | None = None
     given: Any = field(default=None, compare=False)
 
     def __call__(self, factor: Any, *given: Any) -> Any:
@@ -92,17 +105,27 @@ class Contraction:
 
     def of_arrays(self, factor: Any, *given: Any) -> Any:
         """The same, on one device."""
-        shape, factor = jax.eval_shape(factor.total).shape, factor.widened()
-        form = factor.outer()
-        if form is not None:
-            d, x = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in form)
-            made = self.outers(Outers(d, x, shape, factor.turned), *given)
-            if made is not None:
-                return made
-        few = max(1, CHUNK // max(1, int(np.prod(shape))))
+        made = self.of_outers(factor, *given)
+        if made is not None:
+            return made
+        few = at_once(factor)
         if self.joined == "whole" or not factor.sliced or factor.examples <= few:
-            return self.rows(wide(factor.per_example()), *given)
-        return self.in_parts(factor, few, *given)
+            return self.rows(rows_of(factor), *given)
+        return self.in_parts(factor.widened(), few, *given)
+
+    def of_outers(self, factor: Any, *given: Any) -> Any:
+        """The same, of a sum of outer products; None if there is none, or rows are cheaper."""
+        form = factor.widened().outer()
+        if form is None:
+            return None
+        d, x = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in form)
+        return self.outers(Outers(d, x, jax.eval_shape(factor.total).shape, factor.turned), *given)
+
+    def forms_rows(self, factor: Any, *given: Any) -> bool:
+        """True if it forms the gradients of all examples at once, where what else needs them finds them."""
+        if self is total or getattr(factor, self.name, None) is not None or factor.examples > at_once(factor):
+            return False
+        return jax.eval_shape(self.of_outers, factor, *given) is None
 
     def in_parts(self, factor: Any, few: int, *given: Any) -> Any:
         """The same, of gradients that are formed a few at a time."""
@@ -125,15 +148,25 @@ class Contraction:
         return jax.lax.scan(add, rest, parts)[0]
 
 
+def at_once(factor: Any) -> int:
+    """Of how many examples the gradients are formed at once, by the size of the parameter."""
+    return max(1, CHUNK // max(1, int(np.prod(jax.eval_shape(factor.total).shape))))
+
+
+def rows_of(factor: Any) -> jax.Array:
+    """The gradient of each example, in at least float32."""
+    return wide(factor.widened().per_example())
+
+
 # --- total ---
 
-total = Contraction("total", rows=lambda g: jnp.sum(g, 0), joined="summed")
+total = Contraction("total", rows=lambda g: jnp.sum(g, 0), joined="summed", scaled=linear)
 """The sum over examples. Under backprop: the gradient of the mean loss J."""
 
 
 # --- per_example ---
 
-per_example = Contraction("per_example", rows=lambda g: g, depth=lambda rows: jnp.moveaxis(rows, 0, 1))
+per_example = Contraction("per_example", lambda g: g, depth=lambda rows: jnp.moveaxis(rows, 0, 1), scaled=linear)
 """Each example's gradient, (m, the shape of the parameter): m times the memory of total."""
 
 
@@ -153,7 +186,7 @@ def sq_norms_of_outers(form: Outers) -> jax.Array | None:
 
 
 sq_norms = Contraction(
-    "sq_norms", rows=lambda g: jnp.sum(g**2, range(1, g.ndim)), outers=sq_norms_of_outers, depth=added
+    "sq_norms", lambda g: jnp.sum(g**2, range(1, g.ndim)), sq_norms_of_outers, depth=added, scaled=quadratic
 )
 """The squared norm of each example's gradient, (m,), in at least float32.
 
@@ -170,7 +203,7 @@ def second_moment_of_outers(form: Outers) -> jax.Array | None:
 
 
 second_moment = Contraction(
-    "second_moment", rows=lambda g: jnp.sum(g**2, 0), outers=second_moment_of_outers, joined="summed"
+    "second_moment", lambda g: jnp.sum(g**2, 0), second_moment_of_outers, joined="summed", scaled=quadratic
 )
 """The sum over examples of the square of each number of the gradient: the shape of the parameter.
 
@@ -188,6 +221,7 @@ def dot(direction: Any) -> Contraction:
         rows=lambda g, v: jnp.einsum("mp,p->m", flat(g), wide(v).reshape(-1)),
         outers=lambda form, v: jnp.einsum("mso,oi,msi->m", form.d, matrix(v, form), form.x),
         depth=added,
+        scaled=linear,
         given=direction,
     )
 
@@ -208,7 +242,7 @@ def crossed(d: jax.Array, x: jax.Array, e: jax.Array, z: jax.Array) -> jax.Array
     return jnp.einsum("msnt->mn", jnp.einsum("mso,nto->msnt", d, e) * jnp.einsum("msi,nti->msnt", x, z))
 
 
-gram = Contraction("gram", rows=lambda g: flat(g) @ flat(g).T, outers=gram_of_outers, depth=added, joined="whole")
+gram = Contraction("gram", lambda g: flat(g) @ flat(g).T, gram_of_outers, added, joined="whole", scaled=quadratic)
 """The inner products of the gradients of all pairs of examples, (m, m) for each parameter."""
 
 
@@ -224,7 +258,7 @@ def cross_gram(factors: Any) -> Contraction:
     def of_rows(g, other):
         return flat(g) @ flat(wide(other.widened().per_example())).T
 
-    return Contraction("cross_gram", of_rows, of_outers, depth=added, joined="whole", given=factors)
+    return Contraction("cross_gram", of_rows, of_outers, added, joined="whole", scaled=linear, given=factors)
 
 
 # --- kronecker: A and G, whose Kronecker product stands for the curvature ---
@@ -263,7 +297,11 @@ def kronecker(reduce: str = "expand") -> Contraction:
             raise ValueError(f"kronecker: a parameter of {g.shape[1]} numbers that is no matrix has too large a G")
         return jnp.ones((1, 1), g.dtype), g.T @ g / g.shape[0]
 
-    return Contraction(f"kronecker_{reduce}", rows, outers, joined="whole")
+    def scaled(pair, c):
+        A, G = pair
+        return A, quadratic(G, c)
+
+    return Contraction(f"kronecker_{reduce}", rows, outers, joined="whole", scaled=scaled)
 
 
 # --- project: (P d_i) (Q x_i)^T ---
@@ -299,7 +337,7 @@ def project(key: jax.Array, k_out: int, k_in: int) -> Contraction:
         P, Q = matrices(g.shape[1], g.shape[2], g.dtype)
         return flat(jnp.einsum("moi,ko,li->mkl", g, P, Q))
 
-    return Contraction("project", rows, outers, depth=lambda made: flat(jnp.moveaxis(made, 0, 1)))
+    return Contraction("project", rows, outers, depth=lambda made: flat(jnp.moveaxis(made, 0, 1)), scaled=linear)
 
 
 def matrix(v: jax.Array, form: Outers) -> jax.Array:

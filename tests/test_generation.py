@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import fnbp
-from fnbp.combinators.stepping import beginning, going_on, is_apart, unrolled
+from fnbp.combinators.stepping import beginning, going_on, is_apart
+from fnbp.combinators.unrolling import unrolled
 from fnbp.layer import Traits
 from fnbp.models import generate, generation
 
@@ -127,7 +128,7 @@ def prompt_of(m, T):
 def stepped(net, params, state, tokens, T):
     """Scores of all positions: those of the prompt at once, then one a turn; by the plain forward; and of another text
     behind the prompt."""
-    first, (then, in_turn) = beginning(net, tokens.shape[1]), unrolled(going_on(net))
+    first, (then, in_turn, _) = beginning(net, tokens.shape[1]), unrolled(going_on(net))
 
     @jax.jit
     def run(params, state, tokens):

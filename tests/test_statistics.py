@@ -90,6 +90,16 @@ def test_clipped_layer_by_layer(x64, name):
             assert relative(got, due) <= 1e-10, path
 
 
+def test_layers_of_a_repeat_that_are_written_out_draw_what_they_draw_in_the_loop(x64):
+    block = fnbp.serial(fnbp.dense(6), fnbp.dropout(0.5), fnbp.layer_norm())
+    net = fnbp.serial(fnbp.dense(6), fnbp.repeat(fnbp.skip(fnbp.repeat(block, 2)), 3), fnbp.dense(5))
+    x, y, ctx = jax.random.normal(KEY, (4, 6), float), jnp.arange(4), fnbp.Context(KEY, train=True)
+    params, state = net.init(KEY, x)
+    due = fnbp.value_and_grad(net, LOSS)(params, state, x, y, ctx)
+    found = statistics.clipped(net, LOSS, 1e9, passes=1)(params, state, x, y, ctx)
+    assert relative(found, due) <= 1e-12
+
+
 def test_noise_has_the_deviation_that_was_asked_for():
     net, *rest = subject("mlp")
     key = jax.random.key(3)

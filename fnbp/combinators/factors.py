@@ -1,12 +1,13 @@
 """Factors made of factors: of a parameter in a loop, or in another dtype."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fnbp.contraction import Contracted
+from fnbp.contraction import Contracted, is_open
 from fnbp.contractions import Contraction
 from fnbp.factor import Factor, Mixed, register_factor
 
@@ -128,10 +129,48 @@ def over_depth(node: Any) -> Any:
     return Stacked(node) if isinstance(node, Factor) and not isinstance(node, Mixed) else node
 
 
-def over_time(node: Any) -> Any:
-    """One factor of all turns of a loop over time; a finished gradient is summed over them."""
-    if isinstance(node, Mixed):
-        return Mixed(jnp.sum(node.d, 0))
-    if not isinstance(node, Factor):
-        return jnp.sum(node, 0)
-    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), node) if node.positional else Shared(node)
+def turns(turn: Callable, start: Any, each: Any, **options: Any) -> tuple[Any, tuple[Any, list[jax.Array]], Any]:
+    """lax.scan of turn: (carry, each) -> carry, (factors, y). What two factors share leaves it once, and what came in
+    does not leave it.
+
+    Returns: the last carry; the factors of all turns, as together takes them; every y.
+    """
+    form: list[Any] = []  # of the factors, and for each leaf its number among what came in and what leaves
+
+    def once(carry, each):
+        carry, (factors, y) = turn(carry, each)
+        known, (leaf, tree) = jax.tree.leaves(each), jax.tree.flatten(factors)
+        number, new = {id(a): i for i, a in enumerate(known)}, []
+        for a in leaf:
+            if id(a) not in number:
+                number[id(a)] = len(known) + len(new)
+                new.append(a)
+        form[:] = [jax.tree.unflatten(tree, [number[id(a)] for a in leaf])]
+        return carry, (new, y)
+
+    carry, (new, y) = jax.lax.scan(once, start, each, **options)
+    return carry, (form[0], [*jax.tree.leaves(each), *new]), y
+
+
+def together(form: Any, arrays: list[jax.Array]) -> Any:
+    """The tree of that form, of numbers, with the arrays of these numbers."""
+    return jax.tree.map(lambda i: arrays[i], form)
+
+
+def over_time(form: Any, arrays: list[jax.Array]) -> Any:
+    """One factor of all turns of a loop over time, for each of a turn; a finished gradient is summed over them.
+
+    form, arrays: as turns returns them; what is one array for two weights stays one.
+    """
+    behind = [jnp.moveaxis(a, 0, 1) if a.ndim > 1 else a for a in arrays]  # the turn behind the example
+
+    def of_turns(node: Any) -> Any:  # a node of numbers
+        if isinstance(node, Mixed):
+            return Mixed(jnp.sum(arrays[node.d], 0))
+        if not isinstance(node, Factor):
+            return jnp.sum(arrays[node], 0)
+        if node.positional:
+            return together(node, behind)
+        return Shared(together(node, arrays))
+
+    return jax.tree.map(of_turns, form, is_leaf=is_open)

@@ -12,7 +12,7 @@ from fnbp.arrays.checks import check_array, check_is, check_key, check_size, con
 from fnbp.arrays.masks import check_mask
 from fnbp.arrays.placement import varying, zeros_beside
 from fnbp.arrays.sums import like
-from fnbp.combinators.factors import over_depth, over_time
+from fnbp.combinators.factors import over_depth, over_time, together, turns
 from fnbp.combinators.parts import at_path, one_part, placed
 from fnbp.construction import constructor
 from fnbp.contraction import is_open
@@ -61,10 +61,10 @@ def repeat(layer: Layer, n: int) -> Layer:
         def turn(dy, each):
             p, r = each
             factors, dx = part.backward(p, r, dy)
-            return dx, factors
+            return dx, (factors, ())
 
-        dx, factors = lax.scan(turn, dy, (params, res), length=n, reverse=True)
-        return jax.tree.map(over_depth, factors, is_leaf=is_open), dx
+        dx, factors, _ = turns(turn, dy, (params, res), length=n, reverse=True)
+        return jax.tree.map(over_depth, together(*factors), is_leaf=is_open), dx
 
     def check_turns(what, tree):
         sizes = {jnp.shape(a)[:1] for a in jax.tree.leaves(tree)} - {(n,)}
@@ -132,9 +132,9 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
             around = dh_in if counts is None else where(counts, dh_in, dh)  # h went around the cell
             return around, (factors, dx)
 
-        dh_0, (factors, dx) = lax.scan(turn, dh_T, (saved, mask, time_first(dy)), reverse=not reverse)
-        factors, dx = jax.tree.map(over_time, factors, is_leaf=is_open), example_first(dx)
-        return factors, (None if from_zeros.value else dh_0, dx) if given else dx
+        dh_0, factors, dx = turns(turn, dh_T, (saved, mask, time_first(dy)), reverse=not reverse)
+        dx = example_first(dx)
+        return over_time(*factors), (None if from_zeros.value else dh_0, dx) if given else dx
 
     steps = None if reverse else steps_of(turned, forward)
     return Layer(init, forward, backward, name, traits=traits_of(cell, positions_stay, carries=True, steps=steps))

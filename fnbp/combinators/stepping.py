@@ -1,8 +1,6 @@
 """A net that takes a sequence one position at a time: the same params, and in its state what each layer keeps."""
 
 import functools
-import operator
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +9,7 @@ import numpy as np
 
 from fnbp.arrays.checks import check_returned
 from fnbp.arrays.masks import RULES
-from fnbp.combinators.serial import serial
-from fnbp.layer import Context, Keys, Layer, map_layers, rebuilt
+from fnbp.layer import Context, Layer, map_layers
 
 TRIED = 31  # positions on which a layer is held to its word
 NOISE = 1009  # numbers, a prime, so that rows of a table differ
@@ -66,27 +63,6 @@ def going_on(net: Layer) -> Layer:
         return layer._replace(forward=forward)
 
     return map_layers(at, net)
-
-
-def unrolled(net: Layer, tied: tuple[Keys, ...] = ()) -> tuple[Layer, Callable[[Any], Any]]:
-    """The net with the turns of its loops over depth one behind another, and what makes its params and state of theirs.
-
-    A loop looks up the weights of each turn among those of all, which takes longer than to apply them to one position.
-    tied: keys that lead from here to parameters that are tied; a loop on the way to one stays.
-    """
-    if net.rebuild is None or (net.traits.turns is not None and tied):
-        return net, lambda tree: tree
-    if net.traits.turns is not None:
-        n, (part, entry_of) = net.traits.turns, unrolled(net.parts[0])
-        turns = [functools.partial(jax.tree.map, operator.itemgetter(i)) for i in range(n)]
-        return serial(*[part] * n), lambda tree: tuple(entry_of(turn(tree[0])) for turn in turns)
-    within = [tuple(keys[1:] for keys in tied if keys[0] == i) for i in range(len(net.parts))]
-    if net.traits.tied:
-        within = [(*within[0], *net.traits.tied)]
-    parts, entries_of = zip(*map(unrolled, net.parts, within), strict=True)
-    same = all(new is old for new, old in zip(parts, net.parts, strict=True))
-    made = net if same else rebuilt(net, parts)
-    return made, lambda tree: tuple(entry_of(entry) for entry_of, entry in zip(entries_of, tree, strict=True))
 
 
 def check_steps(path: str, layer: Layer) -> None:

@@ -21,6 +21,8 @@ from fnbp.layers.windows import Padding, Sizes, Sliding, Windows
 
 __all__ = ["bias", "conv", "conv_transpose"]
 
+FEW_CHANNELS = 16  # below it products for each example are faster with the positions last
+
 
 @register_factor
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Correlation(Factor):
 
     @each_example
     def per_example(self) -> jax.Array:
-        return jax.vmap(lambda d, x: kernel_gradient(d[None], x[None], self.at, self.groups))(*self.pair)
+        return kernel_gradients(*self.pair, self.at, self.groups)
 
     def outer(self) -> tuple[jax.Array, jax.Array] | None:
         if self.groups > 1:
@@ -139,6 +141,29 @@ def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -
         batch_group_count=groups,
     )
     return jnp.swapaxes(dW, 0, -1)
+
+
+def kernel_gradients(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
+    """kernel_gradient of each example, (m, n_out, *kernel, n_in / groups).
+
+    A product for each line of the kernel, of dy with what the windows see through that line. On the CPU that is up to
+    twice as fast as a convolution for each example.
+    """
+    m, n_out, n_in = x.shape[0], dy.shape[-1], x.shape[-1]
+    if groups > 1:
+        return jax.vmap(lambda dy, x: kernel_gradient(dy[None], x[None], at, groups))(dy, x)
+    views, line = at.views(x), at.kernel[-1]
+    dy = dy.reshape(m, -1, n_out)
+    lines = []
+    for i in range(0, len(views), line):
+        if n_in < FEW_CHANNELS:  # positions last, so that the long axis is the contiguous one
+            seen = jnp.moveaxis(jnp.stack(views[i : i + line], 1), -1, 2).reshape(m, line * n_in, -1)
+            lines.append(jnp.einsum("mkp,mpo->mko", seen, dy))
+        else:
+            seen = jnp.stack(views[i : i + line], -2).reshape(m, -1, line * n_in)
+            lines.append(jnp.einsum("mpk,mpo->mko", seen, dy))
+    each = jnp.moveaxis(jnp.concatenate(lines, 1), 1, 2)
+    return each.reshape(m, n_out, *at.kernel, n_in)
 
 
 @constructor

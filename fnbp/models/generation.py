@@ -12,7 +12,8 @@ import numpy as np
 from fnbp.arrays.checks import as_arrays, check_is, check_key, check_size, concrete, describe, of_kind, shown
 from fnbp.arrays.placement import by_example, check_whole
 from fnbp.arrays.sums import wide
-from fnbp.combinators.stepping import beginning, going_on, unrolled
+from fnbp.combinators.stepping import beginning, going_on
+from fnbp.combinators.unrolling import unrolled
 from fnbp.construction import once
 from fnbp.layer import Context, Layer
 
@@ -114,7 +115,7 @@ def cached(net: Layer, params: Any, state: Any, seen: jax.Array, length: int, si
     """The tokens behind those seen, (m, length); each layer keeps what it needs of earlier positions. since: n of the
     first."""
     positions = seen.shape[1] + length - 1
-    first, (then, in_turn) = beginning(net, positions), unrolled(going_on(net))
+    first, (then, in_turn, _) = beginning(net, positions), unrolled(going_on(net))
     scores, kept, _ = first.forward(params, state, seen, Context())
     token, params = draw(scores[:, -1], since), in_turn(params)
 

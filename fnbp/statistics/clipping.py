@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.checks import check_is, check_positive
-from fnbp.backpropagation import backprop, check_training
+from fnbp.backpropagation import Pass, backprop, check_training
+from fnbp.combinators.unrolling import unrolled
 from fnbp.contraction import keep
 from fnbp.contractions import sq_norms
 from fnbp.factor import Factor
@@ -18,6 +19,7 @@ from fnbp.losses.loss import Loss
 __all__ = ["clipped"]
 
 ROOM = 1 << 30  # bytes of factors that are kept for one backward
+TURNS = 12  # of a loop that is written out
 APART = 2**31 - 1  # of the key of the noise from those of layers, which count from 0
 
 
@@ -37,7 +39,8 @@ def clipped(
     is J, without clipping.
 
     In one backward the factors are kept, scaled and summed; in two the first gives the norms and the second the sum, so
-    that no factor outlives its layer.
+    that no factor outlives its layer. In one, loops over depth of at most 12 turns are written out: what a loop keeps
+    of each turn it copies.
 
     Options: per_layer: clip the gradient of each layer to limit; the layers of a repeat are one. noise: the standard
              deviation of what is added to the sum, in units of the most that one example can change it: of limit, or,
@@ -56,6 +59,7 @@ def clipped(
     if passes not in (None, 1, 2) or (passes == 2 and per_layer):
         raise ValueError(f"clipped: passes must be 1 or 2, and 1 per layer; got {passes!r}")
     kept_of, squares_of = backprop(net, loss, keep), backprop(net, loss, sq_norms)
+    in_one = in_one_backward(net, loss, limit, per_layer)
 
     def clipped_of(params, state, x, y, ctx=Context()):
         check_training(net, ctx)
@@ -65,21 +69,32 @@ def clipped(
             raise ValueError("clipped: noise needs a key: Context(key, train=True)")
         given = params, state, x, y, ctx
         if per_layer or passes == 1 or (passes is None and size_of(jax.eval_shape(kept_of, *given).grads) <= ROOM):
-            done = kept_of(*given)
-            scales = scales_of(net, done.grads, limit, per_layer)
-            grads = jax.tree.map(summed, done.grads, scales, is_leaf=is_factor)
+            done = in_one(*given)
         else:
             squares = jax.tree.leaves(squares_of(*given).grads)
             scale = share(all_of(squares), limit)
             done = backprop(net, loss, lambda factor: summed(factor, scale))(*given)
-            grads = done.grads
-        grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
+        grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), done.grads, params)
         if noise:
             spread = noise * limit * np.sqrt(len(list(layers_of(net, params))) if per_layer else 1)
             grads = noisy(grads, jax.random.fold_in(ctx.key, APART), spread / jax.tree.leaves(x)[0].shape[0])
         return (done.value, done.state), grads
 
     return clipped_of
+
+
+def in_one_backward(net: Layer, loss: Loss, limit: float, per_layer: bool) -> Callable[..., Pass]:
+    """A pass whose factors are kept, scaled and summed; layer by layer the layers of a repeat stay one."""
+    flat = unrolled(net, most=0 if per_layer else TURNS)
+    run = backprop(flat.net, loss, keep)
+
+    def clipped_pass(params, state, x, y, ctx):
+        done = run(flat.apart(params), flat.apart(state), x, y, ctx)
+        scales = scales_of(flat.net, done.grads, limit, per_layer)
+        grads = jax.tree.map(summed, done.grads, scales, is_leaf=is_factor)
+        return done._replace(grads=flat.together(grads), state=flat.together(done.state))
+
+    return clipped_pass
 
 
 def all_of(squares: list[jax.Array]) -> jax.Array:
