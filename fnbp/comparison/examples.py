@@ -16,11 +16,15 @@ from fnbp.comparison.probe import Probe
 from fnbp.comparison.report import Row
 from fnbp.comparison.rounding import Z_LIMIT
 from fnbp.contraction import closed, contract_leaf, contracted, is_open
-from fnbp.contractions import per_example, sq_norms
+from fnbp.contractions import gram, per_example, second_moment, sq_norms
 from fnbp.factor import Factor, Mixed
 from fnbp.layer import Context, drawing, map_layers, mixing, tied_leaves
 
 BESIDE = ("dy_zero_rows", "other_mode")
+FASTER = {  # contractions that a factor may have a way of its own to, and what they are of the gradients of examples
+    "second_moment": (second_moment, lambda g: jnp.sum(g**2, 0)),
+    "gram": (gram, lambda g: jnp.einsum("mp,np->mn", g.reshape(g.shape[0], -1), g.reshape(g.shape[0], -1))),
+}
 SLACK = 16.0  # times Z_LIMIT: the total and the single ones are summed in other orders
 
 
@@ -145,15 +149,29 @@ def manual_of(layer: Any, args: tuple, fixed: Any, dy: Any, weights: Any) -> dic
     def weighted(factor):
         return factor.scaled(weights).total()
 
-    contract, m = (per_example, sq_norms, weighted), weights.shape[0]
+    own = own_ways(jax.eval_shape(partial(backward_of, layer), args, fixed, dy))
+    contract, m = (per_example, sq_norms, weighted, *(FASTER[name][0] for name in own)), weights.shape[0]
     finished = map_layers(contracted(contract, tied_leaves(layer)), layer)
     factors = backward_of(finished, args, fixed, jax.tree.map(lambda d: d / m, dy))
     flat = jax.tree_util.tree_leaves_with_path(factors, is_leaf=lambda node: is_open(node) or is_made(node))
-    names = ("per_example", "sq_norms", "the weighted total")
+    names = ("per_example", "sq_norms", "the weighted total", *own)
     made = {
         name_of(where): leaf if is_made(leaf) else contract_leaf(contract, leaf, layer.name) for where, leaf in flat
     }
     return {name: dict(zip(names, map(closed, leaf), strict=True)) for name, leaf in made.items()}
+
+
+def own_ways(factors: Any) -> list[str]:
+    """The contractions of FASTER that a factor, or one within it, has a method for."""
+
+    def kinds(node: Any) -> Iterator[type]:
+        if isinstance(node, Factor):
+            yield type(node)
+            for part in vars(node).values():
+                yield from kinds(part)
+
+    found = {kind for node in jax.tree.leaves(factors, is_leaf=lambda n: isinstance(n, Factor)) for kind in kinds(node)}
+    return [name for name in FASTER if any(hasattr(kind, name) for kind in found)]
 
 
 def is_made(node: Any) -> bool:
@@ -176,7 +194,8 @@ def automatic_of(layer: Any, args: tuple, fixed: Any, dy: Any, weights: Any) -> 
 
     def made(g):
         axes = tuple(range(1, g.ndim))
-        return {"per_example": g, "sq_norms": jnp.sum(g**2, axes), "the weighted total": jnp.tensordot(weights, g, 1)}
+        always = {"per_example": g, "sq_norms": jnp.sum(g**2, axes), "the weighted total": jnp.tensordot(weights, g, 1)}
+        return always | {name: of_rows(g) for name, (_, of_rows) in FASTER.items()}
 
     return {name_of(where): made(g) for where, g in jax.tree_util.tree_leaves_with_path(rows)}
 
