@@ -9,7 +9,7 @@ import numpy as np
 
 from fnbp.arrays.checks import check_is, check_positive, describe
 from fnbp.arrays.sums import wide
-from fnbp.backpropagation import backprop, check_training
+from fnbp.backpropagation import Pass, backprop, check_training
 from fnbp.contraction import keep
 from fnbp.contractions import sq_norms
 from fnbp.factor import Factor
@@ -37,7 +37,7 @@ def clipped(
         c_i = min(1, limit / |g_i|)      gradient = sum_i c_i g_i / size      + noise limit N(0, 1) / size
 
     It returns (value, state), gradient as value_and_grad does, for any training step: fit(...,
-    gradient=functools.partial(clipped, limit=1.0)). value is J, without clipping: the mean over the examples that count.
+    gradient=functools.partial(clipped, limit=1.0)). value is J, without clipping, of the examples that count.
 
     In one backward the factors are kept, scaled and summed; in two the first gives the norms and the second the sum, so
     that no factor outlives its layer.
@@ -73,16 +73,7 @@ def clipped(
         over = many if size is None else size
         of = loss if counts is None else only_some(loss)
         given = params, state, x, y if counts is None else (y, counts), ctx
-        kept_of = backprop(net, of, keep)
-        if per_layer or passes == 1 or (passes is None and size_of(jax.eval_shape(kept_of, *given).grads) <= ROOM):
-            done = kept_of(*given)
-            scales = scales_of(net, done.grads, limit, per_layer)
-            grads = jax.tree.map(lambda f, scale: summed(f, scale, over), done.grads, scales, is_leaf=is_factor)
-        else:
-            squares = jax.tree.leaves(backprop(net, of, sq_norms)(*given).grads)
-            scale = share(all_of(squares), limit)
-            done = backprop(net, of, lambda factor: summed(factor, scale, over))(*given)
-            grads = done.grads
+        done, grads = means_of(net, of, limit, per_layer, passes, given, over)
         if noise:
             spread = noise * limit * np.sqrt(len(list(layers_of(net, params))) if per_layer else 1)
             grads = noisy(grads, jax.random.fold_in(ctx.key, APART), spread / over)
@@ -90,6 +81,20 @@ def clipped(
         return (done.value if counts is None else done.value * (m / many), done.state), grads
 
     return clipped_of
+
+
+def means_of(
+    net: Layer, loss: Loss, limit: float, per_layer: bool, passes: int | None, given: Any, over: Any
+) -> tuple[Pass, Any]:
+    """A pass, and the sums of its clipped gradients, divided by over. given: what backprop is given."""
+    kept_of = backprop(net, loss, keep)
+    if per_layer or passes == 1 or (passes is None and size_of(jax.eval_shape(kept_of, *given).grads) <= ROOM):
+        done = kept_of(*given)
+        scales = scales_of(net, done.grads, limit, per_layer)
+        return done, jax.tree.map(lambda f, scale: summed(f, scale, over), done.grads, scales, is_leaf=is_factor)
+    scale = share(all_of(jax.tree.leaves(backprop(net, loss, sq_norms)(*given).grads)), limit)
+    done = backprop(net, loss, lambda factor: summed(factor, scale, over))(*given)
+    return done, done.grads
 
 
 def checked(net: Any, loss: Any, limit: Any, per_layer: Any, noise: Any, passes: Any, size: Any) -> float:
