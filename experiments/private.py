@@ -1,4 +1,4 @@
-"""LeNet-5 learns MNIST with differential privacy: accuracy against epsilon, with an accountant; the goal is 95 % at epsilon 3.
+"""LeNet-5 learns MNIST with differential privacy: accuracy against epsilon; the goal is 95 % at epsilon 3.
 
 Each step draws every image with the same probability, by itself, and follows the clipped gradients with noise of
 fnbp.statistics.clipped, divided by the expected number of images. For each epsilon the accountant of Google's
