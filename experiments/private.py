@@ -4,8 +4,8 @@ Each step draws every image with the same probability, by itself, and follows th
 fnbp.statistics.clipped, divided by the expected number of images. For each epsilon the accountant of Google's
 dp-accounting, by privacy loss distributions, finds the least noise; its epsilon stands beside the accuracy, and so does
 that of its coarser accountant by Rényi divergences. Neighbours differ by one image, added or left out. The control has
-the same steps without noise. The settings were chosen on the last 10,000 training images, --held-out training; no
-accountant counts that choice. The exit code is 1 if epsilon 3 misses 95 %.
+the same steps without noise. Choose settings on the last 10,000 training images, by --held-out training: no
+accountant counts that choice. The default settings are not chosen yet. The exit code is 1 if epsilon 3 misses 95 %.
 """
 
 import json
