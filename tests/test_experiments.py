@@ -32,6 +32,7 @@ from experiments import (
     localisation,
     long_runs,
     nielsen,
+    private,
     rows,
     scaling,
     worked_example,
@@ -305,6 +306,69 @@ def test_images_refuses_what_it_cannot_train(fake_mnist, tmp_path):
 def test_rows_refuses_sizes(fake_mnist, tmp_path):
     with pytest.raises(report.InputError, match=r"lstm_classifier: layers must be at least 1, got 0"):
         rows.main(rows.Settings(layers=0, batch_size=3, data_folder=fake_mnist, out=tmp_path))
+
+
+def test_private_draws_each_image_by_itself():
+    draw = jax.jit(jax.vmap(lambda key: private.drawn(key, 50, 0.2, private.room(10, 0.2))))
+    rows, many = draw(jax.random.split(jax.random.key(0), 4000))
+    counts = np.arange(rows.shape[1]) < np.asarray(many)[:, None]
+    taken = np.zeros((4000, 50))
+    np.add.at(taken, (np.arange(4000)[:, None], rows), counts)
+    assert taken.max() == 1 and (taken.sum(1) == many).all()
+    together = np.cov(taken.T)  # independent, each with probability 0.2
+    assert abs(taken.mean(0) - 0.2).max() <= 5 * np.sqrt(0.16 / 4000)
+    assert abs(together - 0.16 * np.eye(50)).max() <= 5.5 * 0.16 / np.sqrt(4000) * np.sqrt(2)
+
+
+def test_private_trains_with_each_epsilon_and_goes_on(fake_mnist, tmp_path, monkeypatch, capsys):
+    spent = {0.5: 2.0, 3.0: 1.0}
+    monkeypatch.setattr(private, "accounting", lambda: None)
+    monkeypatch.setattr(private, "least_noise", lambda epsilon, *rest: spent[epsilon])
+    monkeypatch.setattr(private, "spent", lambda noise, *rest: (3 / noise, 4 / noise))
+    settings = private.Settings(
+        epsilons=(0.5,), control=False, steps=3, batch_size=1.0, held_out="training", data_folder=fake_mnist,
+        out=tmp_path,
+    )  # fmt: skip
+    assert private.main(settings) == 0
+    first = json.loads((tmp_path / "trainings.jsonl").read_text())
+    with (tmp_path / "trainings.jsonl").open("a") as lines:
+        lines.write('{"target": 3.0, "cut')
+    trained = []
+    monkeypatch.setattr(private, "train", lambda one, *rest, f=private.train: trained.append(one) or f(one, *rest))
+    assert private.main(dataclasses.replace(settings, epsilons=(0.5, 3.0), control=True, resume=True)) == 0
+    assert trained == [3.0, None]
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert measured["0.5"] == {key: value for key, value in first.items() if key != "of"}
+    assert measured["3"]["epsilon"] == 3.0 and measured["control"]["noise"] == 0 and measured["images"] == 2
+    assert (tmp_path / "figure.png").stat().st_size > 10_000 and "none" in capsys.readouterr().out
+    done = private.main(dataclasses.replace(settings, epsilons=(3.0,), held_out="test"))
+    right = json.loads((tmp_path / "result.json").read_text())["measured"]["3"]["accuracy"]
+    assert done == (right < 0.95)
+
+
+def test_private_says_what_it_needs(fake_mnist, tmp_path, monkeypatch):
+    settings = private.Settings(data_folder=fake_mnist, out=tmp_path, batch_size=2.0)
+    for change, words in (
+        ({"epsilons": (0.0,)}, "--epsilons must be above 0"),
+        ({"steps": 0}, "--steps must be above 0, got 0"),
+        ({"batch_size": 3.0}, "--batch-size must be below 3"),
+    ):
+        with monkeypatch.context() as there, pytest.raises(report.InputError, match=words):
+            there.setattr(private, "accounting", lambda: None)
+            private.main(dataclasses.replace(settings, **change))
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(
+        report.InputError, match=r"dp-accounting, which is not installed: pip install 'fnbp\[private\]'"
+    ):
+        private.main(settings)
+
+
+def test_private_takes_the_least_noise_of_the_accountant():
+    pytest.importorskip("dp_accounting")
+    noise = private.least_noise(3.0, 1e-5, 0.05, 20)
+    epsilon, coarser = private.spent(noise, 1e-5, 0.05, 20)
+    assert 2.99 <= epsilon <= 3 < coarser < 4
+    assert private.spent(noise * 0.99, 1e-5, 0.05, 20)[0] > 3
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from fnbp.statistics import clipping
 from tests.cases import relative
 
 LOSS, KEY = fnbp.softmax_cross_entropy(), jax.random.key(5)
+CTX = fnbp.Context(KEY, train=True)
 NETS = {
     "mlp": (lambda: fnbp.models.mlp(7, 6, 5), (11,)),
     "lenet": (lambda: fnbp.models.lenet(5), (28, 28, 1)),
@@ -115,6 +116,87 @@ def test_noise_has_the_deviation_that_was_asked_for():
         assert abs(found.mean()) <= 5 * spread / np.sqrt(found.size)
 
 
+SEVERAL = pytest.mark.parametrize("passes", [1, 2, None], ids=["one pass", "two passes", "per layer"])
+
+
+@SEVERAL
+@pytest.mark.parametrize("name", ["mlp", "tied, repeated", "gpt"])
+def test_examples_that_do_not_count_add_nothing_and_the_sum_is_divided_by_the_expected_size(x64, name, passes):
+    net, params, state, x, y = subject(name)
+    counts, how = jnp.array([True, False, True, True, False]), {"passes": passes, "per_layer": passes is None}
+    if name != "gpt":
+        x = x.at[1].set(jnp.nan).at[4].set(jnp.inf)
+    few = params, state, x[counts], y[counts]
+    run = lambda size: jax.jit(statistics.clipped(net, LOSS, 0.2, size=size, **how))  # noqa: E731
+    (due_J, _), due = run(None)(*few)
+    (J, _), found = run(None)(params, state, x, y, fnbp.Context(), counts)
+    assert relative(found, due) <= 1e-12 and abs(J / due_J - 1) <= 1e-12
+    _, found = run(2.5)(params, state, x, y, fnbp.Context(), counts)
+    assert relative(found, jax.tree.map(lambda g: 3 / 2.5 * g, due)) <= 1e-12
+    (J, _), found = run(None)(params, state, x, y, fnbp.Context(), jnp.zeros(5, bool))
+    assert J == 0 and not any(jnp.any(g != 0) for g in jax.tree.leaves(found))
+
+
+@SEVERAL
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_an_example_that_is_not_finite_adds_nothing_and_shows_in_J(x64, bad, passes):
+    net, params, state, x, y = subject("tied, repeated")
+    run = jax.jit(statistics.clipped(net, LOSS, 0.2, size=1, noise=1e-20, passes=passes, per_layer=passes is None))
+    ctx = fnbp.Context(KEY, train=True)
+    _, due = run(params, state, x[1:], y[1:], ctx)
+    (J, _), found = run(params, state, x.at[0].set(bad), y, ctx)
+    assert not jnp.isfinite(J) and relative(found, due) <= 1e-12
+    without = jax.jit(statistics.clipped(net, LOSS, 0.2, passes=passes, per_layer=passes is None))
+    _, found = without(params, state, x.at[0].set(bad), y, ctx)
+    assert all(jnp.isnan(g).any() for g in jax.tree.leaves(found)), "without noise it is not silent"
+
+
+def test_a_norm_whose_square_is_not_finite_adds_nothing():
+    net, loss = fnbp.serial(fnbp.dense(3)), fnbp.half_squared_error()
+    x, y = jnp.array([[1e15, 0.0], [1.0, 2.0]]), jnp.array([[1e10, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    params, state = net.init(KEY, x)
+    params = jax.tree.map(jnp.zeros_like, params)
+    (J, _), found = statistics.clipped(net, loss, 0.2, size=1)(params, state, x, y)
+    _, due = statistics.clipped(net, loss, 0.2, size=1)(params, state, x[1:], y[1:])
+    assert jnp.isfinite(J) and relative(found, due) == 0
+
+
+@pytest.mark.parametrize("limit", [1e-4, 0.1])
+def test_no_example_exceeds_the_limit_by_more_than_rounding(limit):
+    net, params, state, x, y = subject("lenet")
+    of = jax.jit(statistics.clipped(net, LOSS, limit))
+    for i in range(5):
+        _, found = of(params, state, 3 * x[i : i + 1], y[i : i + 1])
+        norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(found)))
+        assert abs(norm / limit - 1) <= 1e-5
+
+
+def test_noise_is_of_the_key_and_of_the_expected_size():
+    net, *rest = subject("mlp")
+    of = lambda size, key: statistics.clipped(net, LOSS, 0.5, noise=2.0, size=size)(  # noqa: E731
+        *rest, fnbp.Context(jax.random.key(key), train=True), jnp.zeros(5, bool))[1]  # fmt: skip
+    (one, again, other, wide) = (of(*given) for given in ((5, 1), (5, 1), (5, 2), (50, 1)))
+    same = lambda a, b: relative(a, b) == 0  # noqa: E731
+    assert same(one, again) and relative(one, other) > 0.1
+    assert relative(jax.tree.map(lambda g: 10 * g, wide), one) <= 1e-6
+    found = np.concatenate([np.asarray(g).reshape(-1) for g in jax.tree.leaves(one)])
+    assert abs(found.std() / (2 * 0.5 / 5) - 1) <= 5 / np.sqrt(2 * found.size)
+
+
+def test_noise_refuses_a_loss_whose_examples_share_the_batch():
+    net, *rest = subject("gpt")
+    loss, ctx = fnbp.softmax_cross_entropy(reduce="tokens"), fnbp.Context(KEY, train=True)
+    statistics.clipped(net, loss, 1.0)(*rest)
+    with pytest.raises(ValueError, match="each loss is a share of the whole batch"):
+        statistics.clipped(net, loss, 1.0, noise=1.0)(*rest, ctx)
+    with pytest.raises(ValueError, match="each loss is a share of the whole batch"):
+        statistics.clipped(net, loss, 1.0)(*rest, ctx, jnp.ones(5, bool))
+    private = functools.partial(statistics.clipped, limit=0.1, noise=1.0)
+    options = {"optimizer": optax.sgd(0.1), "key": KEY, "batch_size": 3, "steps": 2, "progress": False}
+    with pytest.raises(ValueError, match="each loss is a share of the whole batch"):  # the last batch is filled up
+        fnbp.fit(net, loss, *rest, gradient=private, **options)
+
+
 def test_fit_trains_by_clipped_gradients():
     net, params, state, x, y = subject("mlp", 20)
     options = {"optimizer": optax.sgd(0.3), "key": KEY, "batch_size": 6, "steps": 8, "progress": False}
@@ -200,6 +282,24 @@ def test_influence_of_projections_is_near(x64):
         (lambda net, *rest: statistics.clipped(net, LOSS, 1, passes=3), ValueError, "passes must be 1 or 2"),
         (lambda net, *rest: statistics.clipped(net, LOSS, 1, per_layer=True, passes=2), ValueError, "1 per layer"),
         (lambda net, *rest: statistics.clipped(net, LOSS, 1, noise=1.0)(*rest), ValueError, "noise needs a key"),
+        (lambda net, *rest: statistics.clipped(net, LOSS, 1, noise=np.inf), ValueError, "noise must be a number"),
+        (lambda net, *rest: statistics.clipped(net, LOSS, np.inf, noise=1.0), ValueError, "limit must be a finite number"),
+        (lambda net, *rest: statistics.clipped(net, LOSS, 1, size=0), ValueError, "size must be above 0, got 0"),
+        (
+            lambda net, *rest: statistics.clipped(net, LOSS, 1)(*rest, CTX, jnp.ones(4, bool)),
+            ValueError,
+            r"counts must be of bool, one for each of 5 examples; got .*4",
+        ),
+        (
+            lambda net, *rest: statistics.clipped(net, LOSS, 1)(*rest, CTX, jnp.ones(5)),
+            ValueError,
+            "counts must be of bool",
+        ),
+        (
+            lambda net, *rest: statistics.clipped(net, LOSS, 1, noise=1.0)(*rest, CTX, jnp.ones(5, bool)),
+            ValueError,
+            "is itself private: with noise and counts give size",
+        ),
         (lambda net, p, s, x, y: statistics.moments(net, LOSS)(p, s, x[:1], y[:1]), ValueError, "a batch of 1 has no"),
         (lambda net, p, s, x, y: statistics.noise_scale(net, LOSS)(p, s, x[:1], y[:1]), ValueError, "a batch of 1"),
         (lambda net, *rest: statistics.influence(net, LOSS, 0), ValueError, "chunk must be at least 1, got 0"),

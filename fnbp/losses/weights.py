@@ -1,4 +1,4 @@
-"""A loss of which some examples do not count: those that fill up the last batch of an epoch."""
+"""A loss of which some examples do not count: those that fill up a batch."""
 
 from typing import Any
 
@@ -29,6 +29,30 @@ def counting_some(loss: Loss) -> Loss:
     def backward(res):
         res, c, scale = res
         return jax.tree.map(lambda d: jnp.where(rows(c, d), d * scale.astype(d.dtype), 0), loss.backward(res))
+
+    def positions(prediction, target, mask):
+        t, c = target
+        assert loss.positions is not None
+        return loss.positions(prediction, t, c if mask is None else mask & rows(c, mask))
+
+    of = None if loss.positions is None else positions
+    return Loss(forward, backward, loss.name, takes_mask=loss.takes_mask, positions=of)
+
+
+def only_some(loss: Loss) -> Loss:
+    """The loss whose target is a pair (t, c): 0 for an example where c, (m,), is False; the others stay as they are.
+
+    l = c loss(p, t)      dp = c dloss
+    """
+
+    def forward(prediction, target, mask=None):
+        t, c = target
+        losses, res = loss.forward(prediction, t, *(() if mask is None else (mask,)))
+        return jnp.where(c, losses, 0), (res, c)
+
+    def backward(res):
+        res, c = res
+        return jax.tree.map(lambda d: jnp.where(rows(c, d), d, 0), loss.backward(res))
 
     return Loss(forward, backward, loss.name, takes_mask=loss.takes_mask)
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnbp.arrays.checks import check_is, check_positive
+from fnbp.arrays.checks import check_is, check_positive, describe
+from fnbp.arrays.sums import wide
 from fnbp.backpropagation import Pass, backprop, check_training
 from fnbp.combinators.unrolling import unrolled
 from fnbp.contraction import keep
@@ -15,6 +16,7 @@ from fnbp.contractions import sq_norms
 from fnbp.factor import Factor
 from fnbp.layer import Context, Layer, leaves
 from fnbp.losses.loss import Loss
+from fnbp.losses.weights import only_some
 
 __all__ = ["clipped"]
 
@@ -30,71 +32,121 @@ def clipped(
     per_layer: bool = False,
     noise: float | None = None,
     passes: int | None = None,
+    size: float | None = None,
 ) -> Callable[..., Any]:
-    """Make the function of J and the mean of clipped gradients: (params, state, x, y, ctx) -> (value, state), gradient.
+    """Make the function of J and the mean of clipped gradients: (params, state, x, y, ctx, counts) -> J, gradient.
 
-        c_i = min(1, limit / |g_i|)      gradient = sum_i c_i g_i / m      + noise limit N(0, 1) / m
+        c_i = min(1, limit / |g_i|)      gradient = sum_i c_i g_i / size      + noise limit N(0, 1) / size
 
-    The shape of value_and_grad, for any training step: fit(..., gradient=functools.partial(clipped, limit=1.0)). value
-    is J, without clipping.
+    It returns (value, state), gradient as value_and_grad does, for any training step: fit(...,
+    gradient=functools.partial(clipped, limit=1.0)). value is J, without clipping, of the examples that count.
 
     In one backward the factors are kept, scaled and summed; in two the first gives the norms and the second the sum, so
     that no factor outlives its layer. In one, loops over depth of at most 12 turns are written out: what a loop keeps
     of each turn it copies.
 
+    An example that does not count adds exactly 0. One whose gradient is not finite makes the sum NaN, which fit
+    reports; but with noise, where that would give it away, or with counts it adds 0, and only J shows it.
+
+    Privacy: to add or leave out one example changes the sum by at most limit, up to rounding; per layer by limit
+             sqrt(layers). An accountant of the sampled Gaussian mechanism asks that each step draws each example with
+             probability q, independently: give such batches with counts, and size = q times the number of all examples.
+             fit shuffles, which is another way to sample. The noise is a function of ctx.key: give another key in each
+             step, since two gradients with one key have the same noise, and their difference has none. J and state are
+             not private.
+
+    Shapes:  counts (m,) of bool: which examples count; by default all.
     Options: per_layer: clip the gradient of each layer to limit; the layers of a repeat are one. noise: the standard
              deviation of what is added to the sum, in units of the most that one example can change it: of limit, or,
              per layer, of limit sqrt(layers). It is drawn with ctx.key. passes: 1 or 2; by default 1 if all factors
-             take at most 1 GiB.
+             take at most 1 GiB. size: what the sum is divided by; by default how many examples count.
     Source:  Abadi et al. 2016, arXiv:1607.00133, algorithm 1; Lee & Kifer 2020, arXiv:2009.03106, for two passes.
-    Raises:  ValueError if limit is not above 0, noise is negative, passes is not 1 or 2, or 2 per layer, there is noise
-             and no ctx.key, or the net has no parameters; TypeError, by its name, if a layer mixes the examples.
+    Raises:  ValueError if limit or size is not above 0, noise is negative or not finite, or there is noise without
+             ctx.key, with counts and no size, or with a loss that is a share of the whole batch
+             (reduce="tokens"; it takes no counts, either); if passes is not 1 or 2, or 2 per layer, counts do not fit
+             x, or the net has no parameters. TypeError, by its name, if a layer mixes the examples.
     """
-    check_is("clipped", "net", net, Layer)
-    check_is("clipped", "loss", loss, Loss)
-    limit = check_positive("clipped", "limit", limit)
-    check_is("clipped", "per_layer", per_layer, bool)
-    if noise is not None and not (isinstance(noise, (int, float)) and noise >= 0):
-        raise ValueError(f"clipped: noise must be a number from 0 on, got {noise!r}")
-    if passes not in (None, 1, 2) or (passes == 2 and per_layer):
-        raise ValueError(f"clipped: passes must be 1 or 2, and 1 per layer; got {passes!r}")
-    kept_of, squares_of = backprop(net, loss, keep), backprop(net, loss, sq_norms)
-    in_one = in_one_backward(net, loss, limit, per_layer)
+    limit = checked(net, loss, limit, per_layer, noise, passes, size)
 
-    def clipped_of(params, state, x, y, ctx=Context()):
+    def clipped_of(params, state, x, y, ctx=Context(), counts=None):
         check_training(net, ctx)
-        if not jax.tree.leaves(params):
-            raise ValueError(f"clipped: {net.name} has no parameters")
-        if noise and ctx.key is None:
-            raise ValueError("clipped: noise needs a key: Context(key, train=True)")
-        given = params, state, x, y, ctx
-        if per_layer or passes == 1 or (passes is None and size_of(jax.eval_shape(kept_of, *given).grads) <= ROOM):
-            done = in_one(*given)
-        else:
-            squares = jax.tree.leaves(squares_of(*given).grads)
-            scale = share(all_of(squares), limit)
-            done = backprop(net, loss, lambda factor: summed(factor, scale))(*given)
-        grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), done.grads, params)
+        m = jax.tree.leaves(x)[0].shape[0]
+        check_given(net, loss, params, ctx, noise, size, counts, m)
+        many = m if counts is None else jnp.maximum(jnp.sum(counts), 1)
+        over = many if size is None else size
+        of = loss if counts is None else only_some(loss)
+        given = params, state, x, y if counts is None else (y, counts), ctx
+        safe = bool(noise) or counts is not None
+        done, grads = means_of(net, of, limit, per_layer, passes, given, over, safe)
         if noise:
             spread = noise * limit * np.sqrt(len(list(layers_of(net, params))) if per_layer else 1)
-            grads = noisy(grads, jax.random.fold_in(ctx.key, APART), spread / jax.tree.leaves(x)[0].shape[0])
-        return (done.value, done.state), grads
+            grads = noisy(grads, jax.random.fold_in(ctx.key, APART), spread / over)
+        grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
+        return (done.value if counts is None else done.value * (m / many), done.state), grads
 
     return clipped_of
 
 
-def in_one_backward(net: Layer, loss: Loss, limit: float, per_layer: bool) -> Callable[..., Pass]:
-    """A pass whose factors are kept, scaled and summed; layer by layer the layers of a repeat stay one."""
+def means_of(
+    net: Layer, loss: Loss, limit: float, per_layer: bool, passes: int | None, given: Any, over: Any, safe: bool
+) -> tuple[Pass, Any]:
+    """A pass, and the sums of its clipped gradients, divided by over. given: what backprop is given."""
+    kept_of = backprop(net, loss, keep)
+    if per_layer or passes == 1 or (passes is None and size_of(jax.eval_shape(kept_of, *given).grads) <= ROOM):
+        return in_one_backward(net, loss, limit, per_layer, given, over, safe)
+    scale = share(all_of(jax.tree.leaves(backprop(net, loss, sq_norms)(*given).grads)), limit)
+    done = backprop(net, loss, lambda factor: summed(factor, scale, over, safe))(*given)
+    return done, done.grads
+
+
+def in_one_backward(
+    net: Layer, loss: Loss, limit: float, per_layer: bool, given: Any, over: Any, safe: bool
+) -> tuple[Pass, Any]:
+    """The same, of factors that are kept, scaled and summed; layer by layer the layers of a repeat stay one."""
     flat = unrolled(net, most=0 if per_layer else TURNS)
-    run = backprop(flat.net, loss, keep)
+    params, state, *rest = given
+    done = backprop(flat.net, loss, keep)(flat.apart(params), flat.apart(state), *rest)
+    scales = scales_of(flat.net, done.grads, limit, per_layer)
+    sums = jax.tree.map(lambda f, scale: summed(f, scale, over, safe), done.grads, scales, is_leaf=is_factor)
+    return done._replace(state=flat.together(done.state)), flat.together(sums)
 
-    def clipped_pass(params, state, x, y, ctx):
-        done = run(flat.apart(params), flat.apart(state), x, y, ctx)
-        scales = scales_of(flat.net, done.grads, limit, per_layer)
-        grads = jax.tree.map(summed, done.grads, scales, is_leaf=is_factor)
-        return done._replace(grads=flat.together(grads), state=flat.together(done.state))
 
-    return clipped_pass
+def checked(net: Any, loss: Any, limit: Any, per_layer: Any, noise: Any, passes: Any, size: Any) -> float:
+    """limit as a float; ValueError or TypeError unless these are options of clipped."""
+    check_is("clipped", "net", net, Layer)
+    check_is("clipped", "loss", loss, Loss)
+    limit = check_positive("clipped", "limit", limit)
+    check_is("clipped", "per_layer", per_layer, bool)
+    if noise is not None and not (isinstance(noise, (int, float)) and 0 <= noise < np.inf):
+        raise ValueError(f"clipped: noise must be a number from 0 on, got {noise!r}")
+    if passes not in (None, 1, 2) or (passes == 2 and per_layer):
+        raise ValueError(f"clipped: passes must be 1 or 2, and 1 per layer; got {passes!r}")
+    if size is not None:
+        check_positive("clipped", "size", size)
+    return limit
+
+
+def check_given(
+    net: Layer, loss: Loss, params: Any, ctx: Context, noise: float | None, size: float | None, counts: Any, m: int
+) -> None:
+    """ValueError or TypeError unless a batch of m examples fits the options of clipped."""
+    if not jax.tree.leaves(params):
+        raise ValueError(f"clipped: {net.name} has no parameters")
+    if noise and ctx.key is None:
+        raise ValueError("clipped: noise needs a key: Context(key, train=True)")
+    if (noise or counts is not None) and loss.positions is not None:
+        raise ValueError(
+            f"clipped: in {loss.name} each loss is a share of the whole batch, so an example changes the gradients of "
+            "others: it takes neither noise nor counts; use reduce='examples'"
+        )
+    if counts is None:
+        return
+    if jnp.shape(counts) != (m,) or jnp.result_type(counts) != np.bool_:
+        raise ValueError(f"clipped: counts must be of bool, one for each of {m} examples; got {describe(counts)}")
+    if noise and size is None:
+        raise ValueError(
+            "clipped: how many examples count is itself private: with noise and counts give size, the expected number"
+        )
 
 
 def all_of(squares: list[jax.Array]) -> jax.Array:
@@ -103,8 +155,9 @@ def all_of(squares: list[jax.Array]) -> jax.Array:
 
 
 def share(squares: jax.Array, limit: float) -> jax.Array:
-    """min(1, limit / norm), (m,); 1 for a gradient of 0."""
-    return jnp.minimum(1, limit / jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny)))
+    """min(1, limit / norm), (m,); 1 for a gradient of 0, and 0 for one whose square is not finite."""
+    least = jnp.finfo(squares.dtype).tiny
+    return jnp.where(jnp.isfinite(squares), jnp.minimum(1, limit / jnp.sqrt(jnp.maximum(squares, least))), 0)
 
 
 def scales_of(net: Layer, kept: Any, limit: float, per_layer: bool) -> Any:
@@ -127,15 +180,20 @@ def layers_of(net: Layer, tree: Any) -> Iterator[tuple[Any, ...]]:
     return (found for found in leaves(net, tree) if jax.tree.leaves(found[2]))
 
 
-def summed(factor: Factor, scale: jax.Array) -> jax.Array:
-    """The mean over examples of their gradients, each scaled."""
-    return factor.scaled(scale / factor.examples).total()
+def summed(factor: Factor, scale: jax.Array, over: Any, safe: bool) -> jax.Array:
+    """The sum of the gradients of all examples, each scaled, divided by over. safe: a scale of 0 leaves out NaN."""
+
+    def only(a: jax.Array, axis: int) -> jax.Array:
+        return jnp.where((scale > 0).reshape(-1, *[1] * (a.ndim - 1 - axis)), a, 0)
+
+    kept = jax.tree.map(only, factor, factor.example_axes()) if safe and factor.sliced else factor
+    return kept.scaled(scale / over).total()
 
 
 def noisy(grads: Any, key: jax.Array, spread: float) -> Any:
-    """grads with independent normal numbers of that standard deviation added."""
+    """grads with independent normal numbers of that standard deviation added, in at least float32."""
     leaf, tree = jax.tree.flatten(grads)
-    keys = jax.random.split(key, len(leaf))
+    leaf, keys = [wide(g) for g in leaf], jax.random.split(key, len(leaf))
     return jax.tree.unflatten(
         tree, [g + spread * jax.random.normal(k, g.shape, g.dtype) for g, k in zip(leaf, keys, strict=True)]
     )
