@@ -101,7 +101,7 @@ def measured(net: fnbp.Layer, loss: fnbp.Loss) -> Callable[..., Any]:
     return gradient
 
 
-def record_of(paths: list[str]) -> dict[str, Callable[[fnbp.training.steps.Step], jax.Array]]:
+def record_of(paths: list[str]) -> dict[str, Callable[[fnbp.Step], jax.Array]]:
     """What of each step is kept."""
     quantiles = {
         f"norm {name}": lambda step, share=share: jnp.quantile(step.more[1], share) for name, share in QUANTILES.items()
@@ -125,7 +125,7 @@ class Seen:
     def scale(self, paths: list[str]) -> np.ndarray:
         """The noise scale at each step of these layers together; NaN where the averaged square is not above 0."""
         trace, square = (
-            smoothed(sum(self.recorded[f"{what} {path}"] for path in paths), self.horizon)
+            smoothed(np.sum([self.recorded[f"{what} {path}"] for path in paths], 0), self.horizon)
             for what in ("trace", "square")
         )
         return np.where(square > 0, trace / np.where(square > 0, square, 1), np.nan)
@@ -135,7 +135,7 @@ class Seen:
         every, norms = self.scale(self.paths), self.scale(self.norms)
         kept = self.counted & np.isfinite(every) & np.isfinite(norms)
         a, b = norms[kept], every[kept]
-        squares = sum(self.recorded[f"square {path}"] for path in self.paths)
+        squares = np.sum([self.recorded[f"square {path}"] for path in self.paths], 0)
         ends = {name: [float(v[kept][i]) for i in (0, -1)] for name, v in (("all", every), ("norms", norms))}
         by_layer = {path: float(self.scale([path])[-1]) for path in self.paths}
         middle, top = (smoothed(self.recorded[f"norm {name}"], self.horizon) for name in ("median", "largest"))

@@ -155,17 +155,17 @@ def seen_of(path: str, trace: Trace, other: Trace | None, m: int, near: float, b
                 f"layer_table: {path} put out {describe(a)}, expected {(*turns, m)} as the first axes, "
                 f"{'turns and ' * bool(turns)}examples"
             )
-    bounds = BOUNDS.get(name_of(path))
+    low, high = BOUNDS.get(name_of(path), (np.nan, np.nan))
     size = sum(a[(0,) * k].size for a in y)
-    share = lambda holds: sum(jnp.sum(holds(a), range(k, a.ndim)) for a in y) / max(size, 1)  # noqa: E731
-    near_bound = lambda a: (a - bounds[0] <= near) | (bounds[1] - a <= near)  # noqa: E731
+    share = lambda holds: added([jnp.sum(holds(a), range(k, a.ndim)) for a in y]) / max(size, 1)  # noqa: E731
+    near_bound = lambda a: (a - low <= near) | (high - a <= near)  # noqa: E731
     none = [jnp.all(a == 0, range(k, a.ndim - 1)) if a.ndim > k + 1 else jnp.all(a == 0, k)[..., None] for a in y]
     seen = Seen(
         output=norm(y, k, by_step) / np.sqrt(m),
         delta=norm(delta, k, by_step) / np.sqrt(m),
         zero=share(lambda a: a == 0),
-        dead=sum(jnp.sum(a, -1) for a in none) / max(sum(a.shape[-1] for a in none), 1),
-        saturated=None if bounds is None else share(near_bound),
+        dead=added([jnp.sum(a, -1) for a in none]) / max(sum(a.shape[-1] for a in none), 1),
+        saturated=share(near_bound) if name_of(path) in BOUNDS else None,
     )
     if other is None:
         return seen
@@ -174,6 +174,11 @@ def seen_of(path: str, trace: Trace, other: Trace | None, m: int, near: float, b
         delta_angle=angle(delta, arrays(other.deltas[path]), k),
         gradient_angle=angle(grads, others, k) if grads else None,
     )
+
+
+def added(each: list[jax.Array]) -> jax.Array:
+    """Their sum; 0 of none."""
+    return jnp.sum(jnp.stack(each), 0) if each else jnp.zeros(())
 
 
 def arrays(tree: Any) -> list[jax.Array]:
@@ -202,8 +207,7 @@ def norm(parts: list[jax.Array], k: int, by_step: bool = False) -> jax.Array:
         return jnp.zeros(())
     top = largest([jnp.max(abs(a), over(a), initial=0) for a in parts])
     by = jnp.where(top > 0, top, 1)
-    scaled = (jnp.sum((a / jnp.expand_dims(by, over(a))) ** 2, over(a)) for a in parts)
-    return by * jnp.sqrt(sum(scaled))
+    return by * jnp.sqrt(added([jnp.sum((a / jnp.expand_dims(by, over(a))) ** 2, over(a)) for a in parts]))
 
 
 def largest(each: list[jax.Array]) -> jax.Array:
