@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.ticker import NullFormatter
 from rich.table import Table
 
 import fnbp
@@ -250,9 +251,11 @@ def figure(path: Path, seen: Seen, found: dict[str, Any]) -> None:
         both.set(title=f"One against the other: correlation {found['correlation']:.3f}", xscale="log", yscale="log")
         both.set(xlabel="of layer norms alone", ylabel="of all layers")
         fig.colorbar(drawn, ax=both, label="step")
+        for axis in (both.xaxis, both.yaxis, scales.yaxis):
+            axis.set_minor_formatter(NullFormatter())
         for i, one in enumerate(seen.paths):
-            line_style = {"color": report.AUTOMATIC, "lw": 1.6} if one in seen.norms else {"color": f"C{i}", "lw": 0.9}
-            layers.plot(seen.steps[at], seen.scale([one])[at], label=short(one), **line_style)
+            width = 2.2 if one in seen.norms else 0.9
+            layers.plot(seen.steps[at], seen.scale([one])[at], color=f"C{i}", lw=width, label=short(one))
         layers.set(title="Noise scale of each layer (thick: layer norms)", xlabel="step", yscale="log")
         layers.legend(fontsize=7, ncols=2)
         fig.savefig(path)
