@@ -32,6 +32,7 @@ from experiments import (
     localisation,
     long_runs,
     nielsen,
+    norms,
     private,
     rows,
     scaling,
@@ -409,6 +410,33 @@ def test_scaling_counts_what_a_transformer_computes(tmp_path):
     assert 1 <= measured["flops"] / due <= 1.05
     alone, eight, many = measured["add_ms"][:3]
     assert alone == 0 < eight < many
+
+
+@pytest.mark.slow
+def test_norms_hold_the_noise_scale_against_its_definition(fake_text, tmp_path, capsys):
+    settings = norms.Settings(
+        layers=1, heads=1, width=8, block=8, batch_size=6, steps=24, horizon=8, small=2, draws=40,
+        data_folder=fake_text, out=tmp_path,
+    )  # fmt: skip
+    assert norms.main(settings) == 0
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert -1 <= measured["correlation"] <= 1 and measured["steps_compared"] <= 16 and len(measured["by_layer"]) == 8
+    checked = measured["definition"]
+    assert checked["draws"] == 40 and checked["trace_error"] < checked["trace_defined_error"]
+    assert "noise scale, norm layers" in capsys.readouterr().out and (tmp_path / "figure.png").stat().st_size > 10_000
+    for change, words in (({"small": 6}, "--small must be from 1 to below 6"), ({"batch_size": 999}, "--batch-size")):
+        with pytest.raises(report.InputError, match=words):
+            norms.main(dataclasses.replace(settings, **change))
+
+
+def test_averages_over_steps_are_those_of_their_weights():
+    values = np.array([3.0, -1.0, 4.0])
+    weights = 0.75 ** np.arange(3)
+    due = [np.average(values[: n + 1], weights=weights[: n + 1][::-1]) for n in range(3)]
+    np.testing.assert_allclose(norms.smoothed(values, 4), due)
+    recorded = {"trace a": values, "square a": np.array([1.0, -5.0, 30.0])}
+    scale = norms.Seen(np.zeros(3), recorded, ["a"], 4).scale(["a"])
+    assert scale[0] == 3 and np.isnan(scale[1]) and scale[2] > 0
 
 
 @pytest.mark.slow

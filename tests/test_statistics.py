@@ -230,7 +230,7 @@ def test_moments(x64, name):
 def test_noise_scale(x64, name):
     given = subject(name)
     rows = rows_of(*given)
-    _, grads, found = jax.jit(statistics.noise_scale(given[0], LOSS))(*given[1:])
+    (_, _, found), grads = jax.jit(statistics.noise_scale(given[0], LOSS))(*given[1:])
     trace = sum(jnp.sum(a.var(0, ddof=1)) for a in jax.tree.leaves(rows))
     whole = sum(jnp.sum(a.mean(0) ** 2) for a in jax.tree.leaves(rows))
     np.testing.assert_allclose(found.trace, trace, rtol=1e-10)
@@ -243,11 +243,63 @@ def test_noise_scale(x64, name):
 def test_the_noise_scale_of_norm_layers_alone(x64):
     given = subject("gpt")
     rows = rows_of(*given)
-    _, _, found = statistics.noise_scale(given[0], LOSS, norms_only=True)(*given[1:])
+    (_, _, found), _ = jax.jit(statistics.noise_scale(given[0], LOSS, norms_only=True))(*given[1:])
     own = [own for path, _, own in fnbp.layer.leaves(given[0], rows) if "norm" in path.rsplit(".", 1)[-1]]
     np.testing.assert_allclose(found.trace, sum(jnp.sum(a.var(0, ddof=1)) for a in jax.tree.leaves(own)), rtol=1e-10)
     with pytest.raises(ValueError, match="noise_scale: mlp has no norm layer"):
         statistics.noise_scale(subject("mlp")[0], LOSS, norms_only=True)(*subject("mlp")[1:])
+
+
+def test_a_norm_layer_of_ones_own_is_found():
+    norm = fnbp.layer_norm()
+
+    @fnbp.constructor
+    def my_norm():
+        return fnbp.layer_norm()._replace(name="mine(3)", made=None)
+
+    x, y = jax.random.normal(KEY, (5, 4)), jnp.arange(5) % 3
+    for own, found in (
+        (my_norm(), True),
+        (norm._replace(name="scale_norm(3)", made=None), True),
+        (norm._replace(name="norm_of(3)", made=None), False),
+        (fnbp.replace_functions(norm, backward=lambda p, res, dy: norm.backward(p, res, dy), name="other"), True),
+    ):
+        net = fnbp.serial(fnbp.dense(4), own, fnbp.dense(3))
+        run, given = statistics.noise_scale(net, LOSS, norms_only=True), (*net.init(KEY, x), x, y)
+        if found:
+            (_, _, noise), _ = jax.jit(run)(*given)
+            assert list(noise.by_layer) == [f"serial[1].{own.name}"]
+        else:
+            with pytest.raises(ValueError, match="serial has no norm layer"):
+                run(*given)
+
+
+def test_gradients_that_are_alike_have_no_noise():
+    net, params, state, x, y = subject("mlp", 2)
+    x, y = jnp.repeat(x[:1], 64, 0), jnp.repeat(y[:1], 64)
+    (_, _, found), grads = jax.jit(statistics.noise_scale(net, LOSS))(params, state, x, y)
+    assert 0 <= found.trace <= 1e-5 * found.square and all(pair[0] >= 0 for pair in found.by_layer.values())
+    np.testing.assert_allclose(found.square, optax.tree.norm(grads) ** 2, rtol=1e-5)
+    moments = jax.jit(statistics.moments(net, LOSS))(params, state, x, y)[1]
+    assert not any(jnp.isnan(a).any() for a in jax.tree.leaves(moments))
+
+
+def test_what_no_example_changes_has_no_signal():
+    net = fnbp.serial(fnbp.embedding(7, 3), fnbp.dense(5))
+    x, y = jnp.array([[1, 2], [2, 3], [3, 3]]), jnp.array([[0, 1], [2, 3], [4, 0]])
+    params, state = net.init(KEY, x)
+    ratio = jax.jit(statistics.moments(net, LOSS))(params, state, x, y)[1].signal_to_noise[0]["E"]
+    assert (ratio[jnp.array([0, 4, 5, 6])] == 0).all() and (ratio[1:4] > 0).all()
+
+
+def test_fit_records_the_noise_scale():
+    net, params, state, x, y = subject("mlp", 20)
+    options = {"optimizer": optax.sgd(0.3), "key": KEY, "batch_size": 5, "steps": 8, "progress": False}
+    plain = fnbp.fit(net, LOSS, params, state, x, y, **options)
+    record = {name: lambda step, name=name: getattr(step.more, name) for name in ("trace", "square")}
+    done = fnbp.fit(net, LOSS, params, state, x, y, gradient=statistics.noise_scale, record=record, **options)
+    np.testing.assert_allclose(done.history.loss, plain.history.loss, rtol=1e-5)
+    assert (done.history.recorded["trace"] > 0).all() and done.history.recorded["square"].shape == (8,)
 
 
 @pytest.mark.parametrize("chunk", [2, 5, 100])
@@ -283,7 +335,11 @@ def test_influence_of_projections_is_near(x64):
         (lambda net, *rest: statistics.clipped(net, LOSS, 1, per_layer=True, passes=2), ValueError, "1 per layer"),
         (lambda net, *rest: statistics.clipped(net, LOSS, 1, noise=1.0)(*rest), ValueError, "noise needs a key"),
         (lambda net, *rest: statistics.clipped(net, LOSS, 1, noise=np.inf), ValueError, "noise must be a number"),
-        (lambda net, *rest: statistics.clipped(net, LOSS, np.inf, noise=1.0), ValueError, "limit must be a finite number"),
+        (
+            lambda net, *rest: statistics.clipped(net, LOSS, np.inf, noise=1.0),
+            ValueError,
+            "limit must be a finite number",
+        ),
         (lambda net, *rest: statistics.clipped(net, LOSS, 1, size=0), ValueError, "size must be above 0, got 0"),
         (
             lambda net, *rest: statistics.clipped(net, LOSS, 1)(*rest, CTX, jnp.ones(4, bool)),

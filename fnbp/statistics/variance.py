@@ -14,8 +14,6 @@ from fnbp.losses.loss import Loss
 
 __all__ = ["Moments", "NoiseScale", "moments", "noise_scale"]
 
-NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
-
 
 class Moments(NamedTuple):
     """Of every number of the gradient, trees of params: mean, variance over examples, mean^2 / variance."""
@@ -31,6 +29,9 @@ def moments(net: Layer, loss: Loss) -> Callable[..., Any]:
         mean = sum_i g_i / m      variance = (sum_i g_i^2 - m mean^2) / (m - 1)      signal_to_noise = mean^2 / variance
 
     mean is the gradient of J. The variance is that of single examples, without bias; rounding cannot leave it below 0.
+    It is a difference: where the gradients are nearly alike it has lost digits, and all of them where it is below
+    mean^2 times the rounding of the dtype. A number that no example changes, a row of an embedding for example, has the
+    ratio 0.
 
     Source: Dangel, Kunstner & Hennig 2020, arXiv:1912.10985, for the second moment in the same backward.
     Raises: ValueError if there is one example; TypeError, by its name, if a layer mixes the examples.
@@ -42,7 +43,7 @@ def moments(net: Layer, loss: Loss) -> Callable[..., Any]:
         done = run(params, state, x, y, ctx)
         mean, squares = done.grads["mean"], done.grads["squares"]
         variance = jax.tree.map(lambda g, s: jnp.maximum(s - m * wide(g) ** 2, 0) / (m - 1), mean, squares)
-        ratio = jax.tree.map(lambda g, v: wide(g) ** 2 / v, mean, variance)
+        ratio = jax.tree.map(lambda g, v: wide(g) ** 2 / jnp.where((g == 0) & (v == 0), 1, v), mean, variance)
         return (done.value, done.state), Moments(mean, variance, ratio)
 
     return moments_of
@@ -53,7 +54,7 @@ class NoiseScale(NamedTuple):
 
     scale   trace / square: about the batch at which more examples begin to bring less
     trace   of the covariance of single gradients      square  |gradient|^2 without noise
-    by_layer  path -> (trace, square) of each layer
+    by_layer  path -> (trace, square) of each layer; the layers of a repeat are one
     """
 
     scale: jax.Array
@@ -63,15 +64,20 @@ class NoiseScale(NamedTuple):
 
 
 def noise_scale(net: Layer, loss: Loss, norms_only: bool = False) -> Callable[..., Any]:
-    """Make the function of the gradient and its noise: (params, state, x, y, ctx) -> (value, state), grads, NoiseScale.
+    """Make the function of the gradient and its noise: (params, state, x, y, ctx) -> (value, state, NoiseScale), grads.
 
         trace = m / (m - 1) (mean_i |g_i|^2 - |g|^2)      square = (m |g|^2 - mean_i |g_i|^2) / (m - 1)
         scale = trace / square, g the mean of the g_i
 
     trace and square are without bias, their ratio is not: average both over steps before dividing. square may be
-    negative where the gradient is nothing but noise.
+    negative where the gradient is nothing but noise. trace is a difference; rounding cannot leave it below 0.
 
-    Options: norms_only: of norm layers alone, whose norms cost nearly nothing; it follows that of all layers.
+    It drops into fit: fit(..., gradient=noise_scale, record={"trace": lambda step: step.more.trace}). Every example
+    must count: Batches(..., drop_last=True). With reduce="tokens" an example weighs as many tokens as it has, over
+    those of the batch, and so do its gradient and this noise.
+
+    Options: norms_only: of norm layers alone, whose norms cost nearly nothing: of every layer whose constructor, or
+             name if it has none, ends with "norm".
     Source:  McCandlish et al. 2018, arXiv:1812.06162, appendix A.1; Gray et al. 2024, arXiv:2411.00999, for norm
              layers.
     Raises:  ValueError if there is one example, of which no noise can be told, or norms_only finds no norm layer;
@@ -85,17 +91,22 @@ def noise_scale(net: Layer, loss: Loss, norms_only: bool = False) -> Callable[..
         grads, squares = done.grads["gradient"], done.grads["squares"]
         by_layer = {}
         for path, layer, own, each in leaves(net, grads, squares):
-            norm = layer.made is not None and layer.made.constructor.__name__ in NORMS
-            if jax.tree.leaves(own) and (norm or not norms_only):
+            if jax.tree.leaves(own) and (is_norm(layer) or not norms_only):
                 single = sum(jnp.mean(one) for one in jax.tree.leaves(each))
                 whole = sum(jnp.sum(wide(g) ** 2) for g in jax.tree.leaves(own))
-                by_layer[path] = m / (m - 1) * (single - whole), (m * whole - single) / (m - 1)
+                by_layer[path] = jnp.maximum(single - whole, 0) * m / (m - 1), (m * whole - single) / (m - 1)
         if not by_layer:
             raise ValueError(f"noise_scale: {net.name} has no {'norm layer' if norms_only else 'parameters'}")
         trace, square = (jnp.sum(jnp.stack([pair[i] for pair in by_layer.values()])) for i in (0, 1))
-        return (done.value, done.state), grads, NoiseScale(trace / square, trace, square, by_layer)
+        return (done.value, done.state, NoiseScale(trace / square, trace, square, by_layer)), grads
 
     return noise_scale_of
+
+
+def is_norm(layer: Layer) -> bool:
+    """True for a layer that says by the name of its constructor, or by its own, that it normalises."""
+    name = layer.name.partition("(")[0] if layer.made is None else layer.made.constructor.__name__
+    return name.endswith("norm")
 
 
 def several(name: str, x: Any) -> int:
