@@ -60,6 +60,35 @@ def test_a_batch_over_explicit_axes_is_one_batch(x64, case):
         assert jax.typeof(sharded[3]).sharding.spec[0] == "example"
 
 
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize("case", [param for param in EACH if not param.values[0].mixes])
+def test_contractions_of_a_batch_that_is_split_are_those_of_one(x64, case, kind):
+    params, state, x, dy = drawn(case)
+    if not jax.tree.leaves(params):
+        return
+    key = jax.random.key(3)
+    direction = jax.tree.map(lambda p: jax.random.normal(jax.random.fold_in(key, p.size), p.shape, p.dtype), params)
+    contract = {
+        "both": (fnbp.total, fnbp.sq_norms),
+        "rows": fnbp.per_example,
+        "squares": fnbp.second_moment,
+        "products": fnbp.gram,
+        "along": fnbp.dot(direction),
+        "curvature": fnbp.kronecker(),
+        "few": fnbp.project(key, 2, 3),
+    }
+    run = jax.jit(lambda *given: fnbp.backprop(case.layer, LOSS, contract)(*given, case.context).grads)
+    alone = run(params, state, x, dy)
+    if kind == "Explicit":
+        found = run(*everywhere(params, state), *split(x, dy))
+    else:
+        auto = jax.make_mesh((4,), ("example",), axis_types=(jax.sharding.AxisType.Auto,))
+        place = lambda tree, *spec: jax.device_put(tree, NamedSharding(auto, P(*spec)))  # noqa: E731
+        found = run(place(params), place(state), place(x, "example"), place(dy, "example"))
+    for name in contract:
+        assert relative(found[name], alone[name]) <= 1e-12, name
+
+
 @pytest.mark.parametrize(
     "case", [param for param in EACH if param.values[0].context.key is None and "dropout" not in str(param.id)]
 )
