@@ -77,6 +77,13 @@ def test_contractions_of_nests_are_those_of_each_example_by_itself(x64, name, m)
     assert relative(fnbp.per_example_norms(net, loss)(params, state, x, y), norms) <= 1e-11
     assert relative(got[0], due) <= 1e-11 and relative(kept, due) <= 1e-11
     assert relative(got[2], jax.tree.map(lambda rows: rows.mean(0), due)) <= 1e-11
+    direction = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape)), params)
+    contract = {"squares": fnbp.second_moment, "products": fnbp.gram, "along": fnbp.dot(direction)}
+    found = jax.jit(lambda *given: fnbp.backprop(net, loss, contract)(*given).grads)(params, state, x, y)
+    flat = jax.tree.map(lambda rows: rows.reshape(m, -1), due)
+    assert relative(found["squares"], jax.tree.map(lambda rows: (rows**2).sum(0), due)) <= 1e-11
+    assert relative(found["products"], jax.tree.map(lambda rows: rows @ rows.T, flat)) <= 1e-11
+    assert relative(found["along"], jax.tree.map(lambda r, v: r @ v.reshape(-1), flat, direction)) <= 1e-11
 
 
 @pytest.mark.parametrize("wrap", [fnbp.skip, fnbp.remat, lambda layer: layer], ids=["skip", "remat", "bare"])
