@@ -39,7 +39,7 @@ from experiments import (
     worked_example,
 )
 from experiments.charlm import __main__ as charlm
-from experiments.shared import commands, data, markdown, report, results, tables
+from experiments.shared import commands, data, markdown, report, results, shown
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,7 +128,7 @@ def test_a_run_is_published(tmp_path, monkeypatch):
 
 
 def test_a_row_without_its_figure_is_told():
-    row = tables.Row("accuracy", "digits/default", ("{nothing:.2%}",))
+    row = shown.Row("accuracy", "digits/default", ("{nothing:.2%}",))
     with pytest.raises(report.InputError, match="no figure for the row 'accuracy'"):
         markdown.cells_of(row)
     with pytest.raises(report.InputError, match="has no run 'other'"):

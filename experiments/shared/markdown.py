@@ -8,7 +8,8 @@ from typing import Any
 from experiments.shared.commands import EXPERIMENTS, commands
 from experiments.shared.report import InputError
 from experiments.shared.results import RESULTS, read
-from experiments.shared.tables import TABLES, Row, Shown
+from experiments.shared.shown import Row, Shown
+from experiments.shared.tables import TABLES
 
 README = EXPERIMENTS / "README.md"
 MARK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)

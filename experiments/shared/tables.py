@@ -1,26 +1,7 @@
 """What stands in which table of experiments/README.md: rows, and the published figures that they show."""
 
-from typing import NamedTuple
-
-
-class Row(NamedTuple):
-    """A row of a table: a label, then cells; the command of the run is added as the last cell.
-
-    run    "digits/default": a command, and one of its published runs
-    cells  texts with figures of that run in them: "{test_accuracy!l:.2%}"; !l is the last entry of a list
-    """
-
-    label: str
-    run: str
-    cells: tuple[str, ...]
-
-
-class Shown(NamedTuple):
-    """A table: the heads of its columns but the last, and its rows."""
-
-    heads: tuple[str, ...]
-    rows: tuple[Row, ...]
-
+from experiments.shared.noise import NOISE
+from experiments.shared.shown import Row, Shown
 
 AGAINST = ("the same forward", "plain JAX")
 NETS = (
@@ -334,46 +315,7 @@ TABLES: dict[str, Shown] = {
     ),
     "noise of gradients": Shown(
         ("gpt of 2 layers of width 48, batches of 32, 2,000 steps", "measured"),
-        (
-            Row(
-                "gradient norm of the median example, early and at the end",
-                "norms/default",
-                ("{norm_median[0]:.2f}, {norm_median[1]:.2f}",),
-            ),
-            Row(
-                "the largest of a batch over the median, early and at the end",
-                "norms/default",
-                ("{largest_over_median[0]:.2f}, {largest_over_median[1]:.2f}",),
-            ),
-            Row("noise scale, all layers", "norms/default", ("{scale[all][0]:.1f}, {scale[all][1]:.1f}",)),
-            Row("noise scale, layer norms alone", "norms/default", ("{scale[norms][0]:.1f}, {scale[norms][1]:.1f}",)),
-            Row(
-                "their correlation over the steps, and that of their logarithms",
-                "norms/default",
-                ("{correlation:.3f}, {correlation_of_logs:.3f}",),
-            ),
-            Row(
-                "slope of all on layer norms, through 0, and how far off it is",
-                "norms/default",
-                ("{slope:.2f}, off by {off:.1%} (root mean square)",),
-            ),
-            Row(
-                "trace, by single gradients and by its definition",
-                "norms/default",
-                (
-                    "{definition[trace]:.2f} +- {definition[trace_error]:.2f}, "
-                    "{definition[trace_defined]:.2f} +- {definition[trace_defined_error]:.2f}",
-                ),
-            ),
-            Row(
-                "square, by single gradients and by its definition",
-                "norms/default",
-                (
-                    "{definition[square]:.4f} +- {definition[square_error]:.4f}, "
-                    "{definition[square_defined]:.4f} +- {definition[square_defined_error]:.4f}",
-                ),
-            ),
-        ),
+        tuple(Row(label, "norms/default", (cell,)) for label, cell in NOISE),
     ),
     "long runs": Shown(
         ("a long training", "measured"),
