@@ -70,18 +70,13 @@ def influence(net: Layer, loss: Loss, chunk: int = 256, projection: Any = None) 
             rows = rows_of(run(params, state, *query, at).grads)
             products = lambda grads: rows_of(grads) @ rows.T  # noqa: E731
 
-        def of(part: Any) -> jax.Array:
-            number, (x, y) = part
+        def of(number: Any, size: int = chunk) -> jax.Array:
+            x, y = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, number * chunk, size), train)
             return products(run(params, state, x, y, with_key(ctx, number)).grads)
 
-        n = jax.tree.leaves(train)[0].shape[0]
-        count, whole = n // chunk, n // chunk * chunk
-        found = []
-        if count:
-            parts = jax.tree.map(lambda a: a[:whole].reshape(-1, chunk, *a.shape[1:]), train)
-            found = [jax.lax.map(of, (jnp.arange(count), parts)).reshape(whole, -1)]
-        if whole < n:
-            found.append(of((count, jax.tree.map(lambda a: a[whole:], train))))
+        count, rest = divmod(jax.tree.leaves(train)[0].shape[0], chunk)
+        found = [jax.lax.map(of, jnp.arange(count)).reshape(count * chunk, -1)] if count else []
+        found += [of(count, rest)] if rest else []
         return jnp.concatenate(found)
 
     return influence_of
