@@ -29,6 +29,7 @@ from experiments import (
     generation,
     gradient_cost,
     images,
+    influence,
     localisation,
     long_runs,
     nielsen,
@@ -495,6 +496,71 @@ def test_a_missing_or_other_text_is_told(fake_text, tmp_path):
         data.shakespeare(fake_text)
     with pytest.raises(report.InputError, match=r"tinyshakespeare is not there: no .*--download"):
         data.shakespeare(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def blots(monkeypatch):
+    """Ten random pictures with noise, in the place of MNIST."""
+    rng = np.random.default_rng(0)
+    kinds, y = rng.random((10, 784), np.float32), np.tile(np.arange(10, dtype=np.int32), 20)
+    x = kinds[y] + 0.2 * rng.standard_normal((200, 784)).astype(np.float32)
+    loaded = data.Data(x, y, x[::2], (y[::2] + (np.arange(100) == 7).astype(np.int32)) % 10)
+    monkeypatch.setattr(data, "load", lambda *args: loaded)
+    return loaded
+
+
+TINY = influence.Settings(examples=120, wrong=6, held_out=40, epochs=2, batch_size=20, seeds=(3,), queries=1)
+
+
+def test_wrong_labels_are_planted_and_counted(blots):
+    digits = influence.planted(blots, TINY, 3)
+    right = influence.planted(blots, dataclasses.replace(TINY, wrong=0), 3)
+    assert set(np.flatnonzero(digits.y != right.y)) == set(digits.wrong) and len(set(digits.wrong)) == 6
+    assert (digits.held_out[1] == right.held_out[1]).all()
+    score = np.zeros(120)
+    score[digits.wrong[:4]] = 2
+    score[np.setdiff1d(np.arange(120), digits.wrong)[:8]] = 1
+    assert influence.found(score, digits.wrong) == 4
+    assert influence.extremes(np.array([3.0, -5, 0, 9]), 2) == [3, 0, 1, 2]
+    assert influence.rank_correlation(np.arange(5.0), np.arange(5.0) ** 3) == pytest.approx(1)
+    assert influence.rank_correlation(np.arange(5.0), -np.exp(np.arange(5.0))) == pytest.approx(-1)
+
+
+def test_scores_are_sums_over_checkpoints(blots):
+    digits = influence.planted(blots, TINY, 3)._replace(
+        held_out=(blots.train_x[:20].reshape(-1, 28, 28, 1), blots.train_y[:20])
+    )
+    net, loss = fnbp.serial(fnbp.flatten(), fnbp.dense(10)), influence.LOSS
+    params, state = net.init(jax.random.key(0), digits.x)
+    both = jax.tree.map(lambda a: np.stack([a, a + 0.1]), params)
+    found = influence.scores(net, both, state, digits)
+    due = dict.fromkeys(found, 0)
+    for i in range(2):
+        at = jax.tree.map(lambda a, i=i: a[i], both)
+        of = lambda one, other, at=at: np.asarray(  # noqa: E731
+            fnbp.statistics.influence(net, loss)(at, state, one, other)
+        )
+        due["self-influence"] += np.diagonal(of((digits.x, digits.y), (digits.x, digits.y)))
+        on_others = of((digits.x, digits.y), digits.held_out)
+        due["harm to all"] += -on_others.mean(1)
+        due["harm to one class"] += on_others.reshape(-1, 2, 10).mean(1)
+        due["loss"] += np.asarray(loss.forward(fnbp.apply(net, at, state, digits.x), digits.y)[0])
+    due["harm to one class"] = -due["harm to one class"].min(1)
+    for name, each in due.items():
+        np.testing.assert_allclose(found[name], each, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_influence_goes_on_where_it_was(blots, tmp_path, monkeypatch, capsys):
+    settings = dataclasses.replace(TINY, out=tmp_path)
+    code = influence.main(settings)
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert code == (measured["least"]["self-influence"] < 5.4) and len(measured["rank_correlation"]) == 1
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG" and "wrong labels" in capsys.readouterr().out
+    monkeypatch.setattr(influence, "scores", lambda *args: pytest.fail("it was measured already"))
+    assert [row["seed"] for row in influence.search(blots, settings)] == [3]
+    with pytest.raises(report.InputError, match="--wrong must be from 1 to half"):
+        influence.main(dataclasses.replace(settings, wrong=99))
 
 
 def test_architectures_holds_trainings_against_each_other(tmp_path, monkeypatch, capsys):

@@ -34,14 +34,23 @@ NETS = {
 each = pytest.mark.parametrize("name", NETS)
 
 
+ATTRIBUTED = NETS | {
+    "cast": (lambda: fnbp.serial(fnbp.cast(fnbp.models.mlp(7, 6), jnp.float64), fnbp.tanh(), fnbp.dense(5)), (11,)),
+    "ragged": (lambda: fnbp.ragged(fnbp.models.lstm_classifier(6, 5)), (7, 3)),
+}
+each_attributed = pytest.mark.parametrize("name", ATTRIBUTED)
+
+
 def subject(name, m=5, seed=0):
-    make, shape = NETS[name]
+    make, shape = ATTRIBUTED[name]
     net, key = make(), jax.random.key(seed)
     if name == "gpt":
         x = jax.random.randint(key, (m, *shape), 0, 13)
         y = jnp.roll(x, -1, 1)
     else:
         x, y = jax.random.normal(key, (m, *shape), float), jax.random.randint(key, (m,), 0, 5)
+    if name == "ragged":
+        x = x, 1 + jnp.arange(m) % 7
     params, state = net.init(KEY, x)
     leaf, tree = jax.tree.flatten(params)
     away = [a + 0.2 * jax.random.normal(jax.random.fold_in(KEY, i), a.shape, a.dtype) for i, a in enumerate(leaf)]
@@ -52,7 +61,8 @@ def rows_of(net, params, state, x, y):
     """The gradient of each example, by jax.grad."""
 
     def alone(x, y):
-        forward = lambda p: net.forward(p, state, x[None], fnbp.Context())[0]  # noqa: E731
+        one = jax.tree.map(lambda a: a[None], x)
+        forward = lambda p: net.forward(p, state, one, fnbp.Context())[0]  # noqa: E731
         return jax.grad(lambda p: LOSS.forward(forward(p), y[None])[0].sum())(params)
 
     return jax.jit(jax.vmap(alone))(x, y)
@@ -303,7 +313,7 @@ def test_fit_records_the_noise_scale():
 
 
 @pytest.mark.parametrize("chunk", [2, 5, 100])
-@each
+@each_attributed
 def test_influence(x64, name, chunk):
     net, params, state, x, y = subject(name)
     query = subject(name, 3, seed=1)[3:]
@@ -323,6 +333,58 @@ def test_influence_of_projections_is_near(x64):
     of = lambda key: statistics.influence(net, LOSS, projection=fnbp.project(key, 16, 16))  # noqa: E731
     found = jax.jit(jax.vmap(lambda key: of(key)(params, state, (x, y), query)))(jax.random.split(KEY, 400))
     assert (abs(found.mean(0) - due) <= 5 * found.std(0) / 20).all()
+
+
+def test_influence_of_several_checkpoints(x64):
+    net, params, state, x, y = subject("mlp")
+    query, rates = subject("mlp", 3, seed=1)[3:], jnp.array([0.5, 2.0])
+    other = jax.tree.map(lambda a: a + 1, params)
+    of = statistics.influence(net, LOSS, 2)
+    due = sum(rate * of(p, state, (x, y), query) for rate, p in zip(rates, (params, other), strict=True))
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), params, other)
+    alone = lambda given: given[0] * of(given[1], state, (x, y), query)  # noqa: E731
+    found = jax.jit(lambda rates, params: jax.lax.map(alone, (rates, params)).sum(0))(rates, stacked)
+    assert relative(found, due) <= 1e-12
+    each = jax.jit(jax.vmap(lambda p: of(p, state, (x, y), query)))(stacked)
+    assert relative(jnp.einsum("c,cnq->nq", rates, each), due) <= 1e-12
+
+
+def test_influence_draws_for_each_chunk_anew():
+    net = fnbp.serial(fnbp.dense(6), fnbp.dropout(0.5), fnbp.dense(5))
+    x, y = jnp.ones((6, 3)), jnp.zeros(6, int)
+    params, state = net.init(KEY, x)
+    ctx = fnbp.Context(KEY, train=True)
+    found = statistics.influence(net, LOSS, 1)(params, state, (x, y), (x[:1], y[:1]), ctx)[:, 0]
+    assert len(set(np.asarray(found).tolist())) >= 5
+    with pytest.raises(TypeError, match=r"serial\[1\]\.batch_norm: it mixes the examples"):
+        net = fnbp.serial(fnbp.dense(4), fnbp.batch_norm(), fnbp.dense(5))
+        statistics.influence(net, LOSS)(*net.init(KEY, x), (x, y), (x, y), ctx)
+
+
+@pytest.mark.parametrize("scheme", ["data", "fully", "tensor"])
+def test_influence_on_many_devices(x64, monkeypatch, scheme):
+    monkeypatch.setattr(fnbp.sharding, "SMALL", 1)
+    net = fnbp.models.mlp(8, 4)
+    x, y = jax.random.normal(KEY, (7, 12), float), jnp.arange(7) % 4
+    params, state = net.init(KEY, x)
+    of = lambda *given: jax.jit(statistics.influence(net, LOSS, 4))(*given, (x, y), (x[:3], y[:3]))  # noqa: E731
+    mesh = fnbp.sharding.mesh(2, 2) if scheme == "tensor" else fnbp.sharding.mesh(4)
+    placed = fnbp.sharding.place(net, params, mesh, fully=scheme == "fully")
+    assert relative(of(placed, state), of(params, state)) <= 1e-12
+
+
+def influence_of(*changed, loss=LOSS, ctx=fnbp.Context(), **options):
+    """For test_what_is_refused: influence with another training set, and other queries."""
+
+    def make(net, params, state, x, y):
+        train, query = (change(x, y) for change in (*changed, *[lambda x, y: (x, y)] * (2 - len(changed))))
+        return statistics.influence(net, loss, **options)(params, state, train, query, ctx)
+
+    return make
+
+
+def of_query(change):
+    return influence_of(lambda x, y: (x, y), change)
 
 
 @pytest.mark.parametrize(
@@ -359,10 +421,25 @@ def test_influence_of_projections_is_near(x64):
         (lambda net, p, s, x, y: statistics.moments(net, LOSS)(p, s, x[:1], y[:1]), ValueError, "a batch of 1 has no"),
         (lambda net, p, s, x, y: statistics.noise_scale(net, LOSS)(p, s, x[:1], y[:1]), ValueError, "a batch of 1"),
         (lambda net, *rest: statistics.influence(net, LOSS, 0), ValueError, "chunk must be at least 1, got 0"),
+        (influence_of(lambda x, y: (x[:0], y[:0])), ValueError, "there is no example in the training set"),
+        (of_query(lambda x, y: (x[:0], y[:0])), ValueError, "there is no example in the queries"),
+        (influence_of(lambda x, y: (x[:4], y), chunk=2), ValueError, r"training set must have .* got \[4, 5\]"),
+        (of_query(lambda x, y: (x[:4], y)), ValueError, r"y of the queries must have equally many examples, got"),
+        (influence_of(lambda x, y: x), TypeError, r"the training set must be a pair \(x, y\), got float"),
+        (of_query(lambda x, y: (x.tolist(), y)), TypeError, "the queries must be a pair of arrays"),
+        (influence_of(lambda x, y: (x[:, :3], y)), ValueError, r"x of shape \(5, 3\) needs"),
+        (of_query(lambda x, y: (x[:, :3], y)), ValueError, r"x of shape \(5, 3\) needs"),
+        (influence_of(lambda x, y: (x, y + 9), chunk=2), ValueError, "label .* is outside 0..4"),
+        (influence_of(lambda x, y: (x * jnp.nan, y), chunk=2), ValueError, "the training set, x has 55 non-finite"),
+        (influence_of(projection=fnbp.sq_norms), TypeError, "projection must be one by fnbp.project.*got sq_norms"),
+        (influence_of(projection=16), TypeError, "projection must be one by fnbp.project.*got int 16"),
+        (influence_of(ctx=fnbp.Context(mask=jnp.ones((5, 11), bool))), ValueError, "Context.mask is of one batch"),
+        (influence_of(loss=fnbp.softmax_cross_entropy(reduce="tokens")), ValueError, "its share of a whole batch"),
+        (influence_of(loss=fnbp.softmax_cross_entropy), TypeError, "influence: loss must be a Loss"),
         (
-            lambda net, p, s, x, y: statistics.influence(net, LOSS)(p, s, (x[:0], y[:0]), (x, y)),
+            lambda net, p, s, x, y: statistics.influence(fnbp.softmax(), LOSS)({}, s, (x, y), (x, y)),
             ValueError,
-            "there is no training example",
+            "influence: softmax has no parameters",
         ),
     ],
 )
