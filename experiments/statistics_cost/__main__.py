@@ -8,7 +8,7 @@ Exit code 1 if two ways to one quantity disagree. A bound is printed beside its 
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from rich.table import Table
 
 from experiments.shared import report
 from experiments.shared.report import console
+from experiments.statistics_cost import peers
 from experiments.statistics_cost.nets import NETS, Case, case_of
-from experiments.statistics_cost.ours import STATISTICS, plain
-from experiments.statistics_cost.timing import in_turns, ratios_of, side_of
+from experiments.statistics_cost.ours import STATISTICS, VMAP, plain
+from experiments.statistics_cost.timing import distance, in_turns, ratios_of, side_of
 from fnbp.measurement import ratio
 
 MINUTES = 8  # on two CPU cores
@@ -43,8 +44,14 @@ class Settings:
     """Only nets whose name contains this: mlp, lenet, lstm, gpt."""
     only: str = ""
     """Only statistics whose name contains this: norms, clipped, ..."""
+    samples_of_peers: int = 20
+    """Pairs of timings of a statistic and another library."""
+    ours: bool = True
+    """Time the statistics against one gradient."""
     others: bool = True
-    """Time other means, too: vmap of jax.grad, jax.jvp."""
+    """Time them against other means in JAX: vmap of jax.grad, jax.jvp."""
+    peers: bool = True
+    """Time them against other libraries, those that are installed (extra: peers)."""
     seed: int = 0
     """The seed of parameters and data."""
     resume: bool = False
@@ -56,20 +63,26 @@ class Settings:
 def main(settings: Settings) -> int:
     """Run the benchmark. Returns: 1 if two ways to one quantity disagree."""
     began = time.perf_counter()
-    nets, names = chosen(NETS, settings.net, "--net"), chosen(STATISTICS, settings.only, "--only")
+    nets, names = chosen(NETS, settings.net, "--net"), chosen((*STATISTICS, "gradient"), settings.only, "--only")
     rows = []
     with lines(settings) as (known, write):
         for name in nets:
-            table = heads(name)
-            for row in rows_of(name, names, settings, known):
-                write(row)
-                rows.append(row)
-                table.add_row(*cells(row))
-            console.print(table)
+            case = case_of(NETS[name], settings.seed)
+            for title, some in (
+                ("statistics", rows_of(name, case, names, settings, known)),
+                ("other libraries", rows_of_peers(name, case, names, settings, known)),
+            ):
+                table = heads(f"{name}, {title}")
+                for row in some:
+                    write(row)
+                    rows.append(row)
+                    table.add_row(*cells(row))
+                if table.rows:
+                    console.print(table)
     if ours := [row for row in rows if row["against"] == PLAIN]:
         figure(settings.out / "figure.png", ours)
-    apart = max((row["apart"] or 0.0 for row in rows), default=0.0)
-    asked = [row for row in rows if row["most"] is not None]
+    apart = max((row.get("apart") or 0.0 for row in rows), default=0.0)
+    asked = [row for row in rows if row.get("most") is not None]
     measured: dict[str, Any] = {name: {} for name in nets}
     for row in rows:
         at = measured[row["net"]].setdefault(row["statistic"], {})
@@ -82,7 +95,7 @@ def main(settings: Settings) -> int:
     return int(apart > AGREE)
 
 
-def chosen(table: dict[str, Any], part: str, option: str) -> list[str]:
+def chosen(table: Iterable[str], part: str, option: str) -> list[str]:
     """The names that contain part. InputError if there is none."""
     found = [name for name in table if part in name]
     if not found:
@@ -112,12 +125,12 @@ class lines:  # noqa: N801 (a context manager)
         self.file.close()
 
 
-def rows_of(name: str, names: list[str], settings: Settings, known: dict) -> Iterator[dict[str, Any]]:
+def rows_of(name: str, case: Case, names: list[str], settings: Settings, known: dict) -> Iterator[dict[str, Any]]:
     """What each statistic costs on one net: a row against one gradient, then one against each other means."""
-    case, baseline = case_of(NETS[name], settings.seed), None
-    for of in names:
+    baseline = None
+    for of in (one for one in names if one in STATISTICS):
         statistic, ours = STATISTICS[of], None
-        for against in (PLAIN, *(statistic.others if settings.others else ())):
+        for against in (*((PLAIN,) if settings.ours else ()), *(statistic.others if settings.others else ())):
             if (row := known.get((name, of, against))) is None:
                 ours = ours or compiled(statistic.make(case), case)
                 if against == PLAIN:
@@ -127,9 +140,19 @@ def rows_of(name: str, names: list[str], settings: Settings, known: dict) -> Ite
                 else:
                     theirs = compiled(statistic.others[against](case), case)
                     row = measured_row(ours, theirs, case, settings.samples_of_others, compare=True)
-                    row |= {"most": None, "most_memory": None}
                 row = {"net": name, "statistic": of, "against": against} | row
             yield row
+
+
+def rows_of_peers(name: str, case: Case, names: list[str], settings: Settings, known: dict) -> Iterator[dict[str, Any]]:
+    """What each statistic costs on one net beside other libraries: a row for each of them."""
+    if not settings.peers or name not in peers.NETS:
+        return
+    wanted = [(of, peer) for of, some in peers.PEERS.items() if of in names for peer in some]
+    wanted = [(of, peer) for of, peer in wanted if not (peer == VMAP and settings.others and of in STATISTICS)]
+    yield from (known[name, *key] for key in wanted if (name, *key) in known)
+    missing = [key for key in wanted if (name, *key) not in known]
+    yield from peers.measured(name, case, missing, settings.samples_of_peers)
 
 
 def compiled(function: Callable, case: Case) -> Any:
@@ -155,23 +178,9 @@ def memory_of(function: Any) -> tuple[int, int]:
     return found.temp_size_in_bytes, found.temp_size_in_bytes + found.output_size_in_bytes
 
 
-def distance(ours: Any, theirs: Any) -> float:
-    """The largest difference of two trees, relative to the largest number of an array; 0 / 0 is none."""
-
-    def of(a: Any, b: Any) -> float:
-        a, b = (np.asarray(side, float) for side in (a, b))
-        finite = np.isfinite(a) & np.isfinite(b)
-        scale = np.max(np.abs(b), where=finite, initial=0)
-        return float(np.max(np.abs(a - b), where=finite, initial=0) / scale) if scale else 0.0
-
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    return max(jax.tree.leaves(jax.tree.map(of, ours, theirs)))
-
-
-def heads(name: str) -> Table:
-    """The table of a net."""
-    m = NETS[name].m
-    table = Table(title=f"{name}, batch {m}, {jax.devices()[0].device_kind}", title_justify="left")
+def heads(title: str) -> Table:
+    """An empty table."""
+    table = Table(title=f"{title}, on {jax.devices()[0].device_kind}", title_justify="left")
     for head in ("statistic", "against", "ms", "theirs", "ratio (quartiles)", "asked", "memory", "asked", "apart"):
         table.add_column(head, justify="left" if head in ("statistic", "against") else "right", no_wrap=True)
     return table
@@ -179,21 +188,24 @@ def heads(name: str) -> Table:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as text. ! marks a ratio above what was asked."""
+    names = [row["statistic"], row["against"]]
+    if "missing" in row:
+        return [*names, "", "", row["missing"]]
     low, high = row["time_quartiles"]
+    memory, apart = row.get("memory"), row.get("apart")
 
     def asked(value: float | None, most: float | None) -> str:
         return "" if most is None or value is None else f"{most:.2f}{' !' if value > most else ''}"
 
     return [
-        row["statistic"],
-        row["against"],
+        *names,
         f"{row['ms']:.2f}",
         f"{row['their_ms']:.2f}",
         f"{row['time']:.3f} ({low:.3f}-{high:.3f})",
-        asked(row["time"], row["most"]),
-        "-" if row["memory"] is None else f"{row['memory']:.3f}",
-        asked(row["memory"], row["most_memory"]),
-        "" if row["apart"] is None else f"{row['apart']:.0e}",
+        asked(row["time"], row.get("most")),
+        "" if memory is None else f"{memory:.3f}",
+        asked(memory, row.get("most_memory")),
+        "" if apart is None else f"{apart:.0e}",
     ]
 
 

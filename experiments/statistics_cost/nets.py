@@ -57,10 +57,10 @@ NETS = {
 }
 
 
-def case_of(net: Net, seed: int) -> Case:
+def case_of(net: Net, seed: int, dtype: Any = np.float32) -> Case:
     """A net with parameters and data that are drawn."""
     rng = np.random.default_rng(seed)
-    x, y = net.draw(rng, net.m)
+    x, y, *query = (a if a.dtype == np.int32 else a.astype(dtype) for m in (net.m, 1) for a in net.draw(rng, m))
     params, state = jax.jit(net.layer.init)(jax.random.key(seed), x)
     norms = jax.jit(fnbp.per_example_norms(net.layer, LOSS))(params, state, x, y)
-    return Case(net.layer, jax.device_put((params, state, x, y, net.draw(rng, 1))), float(np.median(norms)))
+    return Case(net.layer, jax.device_put((params, state, x, y, tuple(query))), float(np.median(norms)))

@@ -8,14 +8,17 @@ import jax
 import numpy as np
 
 SAMPLE_SECONDS = 2e-2  # a sample repeats the call until it takes this long
+REST = 3e-2  # seconds before a sample, until threads that wait in a busy loop sleep
 
 Side = Callable[[int], float]  # how many calls -> the seconds of one
 
 
-def side_of(function: Callable, args: tuple) -> Side:
-    """A compiled function of JAX, to be timed here."""
+def side_of(function: Callable, args: tuple, wake: bool = False) -> Side:
+    """A compiled function of JAX, to be timed here. wake: after one call that is not timed."""
 
     def seconds(calls: int) -> float:
+        if wake:
+            jax.block_until_ready(function(*args))
         began, out = time.perf_counter(), None
         for _ in range(calls):
             out = jax.block_until_ready(function(*args))
@@ -25,8 +28,10 @@ def side_of(function: Callable, args: tuple) -> Side:
     return seconds
 
 
-def in_turns(sides: tuple[Side, Side], samples: int) -> np.ndarray:
+def in_turns(sides: tuple[Side, Side], samples: int, rest: bool = False) -> np.ndarray:
     """Time both sides in turns; which goes first alternates. Both have as many calls a sample as fit its seconds.
+
+    rest: before each sample.
 
     Returns: (samples, 2), the seconds of one call of each.
     """
@@ -39,6 +44,8 @@ def in_turns(sides: tuple[Side, Side], samples: int) -> np.ndarray:
     taken = np.empty((samples, 2))
     for i in range(samples):
         for k in (0, 1) if i % 2 == 0 else (1, 0):
+            if rest:
+                time.sleep(REST)
             taken[i, k] = sides[k](calls[k])
     return taken
 
@@ -48,3 +55,16 @@ def ratios_of(seconds: np.ndarray) -> dict[str, Any]:
     low, middle, high = (float(q) for q in np.percentile(seconds[:, 0] / seconds[:, 1], (25, 50, 75)))
     ms, their_ms = (1e3 * float(np.median(seconds[:, i])) for i in (0, 1))
     return {"time": middle, "time_quartiles": [low, high], "ms": ms, "their_ms": their_ms}
+
+
+def distance(ours: Any, theirs: Any) -> float:
+    """The largest difference of two trees, relative to the largest number of an array; 0 / 0 is none."""
+
+    def of(a: Any, b: Any) -> float:
+        a, b = (np.asarray(side, float) for side in (a, b))
+        finite = np.isfinite(a) & np.isfinite(b)
+        scale = np.max(np.abs(b), where=finite, initial=0)
+        return float(np.max(np.abs(a - b), where=finite, initial=0) / scale) if scale else 0.0
+
+    ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
+    return max(of(a, b) for a, b in zip(ours, theirs, strict=True))
