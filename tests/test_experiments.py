@@ -232,7 +232,7 @@ def test_gradient_cost_prints_its_ratios(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def small_nets(monkeypatch):
     """One small net in place of those that statistics are timed on."""
-    small = statistics_nets.Net(fnbp.models.mlp(7, 5), statistics_nets.labelled(11), 3)
+    small = statistics_nets.Net(fnbp.models.mlp(7, 10), statistics_nets.labelled(11), 3)
     monkeypatch.setattr(statistics_cost, "NETS", {"mlp": small})
 
 

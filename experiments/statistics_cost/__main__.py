@@ -135,11 +135,11 @@ def rows_of(name: str, case: Case, names: list[str], settings: Settings, known: 
                 ours = ours or compiled(statistic.make(case), case)
                 if against == PLAIN:
                     baseline = baseline or compiled(plain(case), case)
-                    row = measured_row(ours, baseline, case, settings.samples, compare=False)
+                    row = measured_row(ours, baseline, case, settings.samples, None)
                     row |= {"most": statistic.most.get(name), "most_memory": statistic.memory.get(name)}
                 else:
                     theirs = compiled(statistic.others[against](case), case)
-                    row = measured_row(ours, theirs, case, settings.samples_of_others, compare=True)
+                    row = measured_row(ours, theirs, case, settings.samples_of_others, statistic.checked)
                 row = {"net": name, "statistic": of, "against": against} | row
             yield row
 
@@ -160,11 +160,11 @@ def compiled(function: Callable, case: Case) -> Any:
     return jax.jit(function).lower(*case.args).compile()
 
 
-def measured_row(ours: Any, theirs: Any, case: Case, samples: int, compare: bool) -> dict[str, Any]:
+def measured_row(ours: Any, theirs: Any, case: Case, samples: int, checked: Callable | None) -> dict[str, Any]:
     """The ratios of two compiled functions: of time, with its quartiles, and of memory, without and with outputs."""
     found = ratios_of(in_turns((side_of(ours, case.args), side_of(theirs, case.args)), samples))
     (temp, whole), (their_temp, their_whole) = memory_of(ours), memory_of(theirs)
-    apart = distance(ours(*case.args), theirs(*case.args)) if compare else None
+    apart = distance(*(checked(side(*case.args)) for side in (ours, theirs))) if checked is not None else None
     return found | {
         "memory": ratio(temp, their_temp),
         "memory_with_outputs": ratio(whole, their_whole),

@@ -43,17 +43,24 @@ def module_of(problem: Problem) -> Any:
     from torch import nn
 
     sizes = {name: a.shape for name, a in problem.weights.items()}
+
+    def linear(name: str) -> Any:
+        n_out, n_in = sizes[name]
+        return nn.Linear(n_in, n_out)
+
     if problem.name == "mlp":
-        layers = [nn.ReLU() for _ in range(len(sizes) - 1)]
-        for i in range(0, len(layers), 2):
-            layers[i] = nn.Linear(*reversed(sizes[f"{i}.weight"]))
+        layers = []
+        for i in range(0, len(sizes), 2):
+            layers += [linear(f"{i}.weight"), nn.ReLU()]
     else:
-        first, second = (nn.Conv2d(*reversed(sizes[f"{i}.weight"][:2]), 5, padding=p) for i, p in ((0, 2), (3, 0)))
-        layers = [first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+        layers = []
+        for i, padding in ((0, 2), (3, 0)):
+            n_out, n_in, *window = sizes[f"{i}.weight"]
+            layers += [nn.Conv2d(n_in, n_out, tuple(window), padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
+        layers.append(nn.Flatten())
         for i in (7, 9, 11):
-            layers += [nn.Linear(*reversed(sizes[f"{i}.weight"])), nn.ReLU()]
-        layers.pop()
-    module = nn.Sequential(*layers).to(torch.tensor(problem.x).dtype)
+            layers += [linear(f"{i}.weight"), nn.ReLU()]
+    module = nn.Sequential(*layers[:-1]).to(torch.tensor(problem.x).dtype)
     module.load_state_dict({name: torch.tensor(a) for name, a in problem.weights.items()})
     return module
 
@@ -117,9 +124,9 @@ def eager(module: Any, x: Any, y: Any) -> tuple[Callable, Callable]:
 def ghost(module: Any, x: Any, y: Any, limit: float) -> tuple[Callable, Callable]:
     """The sum of clipped gradients, by two backwards."""
     import torch
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
-    from opacus.optimizers import DPOptimizerFastGradientClipping
-    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping  # pyright: ignore[reportMissingImports]
+    from opacus.optimizers import DPOptimizerFastGradientClipping  # pyright: ignore[reportMissingImports]
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping  # pyright: ignore[reportMissingImports]
 
     private = GradSampleModuleFastGradientClipping(module, max_grad_norm=limit, use_ghost_clipping=True)
     sgd = torch.optim.SGD(private.parameters(), lr=0.1)
@@ -140,7 +147,7 @@ def ghost(module: Any, x: Any, y: Any, limit: float) -> tuple[Callable, Callable
 def hooked(module: Any, x: Any, y: Any) -> tuple[Callable, Callable]:
     """The gradient and the squared norms, of single gradients that are formed."""
     import torch
-    from opacus.grad_sample import GradSampleModule
+    from opacus.grad_sample import GradSampleModule  # pyright: ignore[reportMissingImports]
 
     private = GradSampleModule(module)
 
@@ -148,7 +155,7 @@ def hooked(module: Any, x: Any, y: Any) -> tuple[Callable, Callable]:
         private.zero_grad(set_to_none=True)
         loss = torch.nn.functional.cross_entropy(private(x), y)
         loss.backward()
-        squares = sum(p.grad_sample.flatten(1).pow(2).sum(1) for p in private.parameters())
+        squares = torch.stack([p.grad_sample.flatten(1).pow(2).sum(1) for p in private.parameters()]).sum(0)
         return loss, squares
 
     def value():
@@ -161,7 +168,7 @@ def hooked(module: Any, x: Any, y: Any) -> tuple[Callable, Callable]:
 def packed(module: Any, x: Any, y: Any, name: str, read: Callable) -> tuple[Callable, Callable]:
     """The gradient, and what an extension of BackPACK stores beside it."""
     import torch
-    from backpack import backpack, extend, extensions
+    from backpack import backpack, extend, extensions  # pyright: ignore[reportMissingImports]
 
     module, loss_of = extend(module), extend(torch.nn.CrossEntropyLoss())
 

@@ -47,7 +47,7 @@ def ours(statistic: str, case: Case) -> Callable:
 
 def privately(case: Case, microbatch: int | None = None) -> Callable:
     """The value and the mean of clipped gradients, by jax_privacy."""
-    import jax_privacy
+    import jax_privacy  # pyright: ignore[reportMissingImports]
 
     def function(params, state, x, y, query):
         def J(params, x, y):
@@ -70,7 +70,7 @@ def privately(case: Case, microbatch: int | None = None) -> Callable:
 def kfac_jax_mended() -> Any:
     """A context in which kfac-jax 0.0.8 runs: its evaluation of an equation takes two values from get_bind_params,
     which returns one since jax 0.10."""
-    from kfac_jax._src import tag_graph_matcher
+    from kfac_jax._src import tag_graph_matcher  # pyright: ignore[reportMissingImports]
 
     def evaluated(eqn, values):
         made = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
@@ -81,7 +81,7 @@ def kfac_jax_mended() -> Any:
 
 def by_kfac_jax(case: Case, mode: str) -> Callable:
     """The value, the gradient, and the blocks' factors by kfac-jax, whose W is (n_in, n_out) beside b."""
-    import kfac_jax
+    import kfac_jax  # pyright: ignore[reportMissingImports]
 
     *_, x, y, _ = case.args
     relu = lambda x: jnp.maximum(x, 0)  # noqa: E731 (jax.nn.relu is a custom_jvp, which kfac-jax does not read)

@@ -58,13 +58,14 @@ def ratios_of(seconds: np.ndarray) -> dict[str, Any]:
 
 
 def distance(ours: Any, theirs: Any) -> float:
-    """The largest difference of two trees, relative to the largest number of an array; 0 / 0 is none."""
+    """The largest difference of two trees, relative to the largest of an array; infinite if a number is not finite."""
 
     def of(a: Any, b: Any) -> float:
         a, b = (np.asarray(side, float) for side in (a, b))
-        finite = np.isfinite(a) & np.isfinite(b)
-        scale = np.max(np.abs(b), where=finite, initial=0)
-        return float(np.max(np.abs(a - b), where=finite, initial=0) / scale) if scale else 0.0
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return float("inf")
+        scale = np.max(np.abs(b), initial=0)
+        return float(np.max(np.abs(a - b), initial=0) / (scale or 1))
 
     ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
     return max(of(a, b) for a, b in zip(ours, theirs, strict=True))
