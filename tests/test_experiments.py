@@ -41,6 +41,9 @@ from experiments import (
 )
 from experiments.charlm import __main__ as charlm
 from experiments.shared import commands, data, markdown, report, results, shown
+from experiments.statistics_cost import __main__ as statistics_cost
+from experiments.statistics_cost import nets as statistics_nets
+from experiments.statistics_cost import peers as statistics_peers
 
 ROOT = Path(__file__).parents[1]
 
@@ -227,6 +230,41 @@ def test_gradient_cost_prints_its_ratios(tmp_path, monkeypatch, capsys):
     assert measured["norms_max_relative_difference"] <= 1e-6
     assert measured["trace_flops_ratio"] == measured["trace_memory_ratio"] == 1
     assert "plain JAX" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_nets(monkeypatch):
+    """One small net in place of those that statistics are timed on."""
+    small = statistics_nets.Net(fnbp.models.mlp(7, 10), statistics_nets.labelled(11), 3)
+    monkeypatch.setattr(statistics_cost, "NETS", {"mlp": small})
+
+
+def test_statistics_cost_times_what_agrees_and_goes_on_where_it_was(small_nets, tmp_path, capsys):
+    settings = statistics_cost.Settings(samples=2, samples_of_others=2, only="noise", out=tmp_path)
+    assert statistics_cost.main(settings) == 0
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert measured["apart"] <= 1e-5 and measured["mlp"]["noise scale"]["one gradient"]["time"] > 0
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert statistics_cost.main(dataclasses.replace(settings, resume=True)) == 0
+    assert (tmp_path / "rows.jsonl").read_text() == before and len(before.splitlines()) == 2
+    assert "vmap(jax.grad)" in capsys.readouterr().out
+    with pytest.raises(report.InputError, match="--only nothing: there are norms beside"):
+        statistics_cost.main(statistics_cost.Settings(only="nothing", out=tmp_path))
+
+
+def test_statistics_cost_ends_with_1_where_two_ways_disagree(small_nets, tmp_path, monkeypatch):
+    statistic = statistics_cost.STATISTICS["norms alone"]
+    wrong = statistic._replace(make=lambda case: lambda *args: 1.01 * statistic.make(case)(*args))
+    monkeypatch.setitem(statistics_cost.STATISTICS, "norms alone", wrong)
+    settings = statistics_cost.Settings(samples_of_others=1, ours=False, peers=False, only="norms alone", out=tmp_path)
+    assert statistics_cost.main(settings) == 1
+
+
+def test_statistics_cost_says_which_library_is_missing(small_nets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(statistics_peers, "installed", lambda peer: False)
+    settings = statistics_cost.Settings(ours=False, others=False, only="gradient", out=tmp_path)
+    assert statistics_cost.main(settings) == 0
+    assert "not installed" in capsys.readouterr().out
 
 
 def fake(source, folder, seed):

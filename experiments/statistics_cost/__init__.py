@@ -1,0 +1,1 @@
+"""What statistics of single gradients cost."""
