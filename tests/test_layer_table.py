@@ -172,7 +172,7 @@ def test_a_training_records_it_step_by_step():
     )  # fmt: skip
     assert done.history.recorded["dead"].shape == (6,)
     run = fnbp.trace(net, LOSS)
-    stacked = jax.lax.scan(lambda _, i: (None, layer_table(run(params, state, x + i, y))), None, jnp.arange(3.0))[1]
+    stacked = jax.lax.map(lambda i: layer_table(run(params, state, jnp.asarray(x) + i, y)), jnp.arange(3.0))
     assert stacked["mlp[1].relu"].dead.shape == (3,)
     with pytest.raises(ValueError, match=r"mlp\[0\].dense\(7\) has numbers of shape \(3,\), those of several steps"):
         str(stacked)

@@ -1,7 +1,5 @@
 """A table of experiments/README.md: its heads and its rows."""
 
-"""The form of a table of experiments/README.md."""
-
 from typing import NamedTuple
 
 

@@ -128,7 +128,11 @@ def ghost(module: Any, x: Any, y: Any, limit: float) -> tuple[Callable, Callable
     from opacus.optimizers import DPOptimizerFastGradientClipping  # pyright: ignore[reportMissingImports]
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping  # pyright: ignore[reportMissingImports]
 
-    private = GradSampleModuleFastGradientClipping(module, max_grad_norm=limit, use_ghost_clipping=True)
+    private = GradSampleModuleFastGradientClipping(
+        module,
+        max_grad_norm=limit,  # pyright: ignore[reportArgumentType]
+        use_ghost_clipping=True,
+    )
     sgd = torch.optim.SGD(private.parameters(), lr=0.1)
     optimizer = DPOptimizerFastGradientClipping(
         sgd, noise_multiplier=0.0, max_grad_norm=limit, expected_batch_size=len(y)
@@ -155,7 +159,8 @@ def hooked(module: Any, x: Any, y: Any) -> tuple[Callable, Callable]:
         private.zero_grad(set_to_none=True)
         loss = torch.nn.functional.cross_entropy(private(x), y)
         loss.backward()
-        squares = torch.stack([p.grad_sample.flatten(1).pow(2).sum(1) for p in private.parameters()]).sum(0)
+        each = (getattr(p, "grad_sample") for p in private.parameters())  # noqa: B009 (pyright does not know it)
+        squares = torch.stack([rows.flatten(1).pow(2).sum(1) for rows in each]).sum(0)
         return loss, squares
 
     def value():
