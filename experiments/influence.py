@@ -251,7 +251,7 @@ def figure(path: Path, shown: Shown, ranks: list[float], count: int = 4) -> None
     style: dict[Any, Any] = {**report.STYLE, "figure.constrained_layout.use": False}
     with plt.rc_context(style):
         fig, axes = plt.subplots(2 * n, 2 * count + 1, figsize=(9.5, 2.25 * n + 0.7), squeeze=False)
-        fig.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=1 - 0.55 / (2.25 * n + 0.7), hspace=0.45)
+        fig.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=1 - 0.8 / (2.25 * n + 0.7), hspace=0.45)
         for j in range(n):
             for half, values in enumerate((shown.exact[:, j], shown.projected[:, j])):
                 row = axes[2 * j + half]

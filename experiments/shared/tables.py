@@ -2,6 +2,7 @@
 
 from experiments.shared.noise import NOISE
 from experiments.shared.shown import Row, Shown
+from experiments.shared.tables_of_statistics import STATISTICS
 
 AGAINST = ("the same forward", "plain JAX")
 NETS = (
@@ -381,3 +382,4 @@ TABLES: dict[str, Shown] = {
         ),
     ),
 }
+TABLES |= STATISTICS
