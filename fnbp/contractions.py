@@ -250,13 +250,13 @@ def cross_gram(factors: Any) -> Contraction:
     """The inner products with the gradients of another batch, of which keep has kept the factors: (m, n)."""
 
     def of_outers(form, other):
-        theirs = other.widened().outer()
+        theirs = other.bare().widened().outer()
         if theirs is None:
             return None
         return crossed(form.d, form.x, *(a.reshape(a.shape[0], -1, a.shape[-1]) for a in theirs))
 
     def of_rows(g, other):
-        return flat(g) @ flat(wide(other.widened().per_example())).T
+        return flat(g) @ flat(rows_of(other.bare())).T
 
     return Contraction("cross_gram", of_rows, of_outers, added, joined="whole", scaled=linear, given=factors)
 

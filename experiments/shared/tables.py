@@ -1,6 +1,5 @@
 """What stands in which table of experiments/README.md: rows, and the published figures that they show."""
 
-from experiments.shared.noise import NOISE
 from experiments.shared.shown import Row, Shown
 from experiments.shared.tables_of_statistics import STATISTICS
 
@@ -313,10 +312,6 @@ TABLES: dict[str, Shown] = {
                 ("4 processes", "4 processes"),
             )
         ),
-    ),
-    "noise of gradients": Shown(
-        ("gpt of 2 layers of width 48, batches of 32, 2,000 steps", "measured"),
-        tuple(Row(label, "norms/default", (cell,)) for label, cell in NOISE),
     ),
     "long runs": Shown(
         ("a long training", "measured"),
