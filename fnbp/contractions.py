@@ -7,7 +7,7 @@ loop over depth. To add one is a section here; factors stay as they are.
     s  positions that share the weight           i  its inputs
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from fnbp.arrays.sums import wide
 
 __all__ = [
     "Contraction",
+    "KroneckerPair",
     "cross_gram",
     "dot",
     "gram",
@@ -230,15 +231,47 @@ def cross_gram(factors: Any) -> Contraction:
 # --- kronecker: A and G, whose Kronecker product stands for the curvature ---
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KroneckerPair:
+    """A and G of a parameter: of its gradient as a matrix (n_out, n_in), G stands for the rows and A for the columns.
+
+    A, G      the two matrices, also as A, G = pair; axes in front are the layers of a repeat
+    turned    True if the parameter is (n_in, ..., n_out), as of an embedding, so that A stands for the rows
+    diagonal  True if A is a diagonal, (n_in,)
+    """
+
+    A: Any
+    G: Any
+    turned: bool = field(default=False, metadata={"static": True})
+    diagonal: bool = field(default=False, metadata={"static": True})
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.A, self.G))
+
+    def __getitem__(self, i: int) -> Any:
+        return (self.A, self.G)[i]
+
+    def matrix(self, g: jax.Array) -> jax.Array:
+        """An array (..., *shape of the parameter) as (..., n_out, n_in); the axes in front are as many as those of A."""
+        n, front = self.A.shape[-1], g.shape[: self.A.ndim - (1 if self.diagonal else 2)]
+        return jnp.swapaxes(g.reshape(*front, n, -1), -1, -2) if self.turned else g.reshape(*front, -1, n)
+
+    def param(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The inverse of matrix: in the shape of the parameter."""
+        return (jnp.swapaxes(matrix, -1, -2) if self.turned else matrix).reshape(shape)
+
+
 def kronecker(reduce: str = "expand") -> Contraction:
-    """A pair (A, G) for each parameter: the second moments of what goes in and of the error, each example's own.
+    """The KroneckerPair (A, G) of each parameter: the second moments of what goes in and of the error of each example.
 
         expand  A = sum_is x_is x_is^T / (m S)        G = sum_is d_is d_is^T / m
         reduce  A = sum_i xbar_i xbar_i^T / m         G = sum_i dbar_i dbar_i^T / m
                 xbar_i the mean over positions, dbar_i the sum
 
-    A bias has A = 1. An embedding has as A the diagonal, (size,). What multiplies or is added element by element has
-    A = 1, and as G the second moment of its gradients, which is stated: it is no approximation.
+    A bias has A = 1. An embedding has as A the diagonal, (size,), and so have positions, which look up one row after
+    the other. What multiplies element by element has A = 1, and as G the second moment of its gradients, which is
+    stated: it is no approximation.
 
     Shapes: A (n_in, n_in), G (n_out, n_out); of n layers of a repeat (n, ...).
     Source: Martens & Grosse 2015, arXiv:1503.05671, section 3; Eschenhagen et al. 2023, arXiv:2311.00636, for expand
@@ -255,15 +288,45 @@ def kronecker(reduce: str = "expand") -> Contraction:
         if reduce == "reduce":
             d, x = jnp.sum(d, 1, keepdims=True), jnp.mean(x, 1, keepdims=True)
             positions = 1
-        return jnp.einsum("msi,msj->ij", x, x) / (m * positions), jnp.einsum("mso,msp->op", d, d) / m
+        A, G = jnp.einsum("msi,msj->ij", x, x) / (m * positions), jnp.einsum("mso,msp->op", d, d) / m
+        return KroneckerPair(A, G, form.turned)
 
     def rows(g):
         g = flat(g)
         if g.shape[1] ** 2 > MOST:
             raise ValueError(f"kronecker: a parameter of {g.shape[1]} numbers that is no matrix has too large a G")
-        return jnp.ones((1, 1), g.dtype), g.T @ g / g.shape[0]
+        return KroneckerPair(jnp.ones((1, 1), g.dtype), g.T @ g / g.shape[0])
 
     return Contraction(f"kronecker_{reduce}", rows, outers, joined="whole")
+
+
+def second_moment_in(bases: Any) -> Contraction:
+    """sum_i (U_G^T g_i U_A)^2 of each parameter: the second moment of its gradients, seen as matrices, in a basis.
+
+    bases is a tree of params, for each a KroneckerPair of U_A and U_G. A diagonal A has its own numbers as basis.
+
+    Shapes: (n_out, n_in); of n layers of a repeat (n, n_out, n_in).
+    """
+
+    def rows(g, bases):
+        g = jax.vmap(bases.matrix)(g)
+        g = g if bases.diagonal else g @ bases.A
+        return jnp.sum(jnp.einsum("op,moi->mpi", bases.G, g) ** 2, 0)
+
+    def outers(form, bases):
+        x, d = (form.d, form.x) if form.turned else (form.x, form.d)
+        d, x = d @ bases.G, x if bases.diagonal else x @ bases.A
+        if d.shape[1] == 1:
+            return jnp.einsum("mso,msi->oi", d**2, x**2)
+        few = max(1, CHUNK // (d.shape[2] * x.shape[2]))
+        parts = [jnp.pad(a, ((0, -len(a) % few), (0, 0), (0, 0))).reshape(-1, few, *a.shape[1:]) for a in (d, x)]
+
+        def add(so_far, part):
+            return so_far + jnp.sum(jnp.einsum("mso,msi->moi", *part) ** 2, 0), None
+
+        return jax.lax.scan(add, jnp.zeros((d.shape[2], x.shape[2]), d.dtype), tuple(parts))[0]
+
+    return Contraction("second_moment_in", rows, outers, joined="summed", given=bases)
 
 
 # --- project: (P d_i) (Q x_i)^T ---

@@ -12,6 +12,7 @@ def counting_some(loss: Loss) -> Loss:
     """The loss whose target is a pair (t, c): an example counts where c, (m,), is True.
 
         l = c loss(p, t) m / sum c      dp = c dloss m / sum c      so that the mean over m is that of those that count
+        Hessian = c that of loss m / sum c      roots c r sqrt(m / sum c)
 
     A loss that is a share of the whole batch, reduce="tokens", leaves the others out of that batch instead.
     """
@@ -30,7 +31,14 @@ def counting_some(loss: Loss) -> Loss:
         res, c, scale = res
         return jax.tree.map(lambda d: jnp.where(rows(c, d), d * scale.astype(d.dtype), 0), loss.backward(res))
 
-    return Loss(forward, backward, loss.name, takes_mask=loss.takes_mask)
+    def roots(res):
+        res, c, scale = res
+        assert loss.roots is not None
+        r = loss.roots(res)
+        return jnp.where(rows(c, r[0]), r * jnp.sqrt(scale).astype(r.dtype), 0)
+
+    of = None if loss.roots is None else roots
+    return Loss(forward, backward, loss.name, takes_mask=loss.takes_mask, roots=of, joint=loss.joint)
 
 
 def rows(c: jax.Array, a: Any) -> jax.Array:

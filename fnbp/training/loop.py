@@ -99,6 +99,8 @@ def one_step(
             value=J,
             grad=grads,
             value_fn=lambda params: jnp.mean(losses_at(net, loss, params, carry.state, x, y, ctx)),
+            batch=(carry.state, x, y, ctx),
+            loss=loss,
         )
         params = optax.apply_updates(carry.params, updates)
         seen = Step(J, carry.params, grads, updates, opt_state, *more)
