@@ -253,7 +253,7 @@ class KroneckerPair:
         return (self.A, self.G)[i]
 
     def matrix(self, g: jax.Array) -> jax.Array:
-        """An array (..., *shape of the parameter) as (..., n_out, n_in); the axes in front are as many as those of A."""
+        """An array of the shape of the parameter as (..., n_out, n_in), with as many axes in front as A has."""
         n, front = self.A.shape[-1], g.shape[: self.A.ndim - (1 if self.diagonal else 2)]
         return jnp.swapaxes(g.reshape(*front, n, -1), -1, -2) if self.turned else g.reshape(*front, -1, n)
 

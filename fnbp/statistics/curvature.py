@@ -66,7 +66,11 @@ def fisher(
         if samples is not None and ctx.key is None:
             raise ValueError("fisher: signs are drawn, so it needs a key: Context(key)")
         given = params, state, x, y, ctx
-        found = of_all(net, loss, contract, chunk, *given) if samples is None else drawn(net, loss, contract, samples, *given)
+        found = (
+            of_all(net, loss, contract, chunk, *given)
+            if samples is None
+            else drawn(net, loss, contract, samples, *given)
+        )
         return jax.tree.map(lambda a: a / jax.tree.leaves(x)[0].shape[0], found) if mean else found
 
     return fisher_of
@@ -90,7 +94,7 @@ def drawn(net: Layer, loss: Loss, contract: Any, samples: int, *given: Any) -> A
 
 def of_all(net: Layer, loss: Loss, contract: Any, chunk: int, *given: Any) -> Any:
     """What contract makes of each root at each place, times the square root of their number: the mean over them."""
-    params, state, x, y, ctx = given
+    params, state, x, _, ctx = given
     form = jax.eval_shape(lambda: prediction_of(net, params, state, x, ctx))
     places = form.shape[1 : form.ndim - loss.joint]
     sites = math.prod(places)
@@ -141,5 +145,6 @@ def prediction_of(net: Layer, params: Any, state: Any, x: Any, ctx: Context) -> 
 
 def roots_of(net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context) -> Any:
     """The roots of the loss at the prediction, for their number."""
-    return assured(loss)(losses_of(loss, prediction_of(net, params, state, x, ctx), y, mask_behind(net, x, ctx.mask))[1])
-
+    return assured(loss)(
+        losses_of(loss, prediction_of(net, params, state, x, ctx), y, mask_behind(net, x, ctx.mask))[1]
+    )

@@ -38,7 +38,10 @@ def corrected(averages: Any, times: jax.Array, decay: float) -> Any:
 
 
 def damped_inverse(pair: KroneckerPair, damping: float) -> KroneckerPair:
-    """(A + pi sqrt(damping))^-1 and (G + sqrt(damping) / pi)^-1, pi^2 = (tr A / n_in) / (tr G / n_out); 1 if one is 0."""
+    """(A + pi sqrt(damping))^-1 and (G + sqrt(damping) / pi)^-1, pi^2 = (tr A / n_in) / (tr G / n_out).
+
+    pi is 1 where A or G is 0, as of rows that nothing has looked up yet.
+    """
     A = jnp.mean(pair.A if pair.diagonal else jnp.diagonal(pair.A, axis1=-2, axis2=-1), -1)
     G = jnp.mean(jnp.diagonal(pair.G, axis1=-2, axis2=-1), -1)
     there = (A != 0) & (G != 0)

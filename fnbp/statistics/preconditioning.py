@@ -91,24 +91,26 @@ def kfac(
         V     = (G + sqrt(damping) / pi)^-1 dW (A + pi sqrt(damping))^-1      pi^2 = (tr A / n_in) / (tr G / n_out)
         M     = momentum M + V      W := W - learning_rate M
 
-    An average begins at 0 and is divided by 1 - decay^t after t estimates. Steps between two estimates cost two products
-    of matrices more than those of SGD. What G and A are of a bias, an embedding, and layers without a matrix: kronecker.
+    An average begins at 0 and is divided by 1 - decay^t after t estimates. A step between two estimates costs two
+    products of matrices for each parameter more than one of SGD. kronecker says what A and G are of a bias, an
+    embedding, and what has no matrix.
 
     fit gives the batch to update. In a step of your own:
     optimizer.update(grads, opt_state, params, batch=(state, x, y, ctx)), what value_and_grad was given.
 
     Options: x, y: data, or jax.ShapeDtypeStructs: only their form is used, to say the shapes of the state.
              learning_rate: a number, or a schedule of optax. samples: as of fisher; None takes all roots and needs no
-             key. clip: V is scaled down so that learning_rate^2 <V, dW> is at most that, summed over all
-             parameters; None: never.
+             key. clip: V is scaled down to c V so that (c learning_rate)^2 <V, dW>, the sum over all parameters, is
+             at most that; None: never. It and damping are in units of the loss.
     Source:  Martens & Grosse 2015, arXiv:1503.05671, section 6.3 for pi; Eschenhagen et al. 2023, arXiv:2311.00636,
              for reduce; Ba et al. 2017, Distributed second-order optimization, for clip.
     Raises:  ValueError if an option is out of range, the loss says no roots, params are of another net, or update gets
-             no batch or no ctx.key; TypeError, by its name, if a layer mixes the examples. A batch that is not finite
-             makes the averages and all later updates NaN, and fit then stops; with damping 0, so does a singular A or G.
+             no batch or no ctx.key; TypeError, by its name, if a layer mixes the examples. Estimates that are not
+             finite make this update and all later ones NaN, and fit stops and says so; with damping 0, so does an A or
+             G without an inverse.
     """
     check_roots("kfac", net, loss)
-    options = checked("kfac", damping, interval, decay, momentum, clip)
+    options = checked("kfac", learning_rate, damping, interval, decay, momentum, clip)
     check_samples("kfac", samples)
     contract = kronecker(reduce)
 
@@ -149,7 +151,7 @@ def foof(
     """
     check_is("foof", "net", net, Layer)
     check_is("foof", "loss", loss, Loss)
-    options = checked("foof", damping, interval, decay, momentum, clip)
+    options = checked("foof", learning_rate, damping, interval, decay, momentum, clip)
     contract = kronecker(reduce)
 
     def estimate(loss: Loss, params: Any, batch: tuple) -> Any:
@@ -189,7 +191,7 @@ def ekfac(
     Raises:  as kfac.
     """
     check_roots("ekfac", net, loss)
-    options = checked("ekfac", damping, interval, decay, momentum, clip)
+    options = checked("ekfac", learning_rate, damping, interval, decay, momentum, clip)
     check_samples("ekfac", samples)
     contract = kronecker(reduce)
 
@@ -270,14 +272,14 @@ def finished(scale: Optimizer, learning_rate: Schedule, options: Options) -> Opt
 
 
 def clipped_to(most: float | None, made: Any, grads: Any, learning_rate: Schedule, step: jax.Array) -> Any:
-    """made, scaled down so that learning_rate^2 <made, grads> is at most that."""
+    """c made, so that (c learning_rate)^2 <made, grads> is at most that."""
     if most is None:
         return made
     rate = learning_rate(step) if callable(learning_rate) else learning_rate
     products = jax.tree.map(lambda v, g: jnp.sum(wide(v) * wide(g)), made, grads)
     size = rate**2 * sum(jax.tree.leaves(products))
     scale = jnp.sqrt(most / jnp.maximum(size, most))
-    return jax.tree.map(lambda v: (v * scale.astype(v.dtype)), made)
+    return jax.tree.map(lambda v: v * scale.astype(v.dtype), made)
 
 
 def forms_of(
@@ -296,8 +298,12 @@ def forms_of(
     return of
 
 
-def checked(name: str, damping: Any, interval: Any, decay: Any, momentum: Any, clip: Any) -> Options:
+def checked(
+    name: str, learning_rate: Any, damping: Any, interval: Any, decay: Any, momentum: Any, clip: Any
+) -> Options:
     """The options. ValueError or TypeError if one is out of range."""
+    if not callable(rate) and not isinstance(rate, jax.Array):
+        check_number(name, "learning_rate", rate)
     damping = check_number(name, "damping", damping)
     if damping < 0:
         raise ValueError(f"{name}: damping must be at least 0, got {damping}")
