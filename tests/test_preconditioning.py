@@ -112,8 +112,16 @@ def test_examples_that_do_not_count_add_nothing_to_G(x64):
     assert counting_some(own).roots is None
 
 
-def test_pairs_of_dense_layers_are_those_of_kfac_jax():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # those of kfac-jax
+def test_pairs_of_dense_layers_are_those_of_kfac_jax(monkeypatch):
     kfac_jax = pytest.importorskip("kfac_jax")
+    matcher = pytest.importorskip("kfac_jax._src.tag_graph_matcher")
+
+    def evaluated(eqn, values):  # kfac-jax 0.0.8 takes get_bind_params for a pair, which it is no longer
+        made = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        return made if isinstance(made, list) else [made]
+
+    monkeypatch.setattr(matcher, "eval_jaxpr_eqn", evaluated)
     net, x, y = fnbp.serial(fnbp.dense(6, b=None), fnbp.tanh(), fnbp.dense(3, b=None)), normal(0, 8, 5), normal(1, 8, 3)
     params, state = net.init(KEY, x)
 
@@ -166,7 +174,7 @@ NETS = {
     "lstm": lambda: pictures(fnbp.models.lstm_classifier(4, 3), (3, 2)),
     "gpt": lambda: text(fnbp.models.gpt(7, 6, 2, 2, 4)),
 }
-SLOW = ("conv_transpose", "tied, repeated", "lstm", "gpt")
+SLOW = ("conv", "conv_transpose", "tied, repeated", "lstm", "gpt")
 DAMPING, INTERVAL, DECAY, RATE = 0.03, 2, 0.9, 0.7
 
 
@@ -336,24 +344,24 @@ def test_a_net_in_bfloat16(make):
 
 def test_what_is_not_finite_is_told():
     net, params, state, x, y = problem()
-    stop = jnp.zeros(20).at[3].set(jnp.inf)  # a batch that jit cannot refuse
-    end = fnbp.replace_functions(fnbp.identity(), forward=lambda p, s, x, ctx: (x + stop[:8, None], s, ()))
-    net = fnbp.serial(net, end)
-    params, state = net.init(KEY, x[:8])
     optimizer = statistics.kfac(net, CROSS, x, y, 0.1)
-    batch = state, x[:8], y[:8], fnbp.Context(KEY, train=True)
-    grads = fnbp.value_and_grad(net, CROSS)(params, *batch)[1]
-    updates, kept = optimizer.update(grads, optimizer.init(params), params, batch=batch)
-    assert not all(jnp.isfinite(a).all() for a in jax.tree.leaves(updates))
-    calm = jax.tree.map(jnp.ones_like, grads)
-    later, _ = optimizer.update(calm, kept, params, batch=batch)
-    assert not all(jnp.isfinite(a).all() for a in jax.tree.leaves(later))
+    ctx = fnbp.Context(KEY, train=True)
+    calm = jax.tree.map(jnp.ones_like, params)
+    step = jax.jit(lambda x, kept: optimizer.update(calm, kept, params, batch=(state, x, y, ctx)))
+    _, kept = step(x.at[3].set(jnp.inf), optimizer.init(params))
+    later, _ = step(x, kept)  # one step behind, no estimate
+    assert all(jnp.isnan(a).all() for a in jax.tree.leaves((later[0]["W"], later[2]["W"])))
+    done = fnbp.fit(
+        net, CROSS, params, state, x, y, optimizer=statistics.kfac(net, CROSS, x, y, 1e30, clip=None, interval=2),
+        key=KEY, batch_size=20, steps=20, progress=False,
+    )  # fmt: skip
+    assert done.stopped == "non-finite" and all(jnp.isfinite(a).all() for a in jax.tree.leaves(done.params))
 
 
 OTHERS = {
     "lbfgs": lambda: optax.lbfgs(),
     "plateau": lambda: optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau()),
-    "several": lambda: optax.MultiSteps(optax.polyak_sgd(), 1).gradient_transformation(),
+    "several": lambda: optax.MultiSteps(optax.adam(0.1), 1).gradient_transformation(),
     "if finite": lambda: optax.apply_if_finite(optax.polyak_sgd(), 3),
     "masked": lambda: optax.masked(optax.polyak_sgd(), lambda params: jax.tree.map(lambda a: True, params)),
     "injected": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.1),

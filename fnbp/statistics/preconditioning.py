@@ -298,9 +298,7 @@ def forms_of(
     return of
 
 
-def checked(
-    name: str, learning_rate: Any, damping: Any, interval: Any, decay: Any, momentum: Any, clip: Any
-) -> Options:
+def checked(name: str, rate: Any, damping: Any, interval: Any, decay: Any, momentum: Any, clip: Any) -> Options:
     """The options. ValueError or TypeError if one is out of range."""
     if not callable(rate) and not isinstance(rate, jax.Array):
         check_number(name, "learning_rate", rate)
