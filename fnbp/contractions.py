@@ -24,7 +24,6 @@ __all__ = [
     "cross_gram",
     "dot",
     "gram",
-    "kronecker",
     "per_example",
     "project",
     "second_moment",
@@ -259,49 +258,6 @@ def cross_gram(factors: Any) -> Contraction:
         return flat(g) @ flat(rows_of(other.bare())).T
 
     return Contraction("cross_gram", of_rows, of_outers, added, joined="whole", scaled=linear, given=factors)
-
-
-# --- kronecker: A and G, whose Kronecker product stands for the curvature ---
-
-
-def kronecker(reduce: str = "expand") -> Contraction:
-    """A pair (A, G) for each parameter: the second moments of what goes in and of the error, each example's own.
-
-        expand  A = sum_is x_is x_is^T / (m S)        G = sum_is d_is d_is^T / m
-        reduce  A = sum_i xbar_i xbar_i^T / m         G = sum_i dbar_i dbar_i^T / m
-                xbar_i the mean over positions, dbar_i the sum
-
-    A bias has A = 1. An embedding has as A the diagonal, (size,). What multiplies or is added element by element has
-    A = 1, and as G the second moment of its gradients, which is stated: it is no approximation.
-
-    Shapes: A (n_in, n_in), G (n_out, n_out); of n layers of a repeat (n, ...).
-    Source: Martens & Grosse 2015, arXiv:1503.05671, section 3; Eschenhagen et al. 2023, arXiv:2311.00636, for expand
-            and reduce.
-    Raises: ValueError if reduce is neither of the two, or, by the name of the layer, if G would have more than 2^26
-            numbers.
-    """
-    if reduce not in ("expand", "reduce"):
-        raise ValueError(f"kronecker: reduce must be 'expand' or 'reduce', got {reduce!r}")
-
-    def outers(form):
-        x, d = (form.d, form.x) if form.turned else (form.x, form.d)
-        m, positions = d.shape[:2]
-        if reduce == "reduce":
-            d, x = jnp.sum(d, 1, keepdims=True), jnp.mean(x, 1, keepdims=True)
-            positions = 1
-        return jnp.einsum("msi,msj->ij", x, x) / (m * positions), jnp.einsum("mso,msp->op", d, d) / m
-
-    def rows(g):
-        g = flat(g)
-        if g.shape[1] ** 2 > MOST:
-            raise ValueError(f"kronecker: a parameter of {g.shape[1]} numbers that is no matrix has too large a G")
-        return jnp.ones((1, 1), g.dtype), g.T @ g / g.shape[0]
-
-    def scaled(pair, c):
-        A, G = pair
-        return A, quadratic(G, c)
-
-    return Contraction(f"kronecker_{reduce}", rows, outers, joined="whole", scaled=scaled)
 
 
 # --- project: (P d_i) (Q x_i)^T ---

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from fnbp.arrays.placement import einsum, laid
 from fnbp.arrays.sums import wide
 from fnbp.contractions import Contraction, sq_norms
+from fnbp.pairs import KroneckerPair, added_pairs, kronecker
 
 __all__ = ["Factor", "Outer", "Product", "Sum", "register_factor"]
 
@@ -297,6 +298,20 @@ class Added(Factor):
             return None
         d, x = (jnp.concatenate([positions_in_one(a) for a in pair], 1) for pair in zip(one, other, strict=True))
         return d, x
+
+    def kronecker_expand(self) -> KroneckerPair:
+        """Of both as one sum of outer products, or, if they are none, the pair that stands for the sum of two."""
+        return self.pair(kronecker("expand"))
+
+    def kronecker_reduce(self) -> KroneckerPair:
+        """The same."""
+        return self.pair(kronecker("reduce"))
+
+    def pair(self, contraction: Contraction) -> KroneckerPair:
+        """The pair of Kronecker factors that this contraction makes."""
+        if self.outer() is not None:
+            return contraction.of_form(self)
+        return added_pairs(contraction(self.one), contraction(self.other))
 
     def widened(self) -> "Added":
         return Added(self.one.widened(), self.other.widened())

@@ -30,6 +30,7 @@ from experiments import (
     gradient_cost,
     images,
     influence,
+    kfac,
     localisation,
     long_runs,
     nielsen,
@@ -169,6 +170,33 @@ def test_digits_exits_with_1_where_a_backward_is_wrong(tmp_path, monkeypatch, ca
     assert digits.main(digits.Settings(epochs=1, out=tmp_path)) == 1
     assert "first fault: serial[0].dense(100) -> dW: formula" in capsys.readouterr().out
     assert json.loads((tmp_path / "result.json").read_text())["measured"]["gradients_agree"] is False
+
+
+def test_kfac_races_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    settings = kfac.Settings(
+        widths=(12, 4), examples=200, batch_size=50, steps=8, rates=(0.1,), dampings=(1e-3,), adam=(1e-3,), sgd=(0.1,),
+        clip=1e-3, data="digits", out=tmp_path,
+    )  # fmt: skip
+    code = kfac.main(settings)
+    measured = json.loads((tmp_path / "result.json").read_text())["measured"]
+    assert code == (0 if measured["ok"] else 1) and measured["trials"] == 3
+    assert all(len(losses) == 8 and losses[-1] < losses[0] for losses in measured["losses"].values())
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    (tmp_path / "trials.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    seen, train = [], kfac.train
+    monkeypatch.setattr(kfac, "train", lambda trial, *rest: seen.append(trial.kind) or train(trial, *rest))
+    assert kfac.main(settings) == code and seen == ["SGD"]
+    assert json.loads((tmp_path / "result.json").read_text())["measured"]["losses"] == measured["losses"]
+    with pytest.raises(report.InputError, match="equally many trials"):
+        kfac.main(dataclasses.replace(settings, sgd=(0.1, 0.3)))
+
+
+@pytest.mark.parametrize(
+    "losses, due", [([3.0, 2.0, 1.0, 0.0], 3), ([3.0, 2.0, 3.0, 2.0], None), ([3.0, float("nan")], None), ([1.0], None)]
+)
+def test_steps_to_a_target_are_those_of_the_mean_over_an_epoch(losses, due):
+    assert kfac.steps_to(1.5, losses, 2) == due
 
 
 def test_digits_hold_out_a_fixed_fifth():

@@ -25,6 +25,7 @@ DIFFERENTIATORS = {"comparison", "interop"}  # modules, and a package
 FLOORS = (  # rooms: files and packages; imports run down these, one way
     {"arrays", "construction", "processes", "steps"},
     {"contractions"},
+    {"pairs"},
     {"layer", "factor", "losses"},
     {"naming"},
     {"contraction", "layers", "rendering"},

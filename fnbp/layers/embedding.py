@@ -28,6 +28,7 @@ from fnbp.factor import Factor, along_examples, register_factor
 from fnbp.layer import Context, Layer, parameterless, stateless
 from fnbp.layers.initializers import initializer_of
 from fnbp.layers.parameters import Shapes, check_numbers, weights
+from fnbp.pairs import KroneckerPair
 from fnbp.steps import Steps
 
 __all__ = ["embedding", "positions", "sinusoids"]
@@ -58,6 +59,18 @@ class Rows(Factor):
 
     def sq_norms(self) -> jax.Array:
         return jnp.sum(wide(self.d) ** 2, (1, 2))
+
+    def kronecker_expand(self) -> KroneckerPair:
+        """As of a table in which position t looks up row t."""
+        return self.looked_up().kronecker_expand()
+
+    def kronecker_reduce(self) -> KroneckerPair:
+        """The same."""
+        return self.looked_up().kronecker_reduce()
+
+    def looked_up(self) -> "Lookup":
+        """The same gradient, of a table in which position t looks up row t."""
+        return Lookup(self.d, jnp.broadcast_to(jnp.arange(self.d.shape[1]), self.d.shape[:2]), self.size)
 
     def scaled(self, c: Any) -> "Rows":
         return Rows(along_examples(c, self.d), self.size)
@@ -102,22 +115,23 @@ class Lookup(Factor):
         return self.contracted(sq_norms)
 
     @over_examples
-    def kronecker_expand(self) -> tuple[jax.Array, jax.Array]:
+    def kronecker_expand(self) -> KroneckerPair:
         """The diagonal of A: how often each row is looked up, in the mean over examples and positions; and G."""
         d, x = wide(self.d).reshape(-1, self.d.shape[-1]), self.x.reshape(-1)
         there = (x >= 0) & (x < self.size)
         counts = jnp.zeros(self.size, d.dtype).at[x].add(1, mode="drop", wrap_negative_indices=False)
         d = jnp.where(there[:, None], d, 0)
-        return counts / x.size, d.T @ d / self.examples
+        return KroneckerPair(counts / x.size, d.T @ d / self.examples, turned=True, diagonal=True)
 
     @over_examples
-    def kronecker_reduce(self) -> tuple[jax.Array, jax.Array]:
+    def kronecker_reduce(self) -> KroneckerPair:
         """The same, of the mean of each example's rows: the diagonal of A."""
         m, n = self.d.shape[0], self.d.shape[-1]
         d, x = wide(self.d).reshape(m, -1, n), self.x.reshape(m, -1)
         d = jnp.where(((x >= 0) & (x < self.size))[..., None], d, 0)
         seen = jax.vmap(lambda x: jnp.zeros(self.size, d.dtype).at[x].add(1, mode="drop", wrap_negative_indices=False))
-        return jnp.mean((seen(x) / x.shape[1]) ** 2, 0), jnp.einsum("mn,mp->np", d.sum(1), d.sum(1)) / m
+        A, G = jnp.mean((seen(x) / x.shape[1]) ** 2, 0), jnp.einsum("mn,mp->np", d.sum(1), d.sum(1)) / m
+        return KroneckerPair(A, G, turned=True, diagonal=True)
 
     def scaled(self, c: Any) -> "Lookup":
         return Lookup(along_examples(c, self.d), self.x, self.size)

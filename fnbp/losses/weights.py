@@ -12,6 +12,7 @@ def counting_some(loss: Loss) -> Loss:
     """The loss whose target is a pair (t, c): an example counts where c, (m,), is True.
 
         l = c loss(p, t) m / sum c      dp = c dloss m / sum c      so that the mean over m is that of those that count
+        Hessian = c that of loss m / sum c      roots c r sqrt(m / sum c)
 
     A loss that is a share of the whole batch, reduce="tokens", leaves the others out of that batch instead.
     """
@@ -35,8 +36,18 @@ def counting_some(loss: Loss) -> Loss:
         assert loss.positions is not None
         return loss.positions(prediction, t, c if mask is None else mask & rows(c, mask))
 
-    of = None if loss.positions is None else positions
-    return Loss(forward, backward, loss.name, takes_mask=loss.takes_mask, positions=of)
+    def roots(res):
+        res, c, scale = res
+        assert loss.roots is not None
+        r = loss.roots(res)
+        return jnp.where(rows(c, r[0]), r * jnp.sqrt(scale).astype(r.dtype), 0)
+
+    more = {
+        "positions": None if loss.positions is None else positions,
+        "roots": None if loss.roots is None else roots,
+        "joint": loss.joint,
+    }
+    return Loss(forward, backward, loss.name, takes_mask=loss.takes_mask, **more)
 
 
 def only_some(loss: Loss) -> Loss:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from fnbp.arrays.checks import check_is, check_size
 from fnbp.backpropagation import backprop
 from fnbp.contractions import second_moment
-from fnbp.layer import Context, Layer
-from fnbp.losses.loss import Loss
+from fnbp.layer import Context, Layer, mask_behind
+from fnbp.losses.loss import Loss, losses_of
 
 __all__ = ["fisher", "ggn_diagonal"]
 
@@ -36,40 +36,13 @@ def ggn_diagonal(net: Layer, loss: Loss, samples: int | None = None, chunk: int 
     """
     check_roots("ggn_diagonal", net, loss)
     check_size("ggn_diagonal", "chunk", chunk)
-    if samples is not None:
-        return lambda *given: fisher(net, loss, second_moment, samples)(*given, mean=True)
-
-    def diagonal_of(params, state, x, y, ctx=Context()):
-        form = jax.eval_shape(lambda: prediction_of(net, params, state, x, ctx))
-        places = form.shape[1 : form.ndim - loss.joint]
-        count = jax.eval_shape(lambda: roots_of(net, loss, params, state, x, y, ctx)).shape[0]
-        m, sites = form.shape[0], math.prod(places)
-
-        def of(number: jax.Array) -> Any:
-            at = (jnp.arange(sites) == number % sites).reshape(1, *places, *[1] * loss.joint)
-
-            def backward(res):
-                return jnp.where(at, assured(loss)(res)[number // sites], 0)
-
-            run = backprop(net, loss._replace(backward=backward), second_moment)
-            return run(params, state, x, y, ctx).grads
-
-        sums = jax.eval_shape(of, jnp.zeros((), int))
-        start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
-
-        def add(so_far, numbers):
-            there = (numbers < count * sites).astype(start_dtype(start))
-            each = jax.vmap(lambda n, c: jax.tree.map(lambda a: a * c.astype(a.dtype), of(n)))(numbers, there)
-            return jax.tree.map(lambda a, b: a + b.sum(0), so_far, each), None
-
-        steps = -(-count * sites // chunk)
-        numbers = jnp.arange(steps * chunk).reshape(steps, chunk)
-        return jax.tree.map(lambda a: a / m, jax.lax.scan(add, start, numbers)[0])
-
-    return diagonal_of
+    run = fisher(net, loss, second_moment, samples, chunk)
+    return lambda *given: run(*given, mean=True)
 
 
-def fisher(net: Layer, loss: Loss, contract: Any = second_moment, samples: int = 1) -> Callable[..., Any]:
+def fisher(
+    net: Layer, loss: Loss, contract: Any = second_moment, samples: int | None = 1, chunk: int = 16
+) -> Callable[..., Any]:
     """Make the function of a contraction of sampled gradients: (params, state, x, y, ctx) -> what contract makes.
 
         g_i = J_i^T sum_k e_k r_ik      signs e_k drawn by ctx.key, so that the mean of g_i g_i^T is J_i^T H_i J_i
@@ -77,31 +50,75 @@ def fisher(net: Layer, loss: Loss, contract: Any = second_moment, samples: int =
     For softmax_cross_entropy and squared errors that is the Fisher information of the model's own labels: with
     kronecker these are the factors of K-FAC, with second_moment its diagonal.
 
-    Options: contract: any contraction, or a tuple or dict of them; each is the mean over samples.
-    Source:  Martens & Grosse 2015, arXiv:1503.05671, section 5, for sampled gradients in K-FAC.
-    Raises:  as ggn_diagonal; ValueError if there is no ctx.key.
+    Options: contract: any contraction, or a tuple or dict of them; each is the mean over samples. samples: how many;
+             None: all K roots one by one, g_i = sqrt(K) J_i^T r_ik, whose mean over them is J_i^T H_i J_i itself.
+             chunk: how many backwards at once, of all roots.
+    Source:  Martens & Grosse 2015, arXiv:1503.05671, section 5, for sampled gradients in K-FAC; Dangel et al. 2025,
+             arXiv:2507.05127, for all roots.
+    Raises:  as ggn_diagonal; ValueError if samples are drawn and there is no ctx.key.
     """
     check_roots("fisher", net, loss)
-    check_size("fisher", "samples", samples)
+    check_size("fisher", "chunk", chunk)
+    if samples is not None:
+        check_size("fisher", "samples", samples)
 
     def fisher_of(params, state, x, y, ctx=Context(), mean=False):
-        if ctx.key is None:
+        if samples is not None and ctx.key is None:
             raise ValueError("fisher: signs are drawn, so it needs a key: Context(key)")
-
-        def of(key: jax.Array) -> Any:
-            def backward(res):
-                r = assured(loss)(res)
-                places = r.shape[: r.ndim - loss.joint]
-                signs = jax.random.rademacher(key, places, r.dtype).reshape(*places, *[1] * loss.joint)
-                return jnp.sum(signs * r, 0)
-
-            return backprop(net, loss._replace(backward=backward), contract)(params, state, x, y, ctx).grads
-
-        keys = jax.random.split(jax.random.fold_in(ctx.key, APART), samples)
-        found = jax.tree.map(lambda a: jnp.mean(a, 0), jax.lax.map(of, keys))
+        given = params, state, x, y, ctx
+        found = (
+            of_all(net, loss, contract, chunk, *given)
+            if samples is None
+            else drawn(net, loss, contract, samples, *given)
+        )
         return jax.tree.map(lambda a: a / jax.tree.leaves(x)[0].shape[0], found) if mean else found
 
     return fisher_of
+
+
+def drawn(net: Layer, loss: Loss, contract: Any, samples: int, *given: Any) -> Any:
+    """What contract makes of random sums of all roots: the mean over samples."""
+
+    def of(key: jax.Array) -> Any:
+        def backward(res):
+            r = assured(loss)(res)
+            places = r.shape[: r.ndim - loss.joint]
+            signs = jax.random.rademacher(key, places, r.dtype).reshape(*places, *[1] * loss.joint)
+            return jnp.sum(signs * r, 0)
+
+        return backprop(net, loss._replace(backward=backward), contract)(*given).grads
+
+    keys = jax.random.split(jax.random.fold_in(given[-1].key, APART), samples)
+    return jax.tree.map(lambda a: jnp.mean(a, 0), jax.lax.map(of, keys))
+
+
+def of_all(net: Layer, loss: Loss, contract: Any, chunk: int, *given: Any) -> Any:
+    """What contract makes of each root at each place, times the square root of their number: the mean over them."""
+    params, state, x, _, ctx = given
+    form = jax.eval_shape(lambda: prediction_of(net, params, state, x, ctx))
+    places = form.shape[1 : form.ndim - loss.joint]
+    sites = math.prod(places)
+    roots = sites * jax.eval_shape(lambda: roots_of(net, loss, *given)).shape[0]
+
+    def of(number: jax.Array) -> Any:
+        at = (jnp.arange(sites) == number % sites).reshape(1, *places, *[1] * loss.joint)
+
+        def backward(res):
+            r = assured(loss)(res)[number // sites]
+            return jnp.where(at, r * math.sqrt(roots), 0).astype(r.dtype)
+
+        return backprop(net, loss._replace(backward=backward), contract)(*given).grads
+
+    sums = jax.eval_shape(of, jnp.zeros((), int))
+    start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
+
+    def add(so_far, numbers):
+        share = (numbers < roots) / roots  # 0 for those that fill up the last chunk
+        each = jax.vmap(lambda n, c: jax.tree.map(lambda a: a * c.astype(a.dtype), of(n)))(numbers, share)
+        return jax.tree.map(lambda a, b: a + b.sum(0), so_far, each), None
+
+    steps = -(-roots // chunk)
+    return jax.lax.scan(add, start, jnp.arange(steps * chunk).reshape(steps, chunk))[0]
 
 
 def check_roots(name: str, net: Any, loss: Any) -> None:
@@ -128,9 +145,6 @@ def prediction_of(net: Layer, params: Any, state: Any, x: Any, ctx: Context) -> 
 
 def roots_of(net: Layer, loss: Loss, params: Any, state: Any, x: Any, y: Any, ctx: Context) -> Any:
     """The roots of the loss at the prediction, for their number."""
-    return assured(loss)(loss.forward(prediction_of(net, params, state, x, ctx), y)[1])
-
-
-def start_dtype(tree: Any) -> Any:
-    """The dtype of the first array of a tree."""
-    return jax.tree.leaves(tree)[0].dtype
+    return assured(loss)(
+        losses_of(loss, prediction_of(net, params, state, x, ctx), y, mask_behind(net, x, ctx.mask))[1]
+    )

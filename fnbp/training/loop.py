@@ -92,13 +92,19 @@ def one_step(
             x, y = augmented(augment, key, x, y)
         ctx = Context(key, train=True)
         (J, state, *more), grads = gradient(carry.params, carry.state, x, y, ctx)
+
+        def value_of(params, batch=None, loss=loss):  # a line search hands on what it does not know itself
+            return jnp.mean(losses_at(net, loss, params, carry.state, x, y, ctx))
+
         updates, opt_state = optimizer.update(
             grads,
             carry.opt_state,
             carry.params,
             value=J,
             grad=grads,
-            value_fn=lambda params: jnp.mean(losses_at(net, loss, params, carry.state, x, y, ctx)),
+            value_fn=value_of,
+            batch=(carry.state, x, y, ctx),
+            loss=loss,
         )
         params = optax.apply_updates(carry.params, updates)
         seen = Step(J, carry.params, grads, updates, opt_state, *more)
