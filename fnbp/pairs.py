@@ -1,7 +1,7 @@
 """The contraction kronecker: A and G of a parameter, whose Kronecker product stands for its curvature."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -83,8 +83,7 @@ def kronecker(reduce: str = "expand") -> Contraction:
         return KroneckerPair(jnp.ones((1, 1), g.dtype), g.T @ g / g.shape[0])
 
     def scaled(pair, c):
-        A, G = pair
-        return A, quadratic(G, c)
+        return replace(pair, G=quadratic(pair.G, c))
 
     return Contraction(f"kronecker_{reduce}", rows, outers, joined="whole", scaled=scaled)
 
@@ -139,4 +138,4 @@ def second_moment_in(bases: Any) -> Contraction:
 
         return jax.lax.scan(add, jnp.zeros((d.shape[2], x.shape[2]), d.dtype), tuple(parts))[0]
 
-    return Contraction("second_moment_in", rows, outers, joined="summed", given=bases)
+    return Contraction("second_moment_in", rows, outers, joined="summed", scaled=quadratic, given=bases)

@@ -192,3 +192,18 @@ def test_names_give_trees_and_a_tuple_gives_tuples():
         *map(jax.tree.leaves, found.values()), jax.tree.structure(params).flatten_up_to(due), strict=True
     ):
         assert np.array_equal(a, pair[0]) and np.array_equal(b, pair[1])
+
+
+def test_kronecker_of_a_table_that_looks_up_and_scores_stands_for_both(x64):
+    tokens, d = jnp.array([[3, 1, 3], [0, 2, 2]]), jax.random.normal(KEY, (2, 3, 4), float)
+    scored, x = jax.random.normal(jax.random.key(1), (2, 3, 5), float), jax.random.normal(KEY, (2, 3, 4), float)
+    one, other = fnbp.factors.Lookup(d, tokens, 5), fnbp.Outer(scored, x)
+    first, second = fnbp.kronecker()(one), fnbp.kronecker()(other)
+    sum_of_both = jnp.kron(jnp.diag(first.A), first.G) + jnp.kron(second.G, second.A)
+    for pair, rows in ((fnbp.kronecker()(one + other), "A"), (fnbp.kronecker()(other + one), "G")):
+        sides = (pair.A, pair.G) if rows == "A" else (pair.G, pair.A)
+        np.testing.assert_allclose(jnp.trace(jnp.kron(*sides)), jnp.trace(sum_of_both), rtol=1e-12)
+        assert pair.turned == (rows == "A") and not pair.diagonal
+    twice = fnbp.kronecker()(one + one)  # exact if one is a multiple of the other
+    assert twice.diagonal
+    np.testing.assert_allclose(jnp.kron(twice.A, twice.G), 2 * jnp.kron(first.A, first.G), rtol=1e-12)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.arrays.sums import wide
-from fnbp.contractions import KroneckerPair
+from fnbp.pairs import KroneckerPair
 
 
 def mapped(f: Callable[..., Any], pairs: Any, *trees: Any) -> Any:
