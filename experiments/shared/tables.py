@@ -295,13 +295,6 @@ TABLES: dict[str, Shown] = {
             ),
         ),
     ),
-    "K-FAC": Shown(
-        ("deep autoencoder of MNIST, the best trial of each", "loss at the end", "steps to the best of Adam"),
-        tuple(
-            Row(kind, "kfac/default", (f"{{best[{kind}]}}: {{final[{kind}]:.4f}}", f"{{steps[{kind}]}}"))
-            for kind in ("K-FAC", "Adam", "SGD")
-        ),
-    ),
     "many devices": Shown(
         ("devices", "gradients apart", "losses apart", "parameters on a device"),
         tuple(

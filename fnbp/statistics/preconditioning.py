@@ -193,7 +193,20 @@ def ekfac(
     check_roots("ekfac", net, loss)
     options = checked("ekfac", learning_rate, damping, interval, decay, momentum, clip)
     check_samples("ekfac", samples)
-    contract = kronecker(reduce)
+    made = by_eigenbases(net, loss, (x, y), learning_rate, options, kronecker(reduce), samples)
+    return finished(made, learning_rate, options)
+
+
+def by_eigenbases(
+    net: Layer,
+    loss: Loss,
+    data: tuple[Any, Any],
+    learning_rate: Schedule,
+    options: Options,
+    contract: Any,
+    samples: int | None,
+) -> Optimizer:
+    """The transformation U_G ((U_G^T dW U_A) / (s + damping)) U_A^T."""
 
     def estimate(loss: Loss, params: Any, batch: tuple) -> Any:
         check_drawn("ekfac", samples, batch)
@@ -202,7 +215,7 @@ def ekfac(
     def squares_of(loss: Loss, params: Any, batch: tuple, bases: Any) -> Any:
         return fisher(net, loss, second_moment_in(bases), samples)(params, *batch, mean=True)
 
-    forms = forms_of("ekfac", net, loss, (x, y), estimate)
+    forms = forms_of("ekfac", net, loss, data, estimate)
 
     def init(params: Any) -> Eigen:
         pairs = forms(params)
@@ -227,8 +240,7 @@ def ekfac(
         made = clipped_to(options.clip, made, grads, learning_rate, state.step)
         return made, Eigen(jnp.asarray(optax.safe_increment(state.step)), averages, bases, squares)
 
-    made = Optimizer(init, update)  # pyright: ignore[reportArgumentType] (its extra arguments have names)
-    return finished(made, learning_rate, options)
+    return Optimizer(init, update)  # pyright: ignore[reportArgumentType] (its extra arguments have names)
 
 
 def by_inverses(
