@@ -295,6 +295,18 @@ def test_statistics_cost_says_which_library_is_missing(small_nets, tmp_path, mon
     assert "not installed" in capsys.readouterr().out
 
 
+def test_statistics_cost_goes_on_where_a_statistic_is_refused(small_nets, tmp_path, monkeypatch, capsys):
+    def refuse(case):
+        raise ValueError("too large a G")
+
+    statistic = statistics_cost.STATISTICS["gram"]._replace(make=refuse)
+    monkeypatch.setitem(statistics_cost.STATISTICS, "gram", statistic)
+    settings = statistics_cost.Settings(samples=1, others=False, only="gram", out=tmp_path)
+    assert statistics_cost.main(settings) == 0
+    printed = capsys.readouterr().out
+    assert "mlp, gram: too large a G" in printed and "refused" in printed
+
+
 def fake(source, folder, seed):
     """The source with the sums of four small IDX files of its names, which now lie in its folder."""
     rng = np.random.default_rng(seed)

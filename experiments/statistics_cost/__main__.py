@@ -79,7 +79,7 @@ def main(settings: Settings) -> int:
                     table.add_row(*cells(row))
                 if table.rows:
                     console.print(table)
-    if ours := [row for row in rows if row["against"] == PLAIN]:
+    if ours := [row for row in rows if row["against"] == PLAIN and "time" in row]:
         figure(settings.out / "figure.png", ours)
     apart = max((row.get("apart") or 0.0 for row in rows), default=0.0)
     asked = [row for row in rows if row.get("most") is not None]
@@ -132,7 +132,12 @@ def rows_of(name: str, case: Case, names: list[str], settings: Settings, known: 
         statistic, ours = STATISTICS[of], None
         for against in (*((PLAIN,) if settings.ours else ()), *(statistic.others if settings.others else ())):
             if (row := known.get((name, of, against))) is None:
-                ours = ours or compiled(statistic.make(case), case)
+                try:
+                    ours = ours or compiled(statistic.make(case), case)
+                except ValueError as error:  # a statistic that is not defined for a layer of this net
+                    console.print(f"{name}, {of}: {error}", highlight=False)
+                    yield {"net": name, "statistic": of, "against": against, "missing": "refused"}
+                    continue
                 if against == PLAIN:
                     baseline = baseline or compiled(plain(case), case)
                     row = measured_row(ours, baseline, case, settings.samples, None)

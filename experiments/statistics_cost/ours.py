@@ -184,19 +184,19 @@ def mean_of(rows: Any) -> Any:
     return jax.tree.map(lambda g: jnp.mean(g, 0), rows)
 
 
-def clipped_by_vmap(value, rows, query, limit):
+def clipped_by_vmap(value: Any, rows: Any, query: Callable, limit: float) -> Any:
     """Each gradient times min(1, limit / norm)."""
     scale = jnp.minimum(1, limit / jnp.sqrt(squares_of(rows)))
     return value, jax.tree.map(lambda g: jnp.tensordot(scale, g, 1) / len(scale), rows)
 
 
-def moments_by_vmap(value, rows, query, limit):
+def moments_by_vmap(value: Any, rows: Any, query: Callable, limit: float) -> Any:
     """Mean, variance, mean^2 / variance."""
     mean, variance = mean_of(rows), jax.tree.map(lambda g: jnp.var(g, 0, ddof=1), rows)
     return value, mean, variance, jax.tree.map(lambda g, v: g**2 / v, mean, variance)
 
 
-def noise_by_vmap(value, rows, query, limit):
+def noise_by_vmap(value: Any, rows: Any, query: Callable, limit: float) -> Any:
     """trace / square, and both."""
     squares, grads = squares_of(rows), mean_of(rows)
     m, single, whole = len(squares), jnp.mean(squares), added(jax.tree.map(lambda g: jnp.sum(g**2), grads))
@@ -204,12 +204,12 @@ def noise_by_vmap(value, rows, query, limit):
     return value, grads, trace / square, trace, square
 
 
-def products_by_vmap(value, rows, query, limit):
+def products_by_vmap(value: Any, rows: Any, query: Callable, limit: float) -> Any:
     """<g_i, h>, (m, 1), h the gradient of the query."""
     return added(jax.tree.map(lambda g, h: g.reshape(len(g), -1) @ h.reshape(-1, 1), rows, query()))
 
 
-def gram_by_vmap(value, rows, query, limit):
+def gram_by_vmap(value: Any, rows: Any, query: Callable, limit: float) -> Any:
     """<g_i, g_j> for each parameter."""
     return jax.tree.map(lambda g: g.reshape(len(g), -1) @ g.reshape(len(g), -1).T, rows)
 
