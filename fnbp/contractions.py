@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 CHUNK = 1 << 22  # elements of per-example gradients formed at once, where a contraction has to form them
-MOST = 1 << 26  # elements of the second moment of a gradient that is no matrix
 
 
 def stays(made: Any) -> Any:
@@ -198,7 +197,7 @@ Source: Goodfellow 2015, arXiv:1510.01799, for one position; Li et al. 2021, arX
 
 def second_moment_of_outers(form: Outers) -> jax.Array | None:
     """sum_i (d_i^2) (x_i^2)^T for one position."""
-    return None if form.d.shape[1] > 1 else jnp.einsum("mso,msi->oi", form.d**2, form.x**2).reshape(form.shape)
+    return None if form.d.shape[1] > 1 else ((form.d[:, 0] ** 2).T @ (form.x[:, 0] ** 2)).reshape(form.shape)
 
 
 second_moment = Contraction(

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnbp.contractions import CHUNK, MOST, Contraction, flat, quadratic
+from fnbp.contractions import CHUNK, Contraction, flat, quadratic
 
 __all__ = ["KroneckerPair", "kronecker"]
+
+MOST = 1 << 26  # elements of the second moment of a gradient that is no matrix
 
 
 @jax.tree_util.register_dataclass
@@ -69,11 +71,11 @@ def kronecker(reduce: str = "expand") -> Contraction:
 
     def outers(form):
         x, d = (form.d, form.x) if form.turned else (form.x, form.d)
-        m, positions = d.shape[:2]
         if reduce == "reduce":
             d, x = jnp.sum(d, 1, keepdims=True), jnp.mean(x, 1, keepdims=True)
-            positions = 1
-        A, G = jnp.einsum("msi,msj->ij", x, x) / (m * positions), jnp.einsum("mso,msp->op", d, d) / m
+        m = d.shape[0]
+        x, d = (a.reshape(-1, a.shape[-1]) for a in (x, d))
+        A, G = (x / x.shape[0]).T @ x, (d / m).T @ d
         return KroneckerPair(A, G, form.turned)
 
     def rows(g):

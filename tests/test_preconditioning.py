@@ -445,6 +445,6 @@ def test_options_that_are_refused(make, options, error, words):
     ],
 )  # fmt: skip
 def test_what_is_refused(make, update, error, words, monkeypatch):
-    monkeypatch.setattr(fnbp.contractions, "MOST", 1 << 12)
+    monkeypatch.setattr(fnbp.pairs, "MOST", 1 << 12)
     with pytest.raises(error, match=words):
         refused(make, **update)
