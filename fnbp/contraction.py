@@ -29,6 +29,11 @@ def keep(factor: Factor) -> Factor:
     return factor
 
 
+def as_is(factor: Factor) -> Factor:
+    """The factor as the backward returned it: under backprop with the 1/m of J."""
+    return factor
+
+
 @dataclass(frozen=True)
 class WithPath:
     """A contraction that is told where the factor is."""
@@ -105,8 +110,8 @@ def contract_leaf(
         raise TypeError(f"{path}: {MIXED}")
     if isinstance(contract, Contraction) and contract.scaled is not None:
         return Contracted(contract.scaled(contract(leaf.bare(), *given), leaf.examples), contract)
-    if contract is keep:
-        return Contracted(leaf, keep)
+    if contract is keep or contract is as_is:
+        return Contracted(leaf, contract)
     own = leaf.bare().scaled(leaf.examples)
     if isinstance(contract, WithPath):
         return Contracted(contract.contract(f"{path}.{key}" if key else path, own), contract.contract)

@@ -185,7 +185,8 @@ class Sum(Factor):
         return self.d, jnp.ones_like(self.d[..., :1])
 
     def scaled(self, c: Any) -> "Sum":
-        return Sum(along_examples(c, self.d))
+        # where c differs by example, positions are summed first: XLA would scale d for this sum in a slow way
+        return Sum(along_examples(c, self.per_example() if jnp.ndim(c) else self.d))
 
 
 @register_factor

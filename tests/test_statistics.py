@@ -174,6 +174,7 @@ def test_a_norm_whose_square_is_not_finite_adds_nothing():
 @pytest.mark.parametrize("limit", [1e-4, 0.1])
 def test_no_example_exceeds_the_limit_by_more_than_rounding(limit):
     net, params, state, x, y = subject("lenet")
+    params = jax.tree.map(lambda p: p / 8, params)  # no example is so sure that it has no gradient
     of = jax.jit(statistics.clipped(net, LOSS, limit))
     for i in range(5):
         _, found = of(params, state, 3 * x[i : i + 1], y[i : i + 1])

@@ -11,8 +11,8 @@ from fnbp.arrays.checks import check_is, check_positive, describe
 from fnbp.arrays.sums import wide
 from fnbp.backpropagation import Pass, backprop, check_training
 from fnbp.combinators.unrolling import unrolled
-from fnbp.contraction import keep
-from fnbp.contractions import sq_norms
+from fnbp.contraction import as_is
+from fnbp.contractions import quadratic, sq_norms
 from fnbp.factor import Factor
 from fnbp.layer import Context, Layer, leaves
 from fnbp.losses.loss import Loss
@@ -91,7 +91,7 @@ def means_of(
     net: Layer, loss: Loss, limit: float, per_layer: bool, passes: int | None, given: Any, over: Any, safe: bool
 ) -> tuple[Pass, Any]:
     """A pass, and the sums of its clipped gradients, divided by over. given: what backprop is given."""
-    kept_of = backprop(net, loss, keep)
+    kept_of = backprop(net, loss, as_is)
     if per_layer or passes == 1 or (passes is None and size_of(jax.eval_shape(kept_of, *given).grads) <= ROOM):
         return in_one_backward(net, loss, limit, per_layer, given, over, safe)
     scale = share(all_of(jax.tree.leaves(backprop(net, loss, sq_norms)(*given).grads)), limit)
@@ -105,9 +105,10 @@ def in_one_backward(
     """The same, of factors that are kept, scaled and summed; layer by layer the layers of a repeat stay one."""
     flat = unrolled(net, most=0 if per_layer else TURNS)
     params, state, *rest = given
-    done = backprop(flat.net, loss, keep)(flat.apart(params), flat.apart(state), *rest)
+    done = backprop(flat.net, loss, as_is)(flat.apart(params), flat.apart(state), *rest)
     scales = scales_of(flat.net, done.grads, limit, per_layer)
-    sums = jax.tree.map(lambda f, scale: summed(f, scale, over, safe), done.grads, scales, is_leaf=is_factor)
+    m = jax.tree.leaves(done.prediction)[0].shape[0]
+    sums = jax.tree.map(lambda f, scale: summed(f, m * scale, over, safe), done.grads, scales, is_leaf=is_factor)
     return done._replace(state=flat.together(done.state)), flat.together(sums)
 
 
@@ -162,7 +163,7 @@ def share(squares: jax.Array, limit: float) -> jax.Array:
 
 def scales_of(net: Layer, kept: Any, limit: float, per_layer: bool) -> Any:
     """How much of each example's gradient is left, (m,) for each parameter: a tree of params."""
-    squares = jax.tree.map(sq_norms, kept, is_leaf=is_factor)
+    squares = jax.tree.map(lambda f: quadratic(sq_norms(f), f.examples), kept, is_leaf=is_factor)
     if not per_layer:
         scale = share(all_of(jax.tree.leaves(squares)), limit)
         return jax.tree.map(lambda _: scale, squares)
