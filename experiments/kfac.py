@@ -1,4 +1,4 @@
-"""K-FAC needs at most half of Adam's steps to reach the same training loss on a deep autoencoder of MNIST.
+"""How many steps K-FAC takes to the training loss that Adam reaches on a deep autoencoder of MNIST.
 
 The net is 784-200-100-30-100-200-784 with tanh and a linear code, under binary cross-entropy, the mean over pixels;
 --widths 1000 500 250 30 --examples 10000 --batch-size 1000 is that of Hinton & Salakhutdinov 2006. K-FAC, Adam, and SGD

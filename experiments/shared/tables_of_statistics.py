@@ -36,7 +36,80 @@ NOISE = (
     ("square, by single gradients and by its definition", both("square", 4)),
 )
 
+BESIDE = (
+    ("the gradient and all norms", "norms beside"),
+    ("norms alone", "norms alone"),
+    ("the mean of clipped gradients", "clipped"),
+    ("the gradient and second moments", "second moment beside"),
+    ("`moments`", "moments"),
+    ("`noise_scale`", "noise scale"),
+    ("the gradient and `kronecker()`", "kfac beside"),
+    ('the gradient and `kronecker("reduce")`', "kfac beside, reduced"),
+    ("`gram`", "gram"),
+    ("`influence` of the batch on one example", "influence"),
+    ("`per_example`", "per_example"),
+)
+NO_VMAP = ("kfac beside", "kfac beside, reduced")  # which single gradients cannot give
+COSTS = ("mlp", "lenet", "lstm", "gpt")
+PEERS = (
+    ("the gradient", "gradient", "PyTorch eager"),
+    ("clipped", "clipped", "Opacus, ghost clipping"),
+    ("clipped", "clipped", "jax_privacy"),
+    ("the gradient and norms", "norms beside", "BackPACK"),
+    ("the gradient and norms", "norms beside", "Opacus, grad_sample"),
+    ("the gradient and second moments", "second moment beside", "BackPACK"),
+    ("the gradient and K-FAC factors of sampled labels", "kfac of the Fisher", "BackPACK, KFAC"),
+    ("the gradient and K-FAC factors of sampled labels", "kfac of the Fisher", "kfac-jax"),
+)
+
+
+def cost_of(statistic: str, against: str, memory: bool) -> tuple[str, ...]:
+    """The ratio of times on each net, and of memories on request."""
+    at = [f"{{{net}[{statistic}][{against}]" for net in COSTS]
+    return tuple(f"{one}[time]:.2f}}" + f" ({one}[memory]:.2f}})" * memory for one in at)
+
+
+def beside_peer(statistic: str, peer: str) -> tuple[str, ...]:
+    """On both nets our milliseconds, theirs, and the median of the ratios."""
+    at = [f"{{{net}[{statistic}][{peer}]" for net in COSTS[:2]]
+    return tuple(f"{one}[ms]:.1f}} / {one}[their_ms]:,.1f}}: {one}[time]:.3f}}" for one in at)
+
+
 STATISTICS: dict[str, Shown] = {
+    "cost of statistics": Shown(
+        ("over one gradient: time (memory)", "MLP", "LeNet", "LSTM", "gpt"),
+        tuple(Row(label, "statistics_cost/default", cost_of(one, "one gradient", True)) for label, one in BESIDE),
+    ),
+    "statistics by vmap": Shown(
+        ("over the same by vmap(jax.grad): time", "MLP", "LeNet", "LSTM", "gpt"),
+        tuple(
+            Row(label, "statistics_cost/default", cost_of(one, "vmap(jax.grad)", False))
+            for label, one in BESIDE
+            if one not in NO_VMAP
+        ),
+    ),
+    "statistics of other libraries": Shown(
+        ("ours / theirs in ms: ratio", "against", "MLP", "LeNet"),
+        tuple(Row(label, "statistics_cost/default", (peer, *beside_peer(one, peer))) for label, one, peer in PEERS),
+    ),
+    "privacy": Shown(
+        ("epsilon, delta 1e-5", "by Rényi divergences", "noise / limit", "test accuracy"),
+        (
+            *(
+                Row(
+                    epsilon,
+                    "private/default",
+                    (
+                        f"{{{epsilon}[epsilon_rdp]:.3f}}",
+                        f"{{{epsilon}[noise]:.3f}}",
+                        f"{{{epsilon}[accuracy]:.2%}}",
+                    ),
+                )
+                for epsilon in ("1", "3", "8")
+            ),
+            Row("without noise", "private/default", ("", "0", "{control[accuracy]:.2%}")),
+        ),
+    ),
     "noise of gradients": Shown(
         ("gpt of 2 layers of width 48, batches of 32, 2,000 steps", "measured"),
         tuple(Row(label, "norms/default", (cell,)) for label, cell in NOISE),

@@ -1,4 +1,4 @@
-"""Statistics of single gradients cost little beside one gradient, and less than vmap(jax.grad) and other libraries.
+"""What statistics of single gradients cost beside one gradient, beside vmap(jax.grad), and beside other libraries.
 
 Each statistic of fnbp is timed against one plain gradient of the same net, in turns in one run; then against the same
 quantity by jax.vmap of jax.grad, which must agree; then other libraries compute it, where they are installed (extra:
@@ -26,7 +26,7 @@ from experiments.statistics_cost.ours import STATISTICS, VMAP, plain
 from experiments.statistics_cost.timing import distance, in_turns, ratios_of, side_of
 from fnbp.measurement import ratio
 
-MINUTES = 8  # on two CPU cores
+MINUTES = 9  # on two CPU cores
 
 PLAIN = "one gradient"
 AGREE = 1e-3  # the most that two ways may differ in float32, relative to the largest number of an array
@@ -36,15 +36,15 @@ AGREE = 1e-3  # the most that two ways may differ in float32, relative to the la
 class Settings:
     """Settings of the benchmark."""
 
-    samples: int = 30
+    samples: int = 16
     """Pairs of timings of a statistic and one gradient."""
-    samples_of_others: int = 5
+    samples_of_others: int = 3
     """Pairs of timings of a statistic and the same quantity by other means."""
     net: str = ""
     """Only nets whose name contains this: mlp, lenet, lstm, gpt."""
     only: str = ""
     """Only statistics whose name contains this: norms, clipped, ..."""
-    samples_of_peers: int = 20
+    samples_of_peers: int = 10
     """Pairs of timings of a statistic and another library."""
     ours: bool = True
     """Time the statistics against one gradient."""

@@ -112,7 +112,7 @@ def noise_scale(case: Case) -> Callable:
     run = statistics.noise_scale(case.net, LOSS)
 
     def value_and_noise(params, state, x, y, query):
-        (value, _), grads, found = run(params, state, x, y)
+        (value, _, found), grads = run(params, state, x, y)
         return value, grads, found.scale, found.trace, found.square
 
     return value_and_noise
