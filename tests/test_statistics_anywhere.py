@@ -56,7 +56,8 @@ STATISTICS = {
     "ggn_diagonal": lambda net: statistics.ggn_diagonal(net, LOSS),
     "fisher": lambda net: statistics.fisher(net, LOSS, {"pairs": fnbp.kronecker(), "gram": fnbp.gram}),
 }
-each = pytest.mark.parametrize("name", NETS)
+SLOW = ("gpt", "ragged")
+each = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETS])
 every = pytest.mark.parametrize("statistic", STATISTICS)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.arrays.checks import check_is, check_size
+from fnbp.arrays.placement import placement
 from fnbp.backpropagation import backprop
 from fnbp.contractions import second_moment
 from fnbp.layer import Context, Layer, mask_behind
@@ -112,11 +113,16 @@ def of_all(net: Layer, loss: Loss, contract: Any, chunk: int, *given: Any) -> An
     sums = jax.eval_shape(of, jnp.zeros((), int))
     start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
 
-    def add(so_far, numbers):
-        share = (numbers < roots) / roots  # 0 for those that fill up the last chunk
-        each = jax.vmap(lambda n, c: jax.tree.map(lambda a: a * c.astype(a.dtype), of(n)))(numbers, share)
-        return jax.tree.map(lambda a, b: a + b.sum(0), so_far, each), None
+    def weighed(number: jax.Array) -> Any:
+        share = (number < roots) / roots  # 0 for those that fill up the last chunk
+        return jax.tree.map(lambda a: a * share.astype(a.dtype), of(number))
 
+    def add(so_far, numbers):
+        if chunk == 1:
+            return jax.tree.map(jnp.add, so_far, weighed(numbers[0])), None
+        return jax.tree.map(lambda a, b: a + b.sum(0), so_far, jax.vmap(weighed)(numbers)), None
+
+    chunk = chunk if placement(x) is None else 1  # JAX does not map convolutions over data on Explicit axes
     steps = -(-roots // chunk)
     return jax.lax.scan(add, start, jnp.arange(steps * chunk).reshape(steps, chunk))[0]
 
