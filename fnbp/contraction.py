@@ -231,6 +231,12 @@ def finished(contract: Contract, factors: Any, given: Any, path: str) -> Any:
     return jax.tree.unflatten(tree, made)
 
 
+def is_plain(node: Any) -> bool:
+    """True for a factor of one layer, on one device or on axes that the compiler splits."""
+    own = isinstance(node, Factor) and type(node).contracted is Factor.contracted
+    return own and placement(node) is None
+
+
 def shared_totals(contract: Contract, factors: list[Any], given: list[Any]) -> list[Any]:
     """The totals of the factors of one layer that come cheaper by shared work; None for the others.
 
@@ -242,7 +248,7 @@ def shared_totals(contract: Contract, factors: list[Any], given: list[Any]) -> l
         return made
     alike: dict[int, list[int]] = {}
     for i, (factor, own) in enumerate(zip(factors, given, strict=True)):
-        if not isinstance(factor, Factor) or type(factor).contracted is not Factor.contracted or placement(factor):
+        if not is_plain(factor):
             continue
         beside = [(c, g) for c, g in each_contraction(contract, own) if isinstance(c, Contraction)]
         if any(c.forms_rows(factor, *g) for c, g in beside):

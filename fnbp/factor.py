@@ -185,8 +185,7 @@ class Sum(Factor):
         return self.d, jnp.ones_like(self.d[..., :1])
 
     def scaled(self, c: Any) -> "Sum":
-        # where c differs by example, positions are summed first: XLA would scale d for this sum in a slow way
-        return Sum(along_examples(c, self.per_example() if jnp.ndim(c) else self.d))
+        return Sum(along_examples(c, self.d))
 
 
 @register_factor

@@ -11,8 +11,8 @@ from fnbp.arrays.checks import check_is, check_positive, describe
 from fnbp.arrays.sums import wide
 from fnbp.backpropagation import Pass, backprop, check_training
 from fnbp.combinators.unrolling import unrolled
-from fnbp.contraction import as_is
-from fnbp.contractions import quadratic, sq_norms
+from fnbp.contraction import as_is, is_plain
+from fnbp.contractions import quadratic, rows_of, sq_norms
 from fnbp.factor import Factor
 from fnbp.layer import Context, Layer, leaves
 from fnbp.losses.loss import Loss
@@ -182,11 +182,18 @@ def layers_of(net: Layer, tree: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def summed(factor: Factor, scale: jax.Array, over: Any, safe: bool) -> jax.Array:
-    """The sum of the gradients of all examples, each scaled, divided by over. safe: a scale of 0 leaves out NaN."""
+    """The sum of the gradients of all examples, each scaled, divided by over. safe: a scale of 0 leaves out NaN.
+
+    Where their norms are those of gradients that are formed, they are summed as they are.
+    """
 
     def only(a: jax.Array, axis: int) -> jax.Array:
         return jnp.where((scale > 0).reshape(-1, *[1] * (a.ndim - 1 - axis)), a, 0)
 
+    if is_plain(factor) and sq_norms.forms_rows(factor):
+        rows = rows_of(factor)
+        whole = jnp.tensordot(wide(scale / over), only(rows, 0) if safe else rows, 1)
+        return whole.astype(jax.eval_shape(factor.total).dtype)
     kept = jax.tree.map(only, factor, factor.example_axes()) if safe and factor.sliced else factor
     return kept.scaled(scale / over).total()
 
