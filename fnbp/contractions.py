@@ -93,7 +93,7 @@ class Contraction:
 
     def __call__(self, factor: Any, *given: Any) -> Any:
         """The value of one factor; given: of its parameter."""
-        faster = getattr(factor, self.name, None)
+        faster = factor.faster(self.name)
         return factor.contracted(self, *given) if faster is None else faster(*given)
 
     def of_form(self, factor: Any, *given: Any) -> Any:
@@ -121,7 +121,7 @@ class Contraction:
 
     def forms_rows(self, factor: Any, *given: Any) -> bool:
         """True if it forms the gradients of all examples at once, where what else needs them finds them."""
-        if self is total or getattr(factor, self.name, None) is not None or factor.examples > at_once(factor):
+        if self is total or factor.faster(self.name) is not None or factor.examples > at_once(factor):
             return False
         return jax.eval_shape(self.of_outers, factor, *given) is None
 

@@ -7,6 +7,7 @@ The indices, here and wherever a factor stands:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -111,6 +112,11 @@ class Factor(ABC):
     def contracted(self, contraction: Contraction, *given: Any) -> Any:
         """The value of a contraction, by the forms that the factor has."""
         return contraction.of_form(self, *given)
+
+    def faster(self, name: str) -> Callable | None:
+        """Its own way to the contraction of that name: a method that its class defines; or None."""
+        own = getattr(type(self), name, None)
+        return None if own is None or own is getattr(Factor, name, None) else getattr(self, name)
 
     def widened(self) -> "Factor":
         """The factor in at least float32."""
