@@ -30,7 +30,7 @@ DUE = {
 }
 
 
-@pytest.mark.parametrize("few", [False, True], ids=["at once", "in parts"])
+@pytest.mark.parametrize("few", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["at once", "in parts"])
 @each_manual
 def test_of_every_layer(x64, monkeypatch, case, shape, few):
     if few:

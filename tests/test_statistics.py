@@ -31,14 +31,21 @@ NETS = {
         (11,),
     ),
 }
-each = pytest.mark.parametrize("name", NETS)
+QUICK = ("mlp", "tied, repeated", "ragged")  # the others are slow
+
+
+def marked(names):
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
+
+
+each = pytest.mark.parametrize("name", marked(NETS))
 
 
 ATTRIBUTED = NETS | {
     "cast": (lambda: fnbp.serial(fnbp.cast(fnbp.models.mlp(7, 6), jnp.float64), fnbp.tanh(), fnbp.dense(5)), (11,)),
     "ragged": (lambda: fnbp.ragged(fnbp.models.lstm_classifier(6, 5)), (7, 3)),
 }
-each_attributed = pytest.mark.parametrize("name", ATTRIBUTED)
+each_attributed = pytest.mark.parametrize("name", marked(ATTRIBUTED))
 
 
 def subject(name, m=5, seed=0):
@@ -130,7 +137,7 @@ SEVERAL = pytest.mark.parametrize("passes", [1, 2, None], ids=["one pass", "two 
 
 
 @SEVERAL
-@pytest.mark.parametrize("name", ["mlp", "tied, repeated", "gpt"])
+@pytest.mark.parametrize("name", marked(["mlp", "tied, repeated", "gpt"]))
 def test_examples_that_do_not_count_add_nothing_and_the_sum_is_divided_by_the_expected_size(x64, name, passes):
     net, params, state, x, y = subject(name)
     counts, how = jnp.array([True, False, True, True, False]), {"passes": passes, "per_layer": passes is None}
@@ -501,7 +508,7 @@ def ggn_by_hand(net, loss, params, state, x, y):
 
 
 @pytest.mark.parametrize("case", LOSSES)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["mlp", "conv", pytest.param("positions", marks=pytest.mark.slow)])
 def test_the_diagonal_of_the_ggn(x64, name, case):
     make, shape = SMALL[name]
     loss, target = LOSSES[case]

@@ -56,8 +56,11 @@ STATISTICS = {
     "ggn_diagonal": lambda net: statistics.ggn_diagonal(net, LOSS),
     "fisher": lambda net: statistics.fisher(net, LOSS, {"pairs": fnbp.kronecker(), "gram": fnbp.gram}),
 }
-SLOW = ("gpt", "ragged")
-each = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETS])
+QUICK = "dropout in a loop"
+SLOWLY = [pytest.param(name, marks=[pytest.mark.slow] * (name != QUICK)) for name in NETS]
+each = pytest.mark.parametrize("name", SLOWLY)
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != QUICK)) for name in NETS]
+)
 every = pytest.mark.parametrize("statistic", STATISTICS)
 
 
@@ -83,7 +86,7 @@ def test_statistics_of_data_that_are_split_are_those_of_one_device(x64, name, st
         assert relative(jax.jit(run)(*held, *data, CTX), alone) <= 1e-11, kind
 
 
-@each
+@pytest.mark.parametrize("name", [QUICK, pytest.param("ragged", marks=pytest.mark.slow)])
 @every
 def test_statistics_under_vmap_and_scan(x64, name, statistic):
     net, params, state, x, y = subject(name, 4)
