@@ -268,10 +268,10 @@ def small_nets(monkeypatch):
 
 
 def test_statistics_cost_times_what_agrees_and_goes_on_where_it_was(small_nets, tmp_path, capsys):
-    settings = statistics_cost.Settings(samples=2, samples_of_others=2, only="norms beside", out=tmp_path)
+    settings = statistics_cost.Settings(samples=2, samples_of_others=2, only="gram", out=tmp_path)
     assert statistics_cost.main(settings) == 0
     measured = json.loads((tmp_path / "result.json").read_text())["measured"]
-    assert measured["apart"] <= 1e-5 and measured["mlp"]["norms beside"]["one gradient"]["time"] > 0
+    assert measured["apart"] <= 1e-5 and measured["mlp"]["gram"]["one gradient"]["time"] > 0
     before = (tmp_path / "rows.jsonl").read_text()
     assert statistics_cost.main(dataclasses.replace(settings, resume=True)) == 0
     assert (tmp_path / "rows.jsonl").read_text() == before and len(before.splitlines()) == 2

@@ -59,8 +59,6 @@ STATISTICS = {
 QUICK = "dropout in a loop"
 SLOWLY = [pytest.param(name, marks=[pytest.mark.slow] * (name != QUICK)) for name in NETS]
 each = pytest.mark.parametrize("name", SLOWLY)
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != QUICK)) for name in NETS]
-)
 every = pytest.mark.parametrize("statistic", STATISTICS)
 
 
