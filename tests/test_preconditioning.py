@@ -244,6 +244,7 @@ def test_updates_are_those_written_out(x64, name):
             batch = state, x, y, fnbp.Context(key, train=True)
             of = {"pair": fnbp.kronecker(), "rows": fnbp.per_example}
             seen = statistics.fisher(net, loss, of)(params, *batch)
+            seen["inputs"] = fnbp.backprop(net, loss, fnbp.kronecker())(params, *batch).grads  # foof samples nothing
             seen["g"] = fnbp.value_and_grad(net, loss)(params, *batch)[1]
             made = {n: o.update(seen["g"], states[n], params, batch=batch) for n, o in optimizers.items()}
             seen["bases"] = made["ekfac"][1][0].bases
@@ -255,20 +256,20 @@ def test_updates_are_those_written_out(x64, name):
 
     seen, updates = run(params)
     for i in range(len(leaf)):
-        own = [jax.tree.leaves(seen[what], is_leaf=is_pair)[i] for what in ("pair", "g", "rows", "bases")]
+        own = [jax.tree.leaves(seen[what], is_leaf=is_pair)[i] for what in ("pair", "g", "rows", "bases", "inputs")]
         each = [jax.tree.map(lambda a, t=t: np.asarray(a[t]), own) for t in range(4)]
         for t in range(4):
             estimates = [each[u][0] for u in range(0, t + 1, INTERVAL)]
             g, since = each[t][1], each[t - t % INTERVAL : t + 1]
-            pair = averaged(estimates)
+            pair, inputs = averaged(estimates), averaged([each[u][4] for u in range(0, t + 1, INTERVAL)])
             front = pair.A.ndim - (1 if pair.diagonal else 2)
             rows = [np.moveaxis(one[2], 0, front) for one in since]
             due = {n: [] for n in optimizers}
-            for own, bases, g_own, *own_rows in layers_of(pair, each[t][3], g, *rows):
+            for own, bases, g_own, own_inputs, *own_rows in layers_of(pair, each[t][3], g, inputs, *rows):
                 U = basis_of(own, bases)
                 squares = averaged([np.mean((r.reshape(len(r), -1) @ U) ** 2, 0) for r in own_rows])
                 due["kfac"].append(by_kfac(own, g_own))
-                due["foof"].append(by_foof(own, g_own))
+                due["foof"].append(by_foof(own_inputs, g_own))
                 due["ekfac"].append((U @ ((U.T @ g_own.reshape(-1)) / (squares + DAMPING))).reshape(g_own.shape))
             for n in optimizers:
                 found = np.asarray(jax.tree.leaves(updates[n])[i][t])
