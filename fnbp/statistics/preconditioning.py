@@ -104,8 +104,8 @@ def kfac(
              at most that; None: never. It and damping are in units of the loss.
     Source:  Martens & Grosse 2015, arXiv:1503.05671, section 6.3 for pi; Eschenhagen et al. 2023, arXiv:2311.00636,
              for reduce; Ba et al. 2017, Distributed second-order optimization, for clip.
-    Raises:  ValueError if an option is out of range, the loss says no roots, params are of another net, or update gets
-             no batch or no ctx.key; TypeError, by its name, if a layer mixes the examples. Estimates that are not
+    Raises:  ValueError if an option is out of range, the loss has no roots, params do not belong to the net, or update
+             gets no batch or no ctx.key; TypeError, by its name, if a layer mixes the examples. Estimates that are not
              finite make this update and all later ones NaN, and fit stops and says so; with damping 0, so does an A or
              G without an inverse.
     """
@@ -298,7 +298,7 @@ def clipped_to(most: float | None, made: Any, grads: Any, learning_rate: Schedul
 def forms_of(
     name: str, net: Layer, loss: Loss, data: tuple[Any, Any], estimate: Callable[..., Any]
 ) -> Callable[[Any], Any]:
-    """params -> shapes and dtypes of what estimate gives. ValueError if they are of another net."""
+    """params -> shapes and dtypes of what estimate gives. ValueError if params do not belong to the net."""
     x, y = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), data)
 
     def of(params: Any) -> Any:
@@ -351,7 +351,10 @@ def check_update(name: str, grads: Any, averages: Any, params: Any, batch: Any) 
         raise TypeError(f"{name}: batch must be (state, x, y, ctx) with ctx a Context, got {describe(batch)}")
     tree = jax.tree.structure(params)
     if jax.tree.structure(grads) != tree or jax.tree.structure(mapped(lambda pair: 0, averages)) != tree:
-        raise ValueError(f"{name}: params are {tree}, grads {jax.tree.structure(grads)}; are they of another net?")
+        raise ValueError(
+            f"{name}: params, grads and the optimizer's state must belong to the same net; params are {tree}, grads "
+            f"{jax.tree.structure(grads)}"
+        )
 
 
 def check_tree(name: str, what: str, tree: Any, due: Any) -> None:
@@ -359,4 +362,4 @@ def check_tree(name: str, what: str, tree: Any, due: Any) -> None:
     came = [jnp.shape(a) for a in jax.tree.leaves(tree)]
     if jax.tree.structure(tree) != jax.tree.structure(due) or came != [a.shape for a in jax.tree.leaves(due)]:
         forms = [jax.tree.map(lambda a: list(jnp.shape(a)), one) for one in (due, tree)]
-        raise ValueError(f"{name}: {what} are of another net: expected {forms[0]}, got {forms[1]}")
+        raise ValueError(f"{name}: {what} do not belong to the net: expected {forms[0]}, got {forms[1]}")
