@@ -103,7 +103,7 @@ def kfac(
              key. clip: V is scaled down to c V so that (c learning_rate)^2 <V, dW>, the sum over all parameters, is
              at most that; None: never. It and damping are in units of the loss.
     Source:  Martens & Grosse 2015, arXiv:1503.05671, section 6.3 for pi; Eschenhagen et al. 2023, arXiv:2311.00636,
-             for reduce; Ba et al. 2017, Distributed second-order optimization, for clip.
+             for reduce; Ba, Grosse & Martens 2017, ICLR, Distributed Second-Order Optimization, for clip.
     Raises:  ValueError if an option is out of range, the loss has no roots, params do not belong to the net, or update
              gets no batch or no ctx.key; TypeError, by its name, if a layer mixes the examples. Estimates that are not
              finite make this update and all later ones NaN, and fit stops and says so; with damping 0, so does an A or
@@ -111,12 +111,7 @@ def kfac(
     """
     check_roots("kfac", net, loss)
     options = checked("kfac", learning_rate, damping, interval, decay, momentum, clip)
-    check_samples("kfac", samples)
-    contract = kronecker(reduce)
-
-    def estimate(loss: Loss, params: Any, batch: tuple) -> Any:
-        check_drawn("kfac", samples, batch)
-        return fisher(net, loss, contract, samples)(params, *batch)
+    estimate = estimate_of("kfac", net, kronecker(reduce), samples)
 
     def inverse(pair: Any) -> Any:
         return damped_inverse(pair, options.damping)
@@ -192,9 +187,23 @@ def ekfac(
     """
     check_roots("ekfac", net, loss)
     options = checked("ekfac", learning_rate, damping, interval, decay, momentum, clip)
-    check_samples("ekfac", samples)
     made = by_eigenbases(net, loss, (x, y), learning_rate, options, kronecker(reduce), samples)
     return finished(made, learning_rate, options)
+
+
+def estimate_of(name: str, net: Layer, contract: Any, samples: Any) -> Callable[..., Any]:
+    """The function (loss, params, batch) -> what contract makes, as of fisher. samples: a number, or None."""
+    if samples is not None:
+        check_size(name, "samples", samples)
+
+    def estimate(loss: Loss, params: Any, batch: tuple) -> Any:
+        if samples is not None and batch[-1].key is None:
+            raise ValueError(
+                f"{name}: signs are drawn, so the ctx of batch=(state, x, y, ctx) needs a key: Context(key, train=True)"
+            )
+        return fisher(net, loss, contract, samples)(params, *batch)
+
+    return estimate
 
 
 def by_eigenbases(
@@ -207,10 +216,7 @@ def by_eigenbases(
     samples: int | None,
 ) -> Optimizer:
     """The transformation U_G ((U_G^T dW U_A) / (s + damping)) U_A^T."""
-
-    def estimate(loss: Loss, params: Any, batch: tuple) -> Any:
-        check_drawn("ekfac", samples, batch)
-        return fisher(net, loss, contract, samples)(params, *batch)
+    estimate = estimate_of("ekfac", net, contract, samples)
 
     def squares_of(loss: Loss, params: Any, batch: tuple, bases: Any) -> Any:
         return fisher(net, loss, second_moment_in(bases), samples)(params, *batch, mean=True)
@@ -324,20 +330,6 @@ def checked(name: str, rate: Any, damping: Any, interval: Any, decay: Any, momen
             raise ValueError(f"{name}: {what} must be in [0, 1), got {value}")
     clip = None if clip is None else check_positive(name, "clip", clip)
     return Options(damping, interval, float(decay), float(momentum), clip)
-
-
-def check_samples(name: str, samples: Any) -> None:
-    """ValueError or TypeError unless it is a number of samples, or None."""
-    if samples is not None:
-        check_size(name, "samples", samples)
-
-
-def check_drawn(name: str, samples: int | None, batch: tuple) -> None:
-    """ValueError if signs are drawn without a key."""
-    if samples is not None and batch[-1].key is None:
-        raise ValueError(
-            f"{name}: signs are drawn, so the ctx of batch=(state, x, y, ctx) needs a key: Context(key, train=True)"
-        )
 
 
 def check_update(name: str, grads: Any, averages: Any, params: Any, batch: Any) -> None:
