@@ -424,7 +424,7 @@ def test_options_that_are_refused(make, options, error, words):
         (lambda *a: statistics.ekfac(a[0], CROSS, *a[1:], 0.1), {"ctx": fnbp.Context()}, ValueError, "ekfac: signs"),
         (lambda *a: statistics.kfac(a[0], CROSS, *a[1:], 0.1), {"batch": None}, ValueError, r"batch=\(state, x"),
         (lambda *a: statistics.foof(a[0], CROSS, *a[1:], 0.1), {"batch": (1, 2)}, TypeError, "foof: batch must be"),
-        (lambda *a: statistics.kfac(a[0], CROSS, *a[1:], 0.1), {"grads": 1.0}, ValueError, "must belong to the same net"),
+        (lambda *a: statistics.kfac(a[0], CROSS, *a[1:], 0.1), {"grads": 1.0}, ValueError, "belong to the same net"),
         (
             lambda *a: statistics.kfac(a[0], CROSS, *a[1:], 0.1),
             {"start": ({"W": jnp.ones((2, 3))},)},
