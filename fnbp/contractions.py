@@ -158,7 +158,7 @@ def rows_of(factor: Any) -> jax.Array:
 
 # --- total ---
 
-total = Contraction("total", rows=lambda g: jnp.sum(g, 0), joined="summed", scaled=linear)
+total = Contraction("total", rows=lambda g: jnp.sum(g, 0), joined="summed")
 """The sum over examples. Under backprop: the gradient of the mean loss J."""
 
 

@@ -146,8 +146,8 @@ def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -
 def kernel_gradients(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -> jax.Array:
     """kernel_gradient of each example, (m, n_out, *kernel, n_in / groups).
 
-    A product for each line of the kernel, of dy with what the windows see through that line. On the CPU that is up to
-    twice as fast as a convolution for each example.
+    A product for each line of the kernel, of dy with what the windows see through that line. On the CPU a convolution
+    for each example takes longer.
     """
     m, n_out, n_in = x.shape[0], dy.shape[-1], x.shape[-1]
     if groups > 1:
