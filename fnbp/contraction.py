@@ -279,7 +279,10 @@ def contracted(contract: Contract, later: frozenset[str] = frozenset()) -> Calla
     paths of layers whose factors are still to be added to others. Only total can be added when it is done."""
     for c in contract if isinstance(contract, tuple) and not isinstance(contract, Layer) else (contract,):
         if isinstance(c, Layer) or not (callable(c) or isinstance(c, (tuple, WithPath))):
-            raise TypeError(f"contract must be a function of a factor, or a tuple of such, got {describe(c)}")
+            raise TypeError(
+                "contract must be a Contraction, a function of a factor, or a tuple or dict of these; got "
+                + describe(c)
+            )
 
     def at(path, layer):
         layer = checked(path, layer)
