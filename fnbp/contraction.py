@@ -17,7 +17,6 @@ from fnbp.arrays.placement import placement
 from fnbp.contractions import Contraction, per_example, rows_of, sq_norms, total
 from fnbp.factor import MIXED, Factor, Mixed, Outer
 from fnbp.layer import Around, Layer, checked
-from fnbp.pairs import KroneckerPair
 
 __all__ = ["keep", "with_path"]
 
@@ -171,16 +170,16 @@ def beside(contract: Contract, layer: Layer, params: Any, at: Callable[[Any], An
 def check_given(contract: Contract, params: Any) -> None:
     """ValueError unless what a contraction is given is a tree of params."""
 
-    def whole(node: Any) -> bool:
-        return isinstance(node, (Factor, KroneckerPair))
-
     def check(c: Contraction) -> None:
-        tree = jax.tree.structure(c.given, is_leaf=whole)
-        if tree != jax.tree.structure(params):
-            raise ValueError(f"{c.name}: expected a tree of params, {jax.tree.structure(params)}, got {tree}")
-        for a, p in zip(jax.tree.leaves(c.given, is_leaf=whole), jax.tree.leaves(params), strict=True):
-            if isinstance(a, KroneckerPair):
-                continue
+        tree = jax.tree.structure(params)
+        try:
+            each = tree.flatten_up_to(c.given)
+        except (ValueError, TypeError) as error:
+            came = jax.tree.structure(c.given, is_leaf=is_open)
+            raise ValueError(f"{c.name}: expected a tree of params, {tree}, got {came}") from error
+        for a, p in zip(each, jax.tree.leaves(params), strict=True):
+            if not isinstance(a, Factor) and not jax.tree_util.all_leaves([a]):
+                continue  # some other form, which only the contraction knows
             came = jax.eval_shape(a.total).shape if isinstance(a, Factor) else jnp.shape(a)
             if came != jnp.shape(p):
                 raise ValueError(f"{c.name}: a parameter of shape {jnp.shape(p)} is given one of shape {came}")

@@ -51,9 +51,10 @@ def clipped(
     Privacy: to add or leave out one example changes the sum by at most limit, up to rounding; per layer by limit
              sqrt(layers). An accountant of the sampled Gaussian mechanism asks that each step draws each example with
              probability q, independently: give such batches with counts, and size = q times the number of all examples.
-             fit shuffles, which is another way to sample. The noise is a function of ctx.key: give another key in each
-             step, since two gradients with one key have the same noise, and their difference has none. J and state are
-             not private.
+             fit shuffles, which is another way to sample, and where it fills up the last batch of an epoch it clips to
+             limit times the share of examples that count: Batches(..., drop_last=True). The noise is a function of
+             ctx.key: give another key in each step, since two gradients with one key have the same noise, and their
+             difference has none. J and state are not private.
 
     Shapes:  counts (m,) of bool: which examples count; by default all.
     Options: per_layer: clip the gradient of each layer to limit; the layers of a repeat are one. noise: the standard

@@ -31,7 +31,7 @@ def moments(net: Layer, loss: Loss) -> Callable[..., Any]:
     mean is the gradient of J. The variance is that of single examples, without bias; rounding cannot leave it below 0.
     It is a difference: where the gradients are nearly alike it has lost digits, and all of them where it is below
     mean^2 times the rounding of the dtype. A number that no example changes, a row of an embedding for example, has the
-    ratio 0.
+    ratio 0. In fit every example must count: Batches(..., drop_last=True).
 
     Source: Dangel, Kunstner & Hennig 2020, arXiv:1912.10985, for the second moment in the same backward.
     Raises: ValueError if there is one example; TypeError, by its name, if a layer mixes the examples.
