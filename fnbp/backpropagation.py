@@ -124,10 +124,10 @@ def closed_all(contract: Contract, grads: Any, params: Any, name: str) -> Any:
     tree = jax.tree.structure(params)
     each = map_given(contract, given_to(contract, lambda given: given), tree.flatten_up_to)
     made = []
-    for i, node in enumerate(tree.flatten_up_to(grads)):
+    for i, (node, param) in enumerate(zip(tree.flatten_up_to(grads), jax.tree.leaves(params), strict=True)):
         own = map_given(contract, each, lambda leaves, i=i: leaves[i])
         done = contract_leaf(contract, node, name, given=own) if isinstance(node, Factor) else node
-        made.append(jax.tree.map(closed, done, is_leaf=is_open))
+        made.append(jax.tree.map(lambda one, param=param: closed(one, param), done, is_leaf=is_open))
     return jax.tree.unflatten(tree, made)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.checks import describe
-from fnbp.arrays.placement import placement
+from fnbp.arrays.placement import of_param, placement
 from fnbp.contractions import Contraction, per_example, rows_of, sq_norms, total
 from fnbp.factor import MIXED, Factor, Mixed, Outer
 from fnbp.layer import Around, Layer, checked
@@ -79,12 +79,14 @@ def is_open(node: Any) -> bool:
     return isinstance(node, (Factor, Contracted))
 
 
-def closed(node: Any) -> Any:
-    """A node as the caller will see it. A factor that is kept is scaled here, behind the loops, where two weights that
-    share an error still share it."""
+def closed(node: Any, param: Any = None) -> Any:
+    """A node as the caller will see it: a total as its parameter has it, if that is given. A factor that is kept is
+    scaled here, behind the loops, where two weights that share an error still share it."""
     if not isinstance(node, Contracted):
         return node
-    return node.value.scaled(node.value.examples) if node.contract is keep else node.value
+    if node.contract is keep:
+        return node.value.scaled(node.value.examples)
+    return node.value if param is None or node.contract is not total else of_param(node.value, param)
 
 
 def contract_leaf(
@@ -245,7 +247,7 @@ def shared_totals(contract: Contract, factors: list[Any], given: list[Any]) -> l
     made: list[Any] = [None] * len(factors)
     if not any(c is total for c, _ in each_contraction(contract, ())):
         return made
-    alike: dict[int, list[int]] = {}
+    alike: dict[Any, list[int]] = {}  # by the error, and the positions of what came in
     for i, (factor, own) in enumerate(zip(factors, given, strict=True)):
         if not is_plain(factor):
             continue
@@ -253,7 +255,7 @@ def shared_totals(contract: Contract, factors: list[Any], given: list[Any]) -> l
         if any(c.forms_rows(factor, *g) for c, g in beside):
             made[i] = jnp.sum(rows_of(factor), 0).astype(jax.eval_shape(factor.total).dtype)
         elif type(factor) is Outer and factor.d.ndim > 2:
-            alike.setdefault(id(factor.d), []).append(i)
+            alike.setdefault((id(factor.d), factor.x.shape[:-1]), []).append(i)
     for those in alike.values():
         if len(those) > 1:
             pairs = [factors[i] for i in those]
@@ -279,8 +281,8 @@ def contracted(contract: Contract, later: frozenset[str] = frozenset()) -> Calla
     for c in contract if isinstance(contract, tuple) and not isinstance(contract, Layer) else (contract,):
         if isinstance(c, Layer) or not (callable(c) or isinstance(c, (tuple, WithPath))):
             raise TypeError(
-                "contract must be a Contraction, a function of a factor, or a tuple or dict of these; got "
-                + describe(c)
+                "contract must be a Contraction, a function of a factor, a tuple of these, or a dict of any of these; "
+                f"got {describe(c)}"
             )
 
     def at(path, layer):

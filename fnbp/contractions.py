@@ -188,6 +188,8 @@ sq_norms = Contraction(
 )
 """The squared norm of each example's gradient, (m,), in at least float32.
 
+Under backprop the square is taken of the gradient of J, g_i / m: in float32 a norm below 1e-19 m comes as 0.
+
 Source: Goodfellow 2015, arXiv:1510.01799, for one position; Li et al. 2021, arXiv:2110.05679, for several.
 """
 

@@ -319,6 +319,9 @@ class Added(Factor):
             return contraction.of_form(self)
         return added_pairs(contraction(self.one), contraction(self.other))
 
+    def in_turn(self) -> "Added":
+        return Added(self.one.in_turn(), self.other.in_turn())
+
     def widened(self) -> "Added":
         return Added(self.one.widened(), self.other.widened())
 
@@ -326,30 +329,26 @@ class Added(Factor):
         return Added(self.one.scaled(c), self.other.scaled(c))
 
 
-@register_factor
 @dataclass(frozen=True)
-class Placed(Factor):
-    """The factor of a parameter that is split over devices: its total is left where the parameter lies."""
+class Wrapped(Factor):
+    """A factor that is another one, but for what becomes of its total and its rows."""
 
     factor: Factor
-    place: NamedSharding = field(metadata={"static": True})
-
-    @property
-    def sliced(self) -> bool:  # type: ignore[override]
-        return self.factor.sliced
-
-    def bare(self) -> Factor:
-        return self.factor
-
-    def example_axes(self) -> "Placed":
-        return replace(self, factor=self.factor.example_axes())
 
     @property
     def examples(self) -> int:
         return self.factor.examples
 
-    def total(self) -> jax.Array:
-        return laid(self.factor.total(), self.place)
+    @property
+    def sliced(self) -> bool:  # type: ignore[override]
+        return self.factor.sliced
+
+    @property
+    def turned(self) -> bool:  # type: ignore[override]
+        return self.factor.turned
+
+    def outer(self) -> tuple[jax.Array, jax.Array] | None:
+        return self.factor.outer()
 
     def per_example(self) -> jax.Array:
         return self.factor.per_example()
@@ -357,8 +356,31 @@ class Placed(Factor):
     def contracted(self, contraction: Contraction, *given: Any) -> Any:
         return contraction(self.factor, *given)
 
-    def scaled(self, c: Any) -> "Placed":
+    def example_axes(self) -> Any:
+        return replace(self, factor=self.factor.example_axes())
+
+    def in_turn(self) -> Any:
+        return replace(self, factor=self.factor.in_turn())
+
+    def widened(self) -> Any:
+        return replace(self, factor=self.factor.widened())
+
+    def scaled(self, c: Any) -> Any:
         return replace(self, factor=self.factor.scaled(c))
+
+
+@register_factor
+@dataclass(frozen=True)
+class Placed(Wrapped):
+    """The factor of a parameter that is split over devices: its total is left where the parameter lies."""
+
+    place: NamedSharding = field(metadata={"static": True})
+
+    def bare(self) -> Factor:
+        return self.factor
+
+    def total(self) -> jax.Array:
+        return laid(self.factor.total(), self.place)
 
 
 def positions_in_one(a: jax.Array) -> jax.Array:

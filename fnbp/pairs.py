@@ -58,7 +58,8 @@ def kronecker(reduce: str = "expand") -> Contraction:
 
     A bias has A = 1. An embedding has as A the diagonal, (size,), and so have positions, which look up one row after
     the other. What multiplies element by element has A = 1, and as G the second moment of its gradients, which is
-    stated: it is no approximation.
+    stated: it is no approximation. S counts all positions, those that a mask leaves out too, and m all examples, those
+    that fill up a batch too: the more padding, the smaller A.
 
     Shapes: A (n_in, n_in), G (n_out, n_out); of n layers of a repeat (n, ...).
     Source: Martens & Grosse 2015, arXiv:1503.05671, section 3; Eschenhagen et al. 2023, arXiv:2311.00636, for expand

@@ -496,7 +496,8 @@ def test_targets_that_do_not_fit_the_loss_are_refused():
 def test_a_contraction_that_is_no_function_is_refused_at_once(contract):
     culprit = contract[1] if isinstance(contract, tuple) else contract
     with pytest.raises(
-        TypeError, match=f"contract must be a Contraction, .* or a tuple or dict of these; got .*{culprit!r}"
+        TypeError,
+        match=f"contract must be a Contraction, .*a tuple of these, or a dict of any of these; got .*{culprit!r}",
     ):
         fnbp.backprop(DOCUMENT, CE, contract)
 

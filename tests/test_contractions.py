@@ -207,3 +207,47 @@ def test_kronecker_of_a_table_that_looks_up_and_scores_stands_for_both(x64):
     twice = fnbp.kronecker()(one + one)  # exact if one is a multiple of the other
     assert twice.diagonal
     np.testing.assert_allclose(jnp.kron(twice.A, twice.G), 2 * jnp.kron(first.A, first.G), rtol=1e-12)
+
+
+def test_kronecker_of_tied_weights_sees_through_a_cast(x64):
+    bare = fnbp.serial(fnbp.dense(3), fnbp.tanh(), fnbp.dense(3))
+    cast = fnbp.serial(fnbp.cast(fnbp.dense(3), "float64"), fnbp.tanh(), fnbp.cast(fnbp.dense(3), "float64"))
+    nets = fnbp.tie(bare, (0, "W"), (2, "W")), fnbp.tie(cast, (0, 0, "W"), (2, 0, "W"))
+    x, y = jax.random.normal(KEY, (6, 3), float), jax.random.normal(jax.random.key(1), (6, 3), float)
+    pairs = []
+    for net in nets:
+        params, state = net.init(KEY, x)
+        params = jax.tree.map(lambda p: jnp.arange(p.size, dtype=float).reshape(p.shape) / p.size, params)
+        pairs.append(fnbp.backprop(net, fnbp.half_squared_error(), fnbp.kronecker())(params, state, x, y).grads)
+    for one, other in zip(*map(jax.tree.leaves, pairs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_a_total_beside_others_has_the_dtype_of_its_parameter():
+    net, x = fnbp.serial(fnbp.dense(3), fnbp.dense(2)), jnp.ones((4, 5))
+    params, state = net.init(KEY, x)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    contract = {"gradient": fnbp.total, "squares": fnbp.sq_norms}
+    found = fnbp.backprop(net, fnbp.half_squared_error(), contract)(params, state, x, jnp.ones((4, 2))).grads
+    assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(found["gradient"]))
+
+
+def test_weights_that_share_an_error_but_no_positions(x64):
+    over = lambda x: jnp.mean(x, 1, keepdims=True)  # noqa: E731
+
+    def init(key, x):
+        return {"W": jnp.ones((2, 3)), "V": jnp.ones((2, 3))}
+
+    def forward(params, x):
+        return x @ params["W"].T + over(x) @ params["V"].T, (x,)
+
+    def backward(params, res, dy):
+        (x,) = res
+        return {"W": fnbp.Outer(dy, x), "V": fnbp.Outer(dy, over(x))}, dy @ params["W"] + over(dy @ params["V"])
+
+    net = fnbp.stateless(init, forward, backward, "both")
+    x, y, loss = jax.random.normal(KEY, (4, 5, 3)), jnp.ones((4, 5, 2)), fnbp.half_squared_error()
+    params, state = net.init(KEY, x)
+    found = fnbp.backprop(net, loss)(params, state, x, y).grads
+    due = jax.grad(lambda p: loss.forward(net.forward(p, state, x, fnbp.Context())[0], y)[0].mean())(params)
+    assert relative(found, due) <= 1e-12

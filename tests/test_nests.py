@@ -78,11 +78,21 @@ def test_contractions_of_nests_are_those_of_each_example_by_itself(x64, name, m)
     assert relative(got[0], due) <= 1e-11 and relative(kept, due) <= 1e-11
     assert relative(got[2], jax.tree.map(lambda rows: rows.mean(0), due)) <= 1e-11
     direction = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape)), params)
-    contract = {"squares": fnbp.second_moment, "products": fnbp.gram, "along": fnbp.dot(direction)}
+    other = drawn(name, 2, shape, rng)
+    aim = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal((2, *a.shape[1:]))), y)
+    kept = fnbp.backprop(net, loss, fnbp.keep)(params, state, other, aim).grads
+    contract = {
+        "squares": fnbp.second_moment,
+        "products": fnbp.gram,
+        "along": fnbp.dot(direction),
+        "across": fnbp.cross_gram(kept),
+    }
     found = jax.jit(lambda *given: fnbp.backprop(net, loss, contract)(*given).grads)(params, state, x, y)
     flat = jax.tree.map(lambda rows: rows.reshape(m, -1), due)
     assert relative(found["squares"], jax.tree.map(lambda rows: (rows**2).sum(0), due)) <= 1e-11
     assert relative(found["products"], jax.tree.map(lambda rows: rows @ rows.T, flat)) <= 1e-11
+    others = jax.tree.map(lambda rows: rows.reshape(2, -1), jax.vmap(alone)(other, aim))
+    assert relative(found["across"], jax.tree.map(lambda r, h: r @ h.T, flat, others)) <= 1e-11
     assert relative(found["along"], jax.tree.map(lambda r, v: r @ v.reshape(-1), flat, direction)) <= 1e-11
 
 

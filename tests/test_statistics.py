@@ -173,9 +173,12 @@ def test_a_norm_whose_square_is_not_finite_adds_nothing():
     x, y = jnp.array([[1e15, 0.0], [1.0, 2.0]]), jnp.array([[1e10, 0.0, 0.0], [1.0, 1.0, 1.0]])
     params, state = net.init(KEY, x)
     params = jax.tree.map(jnp.zeros_like, params)
-    (J, _), found = statistics.clipped(net, loss, 0.2, size=1)(params, state, x, y)
-    _, due = statistics.clipped(net, loss, 0.2, size=1)(params, state, x[1:], y[1:])
+    run, ctx = statistics.clipped(net, loss, 0.2, size=1, noise=1e-30), fnbp.Context(KEY, train=True)
+    (J, _), found = run(params, state, x, y, ctx)
+    _, due = run(params, state, x[1:], y[1:], ctx)
     assert jnp.isfinite(J) and relative(found, due) == 0
+    _, found = statistics.clipped(net, loss, 0.2)(params, state, x, y)
+    assert all(jnp.isnan(g).all() for g in jax.tree.leaves(found)), "without noise it is not silent"
 
 
 @pytest.mark.parametrize("limit", [1e-4, 0.1])
@@ -547,3 +550,6 @@ def test_what_curvature_refuses():
         statistics.ggn_diagonal(net, own)
     with pytest.raises(ValueError, match="fisher: signs are drawn, so it needs a key"):
         statistics.fisher(net, LOSS)(*rest)
+    for contract in (fnbp.keep, (fnbp.gram, fnbp.keep), {"kept": fnbp.keep}):
+        with pytest.raises(TypeError, match="fisher: keep gives factors, which have no mean over samples"):
+            statistics.fisher(net, LOSS, contract)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fnbp.contraction import Contracted, is_open
 from fnbp.contractions import Contraction
-from fnbp.factor import Factor, Mixed, register_factor
+from fnbp.factor import Factor, Mixed, Wrapped, register_factor
 
 
 @dataclass(frozen=True)
@@ -84,26 +84,14 @@ class Shared(Turns):
 
 @register_factor
 @dataclass(frozen=True)
-class Cast(Factor):
+class Cast(Wrapped):
     """A factor in one dtype of a parameter in another.
 
-    total   in dtype, the parameter's      per_example   in rows, at least as wide as both
+    total   in dtype, the parameter's      per_example, outer   in rows, at least as wide as both
     """
 
-    factor: Factor
     dtype: Any = field(metadata={"static": True})
     rows: Any = field(metadata={"static": True})
-
-    @property
-    def examples(self) -> int:
-        return self.factor.examples
-
-    @property
-    def sliced(self) -> bool:  # type: ignore[override]
-        return self.factor.sliced
-
-    def example_axes(self) -> "Cast":
-        return replace(self, factor=self.factor.example_axes())
 
     def total(self) -> jax.Array:
         return self.factor.total().astype(self.dtype)
@@ -111,15 +99,13 @@ class Cast(Factor):
     def per_example(self) -> jax.Array:
         return self.factor.per_example().astype(self.rows)
 
+    def outer(self) -> tuple[jax.Array, jax.Array] | None:
+        form = self.factor.outer()
+        return None if form is None else (form[0].astype(self.rows), form[1].astype(self.rows))
+
     def contracted(self, contraction: Contraction, *given: Any) -> Any:
         made = contraction(self.factor, *given)
         return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, self.rows)), made)
-
-    def widened(self) -> "Cast":
-        return replace(self, factor=self.factor.widened())
-
-    def scaled(self, c: Any) -> "Cast":
-        return replace(self, factor=self.factor.scaled(c))
 
 
 def over_depth(node: Any) -> Any:

@@ -45,8 +45,8 @@ def clipped(
     that no factor outlives its layer. In one, loops over depth of at most 12 turns are written out: what a loop keeps
     of each turn it copies.
 
-    An example that does not count adds exactly 0. One whose gradient is not finite makes the sum NaN, which fit
-    reports; but with noise, where that would give it away, or with counts it adds 0, and only J shows it.
+    An example that does not count adds exactly 0. One whose gradient, or the square of it, is not finite makes the sum
+    NaN, which fit reports; but with noise, where that would give it away, or with counts it adds 0.
 
     Privacy: to add or leave out one example changes the sum by at most limit, up to rounding; per layer by limit
              sqrt(layers). An accountant of the sampled Gaussian mechanism asks that each step draws each example with
@@ -80,9 +80,8 @@ def clipped(
         safe = bool(noise) or counts is not None
         done, grads = means_of(net, of, limit, per_layer, passes, given, over, safe)
         if noise:
-            spread = noise * limit * np.sqrt(len(list(layers_of(net, params))) if per_layer else 1)
-            grads = noisy(grads, jax.random.fold_in(ctx.key, APART), spread / over)
-        grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
+            most = limit * np.sqrt(len(list(layers_of(net, params))) if per_layer else 1)
+            grads = noisy(grads, params, jax.random.fold_in(ctx.key, APART), noise * most / over)
         return (done.value if counts is None else done.value * (m / many), done.state), grads
 
     return clipped_of
@@ -95,7 +94,7 @@ def means_of(
     kept_of = backprop(net, loss, as_is)
     if per_layer or passes == 1 or (passes is None and size_of(jax.eval_shape(kept_of, *given).grads) <= ROOM):
         return in_one_backward(net, loss, limit, per_layer, given, over, safe)
-    scale = share(all_of(jax.tree.leaves(backprop(net, loss, sq_norms)(*given).grads)), limit)
+    scale = share(all_of(jax.tree.leaves(backprop(net, loss, sq_norms)(*given).grads)), limit, safe)
     done = backprop(net, loss, lambda factor: summed(factor, scale, over, safe))(*given)
     return done, done.grads
 
@@ -107,7 +106,7 @@ def in_one_backward(
     flat = unrolled(net, most=0 if per_layer else TURNS)
     params, state, *rest = given
     done = backprop(flat.net, loss, as_is)(flat.apart(params), flat.apart(state), *rest)
-    scales = scales_of(flat.net, done.grads, limit, per_layer)
+    scales = scales_of(flat.net, done.grads, limit, per_layer, safe)
     m = jax.tree.leaves(done.prediction)[0].shape[0]
     sums = jax.tree.map(lambda f, scale: summed(f, m * scale, over, safe), done.grads, scales, is_leaf=is_factor)
     return done._replace(state=flat.together(done.state)), flat.together(sums)
@@ -156,22 +155,23 @@ def all_of(squares: list[jax.Array]) -> jax.Array:
     return sum(squares[1:], squares[0])
 
 
-def share(squares: jax.Array, limit: float) -> jax.Array:
-    """min(1, limit / norm), (m,); 1 for a gradient of 0, and 0 for one whose square is not finite."""
+def share(squares: jax.Array, limit: float, safe: bool) -> jax.Array:
+    """min(1, limit / norm), (m,); 1 for a gradient of 0; NaN for one whose square is not finite, or, if safe, 0."""
     least = jnp.finfo(squares.dtype).tiny
-    return jnp.where(jnp.isfinite(squares), jnp.minimum(1, limit / jnp.sqrt(jnp.maximum(squares, least))), 0)
+    scale = jnp.minimum(1, limit / jnp.sqrt(jnp.maximum(squares, least)))
+    return jnp.where(jnp.isfinite(squares), scale, 0 if safe else jnp.nan)
 
 
-def scales_of(net: Layer, kept: Any, limit: float, per_layer: bool) -> Any:
+def scales_of(net: Layer, kept: Any, limit: float, per_layer: bool, safe: bool) -> Any:
     """How much of each example's gradient is left, (m,) for each parameter: a tree of params."""
     squares = jax.tree.map(lambda f: quadratic(sq_norms(f), f.examples), kept, is_leaf=is_factor)
     if not per_layer:
-        scale = share(all_of(jax.tree.leaves(squares)), limit)
+        scale = share(all_of(jax.tree.leaves(squares)), limit, safe)
         return jax.tree.map(lambda _: scale, squares)
     leaf, tree = jax.tree.flatten(squares)
     places = jax.tree.unflatten(tree, range(len(leaf)))
     for _, _, own in layers_of(net, places):
-        scale = share(all_of([leaf[i] for i in jax.tree.leaves(own)]), limit)
+        scale = share(all_of([leaf[i] for i in jax.tree.leaves(own)]), limit, safe)
         for i in jax.tree.leaves(own):
             leaf[i] = scale
     return jax.tree.unflatten(tree, leaf)
@@ -199,13 +199,16 @@ def summed(factor: Factor, scale: jax.Array, over: Any, safe: bool) -> jax.Array
     return kept.scaled(scale / over).total()
 
 
-def noisy(grads: Any, key: jax.Array, spread: float) -> Any:
+def noisy(grads: Any, params: Any, key: jax.Array, spread: float) -> Any:
     """grads with independent normal numbers of that standard deviation added, in at least float32."""
     leaf, tree = jax.tree.flatten(grads)
-    leaf, keys = [wide(g) for g in leaf], jax.random.split(key, len(leaf))
-    return jax.tree.unflatten(
-        tree, [g + spread * jax.random.normal(k, g.shape, g.dtype) for g, k in zip(leaf, keys, strict=True)]
-    )
+    keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaf))))
+
+    def noisy_leaf(g: jax.Array, p: jax.Array, key: jax.Array) -> jax.Array:
+        g = wide(g)
+        return (g + spread * jax.random.normal(key, g.shape, g.dtype)).astype(jnp.result_type(p))
+
+    return jax.tree.map(noisy_leaf, grads, params, keys)
 
 
 def is_factor(node: Any) -> bool:

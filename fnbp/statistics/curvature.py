@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fnbp.arrays.checks import check_is, check_size
 from fnbp.arrays.placement import placement
 from fnbp.backpropagation import backprop
+from fnbp.contraction import keep
 from fnbp.contractions import second_moment
 from fnbp.layer import Context, Layer, mask_behind
 from fnbp.losses.loss import Loss, losses_of
@@ -56,12 +57,15 @@ def fisher(
              chunk: how many backwards at once, of all roots.
     Source:  Martens & Grosse 2015, arXiv:1503.05671, section 5, for sampled gradients in K-FAC; Dangel et al. 2025,
              arXiv:2507.05127, for all roots.
-    Raises:  as ggn_diagonal; ValueError if samples are drawn and there is no ctx.key.
+    Raises:  as ggn_diagonal; ValueError if samples are drawn and there is no ctx.key; TypeError for keep.
     """
     check_roots("fisher", net, loss)
     check_size("fisher", "chunk", chunk)
     if samples is not None:
         check_size("fisher", "samples", samples)
+    each = contract.values() if isinstance(contract, dict) else contract if isinstance(contract, tuple) else (contract,)
+    if keep in each:
+        raise TypeError("fisher: keep gives factors, which have no mean over samples; contract them")
 
     def fisher_of(params, state, x, y, ctx=Context(), mean=False):
         if samples is not None and ctx.key is None:
