@@ -36,6 +36,7 @@ from fnbp.losses.squared import *
 from fnbp.measurement import *
 from fnbp.models.blocks import *
 from fnbp.naming import *
+from fnbp.opening import *
 from fnbp.pairs import *
 from fnbp.rendering.tables import *
 from fnbp.steps import *

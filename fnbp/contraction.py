@@ -294,10 +294,10 @@ def contracted(contract: Contract, later: frozenset[str] = frozenset()) -> Calla
         def backward(params, res, dy):
             params, given = (params.params, params.given) if isinstance(params, Beside) else (params, None)
             factors, dx = layer.backward(params, res, dy)
-            if contract is not total:
+            if contract is not total and not layer.traits.opened:
                 check_factors(path, factors, params, jax.tree.leaves(dy)[0].shape[0])
-                if path in later:
-                    return factors, dx
+            if contract is not total and path in later:
+                return factors, dx
             return finished(contract, factors, given, path), dx
 
         return layer._replace(forward=forward, backward=backward)

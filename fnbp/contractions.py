@@ -49,6 +49,16 @@ def linear(made: Any, c: float) -> Any:
     return jax.tree.map(lambda a: a * jnp.asarray(c, a.dtype), made)
 
 
+def along(made: jax.Array, move: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """What has the axes of the parameter last, moved as it is."""
+    return move(made)
+
+
+def anyhow(made: Any, move: Callable[[jax.Array], jax.Array]) -> Any:
+    """What does not depend on where the numbers stand."""
+    return made
+
+
 def quadratic(made: Any, c: float) -> Any:
     """The same, c^2 times that."""
     return linear(linear(made, c), c)
@@ -78,6 +88,8 @@ class Contraction:
                 if it needs all examples at once
         scaled  (value, c) -> the value if d were c d: backprop then scales it, and not the error, to that of each
                 example's own loss
+        moved   (value, move) -> the value if the numbers of the parameter stood elsewhere: move moves the last axes
+                of an array so. None if the value depends on where they stand
         given   a tree of params: what it needs for each parameter
 
     Values are in at least float32.
@@ -89,6 +101,7 @@ class Contraction:
     depth: Callable[[Any], Any] = stays
     joined: str = "stacked"
     scaled: Callable[[Any, float], Any] | None = None
+    moved: Callable[[Any, Callable], Any] | None = None
     given: Any = field(default=None, compare=False)
 
     def __call__(self, factor: Any, *given: Any) -> Any:
@@ -127,11 +140,14 @@ class Contraction:
 
     def in_parts(self, factor: Any, few: int, *given: Any) -> Any:
         """The same, of gradients that are formed a few at a time."""
-        axes = factor.example_axes()
-        examples = jax.tree.map(lambda a, axis: jnp.moveaxis(a, axis, 0), factor, axes)
+        arrays, tree = jax.tree.flatten(factor)
+        axes = jax.tree.leaves(factor.example_axes())
+        examples = [jnp.moveaxis(a, axis, 0) for a, axis in zip(arrays, axes, strict=True) if axis >= 0]
 
-        def row(one: Any) -> jax.Array:
-            return wide(jax.tree.map(jnp.expand_dims, one, axes).per_example()[0])
+        def row(one: list[Any]) -> jax.Array:
+            own = iter(one)
+            whole = [jnp.expand_dims(next(own), axis) if axis >= 0 else a for a, axis in zip(arrays, axes, strict=True)]
+            return wide(jax.tree.unflatten(tree, whole).per_example()[0])
 
         if self.joined == "stacked":
             alone = lambda one: jax.tree.map(lambda a: a[0], self.rows(row(one)[None], *given))  # noqa: E731
@@ -147,8 +163,8 @@ class Contraction:
 
 
 def at_once(factor: Any) -> int:
-    """Of how many examples the gradients are formed at once, by the size of the parameter."""
-    return max(1, CHUNK // max(1, int(np.prod(jax.eval_shape(factor.total).shape))))
+    """Of how many examples the gradients are formed at once, by the size of the largest gradient."""
+    return max(1, CHUNK // max(1, factor.widest()))
 
 
 def rows_of(factor: Any) -> jax.Array:
@@ -158,13 +174,15 @@ def rows_of(factor: Any) -> jax.Array:
 
 # --- total ---
 
-total = Contraction("total", rows=lambda g: jnp.sum(g, 0), joined="summed")
+total = Contraction("total", rows=lambda g: jnp.sum(g, 0), joined="summed", moved=along)
 """The sum over examples. Under backprop: the gradient of the mean loss J."""
 
 
 # --- per_example ---
 
-per_example = Contraction("per_example", lambda g: g, depth=lambda rows: jnp.moveaxis(rows, 0, 1), scaled=linear)
+per_example = Contraction(
+    "per_example", lambda g: g, depth=lambda rows: jnp.moveaxis(rows, 0, 1), scaled=linear, moved=along
+)
 """Each example's gradient, (m, the shape of the parameter): m times the memory of total."""
 
 
@@ -184,7 +202,7 @@ def sq_norms_of_outers(form: Outers) -> jax.Array | None:
 
 
 sq_norms = Contraction(
-    "sq_norms", lambda g: jnp.sum(g**2, range(1, g.ndim)), sq_norms_of_outers, depth=added, scaled=quadratic
+    "sq_norms", lambda g: jnp.sum(g**2, range(1, g.ndim)), sq_norms_of_outers, added, scaled=quadratic, moved=anyhow
 )
 """The squared norm of each example's gradient, (m,), in at least float32.
 
@@ -203,7 +221,7 @@ def second_moment_of_outers(form: Outers) -> jax.Array | None:
 
 
 second_moment = Contraction(
-    "second_moment", lambda g: jnp.sum(g**2, 0), second_moment_of_outers, joined="summed", scaled=quadratic
+    "second_moment", lambda g: jnp.sum(g**2, 0), second_moment_of_outers, joined="summed", scaled=quadratic, moved=along
 )
 """The sum over examples of the square of each number of the gradient: the shape of the parameter.
 
@@ -222,6 +240,7 @@ def dot(direction: Any) -> Contraction:
         outers=lambda form, v: jnp.einsum("mso,oi,msi->m", form.d, matrix(v, form), form.x),
         depth=added,
         scaled=linear,
+        moved=anyhow,
         given=direction,
     )
 
@@ -242,7 +261,9 @@ def crossed(d: jax.Array, x: jax.Array, e: jax.Array, z: jax.Array) -> jax.Array
     return jnp.einsum("msnt->mn", jnp.einsum("mso,nto->msnt", d, e) * jnp.einsum("msi,nti->msnt", x, z))
 
 
-gram = Contraction("gram", lambda g: flat(g) @ flat(g).T, gram_of_outers, added, joined="whole", scaled=quadratic)
+gram = Contraction(
+    "gram", lambda g: flat(g) @ flat(g).T, gram_of_outers, added, joined="whole", scaled=quadratic, moved=anyhow
+)
 """The inner products of the gradients of all pairs of examples, (m, m) for each parameter."""
 
 
@@ -258,7 +279,7 @@ def cross_gram(factors: Any) -> Contraction:
     def of_rows(g, other):
         return flat(g) @ flat(rows_of(other.bare())).T
 
-    return Contraction("cross_gram", of_rows, of_outers, added, joined="whole", scaled=linear, given=factors)
+    return Contraction("cross_gram", of_rows, of_outers, added, "whole", scaled=linear, moved=anyhow, given=factors)
 
 
 # --- project: (P d_i) (Q x_i)^T ---

@@ -8,48 +8,23 @@ The indices, here and wherever a factor stands:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
+from fnbp.arrays.nodes import register_factor
 from fnbp.arrays.placement import einsum, laid
 from fnbp.arrays.sums import wide
-from fnbp.contractions import Contraction, sq_norms
+from fnbp.contractions import Contraction, rows_of, sq_norms
 from fnbp.pairs import KroneckerPair, added_pairs, kronecker
 
 __all__ = ["Factor", "Outer", "Product", "Sum", "register_factor"]
 
 MIXED = "it mixes the examples of a batch, so no example has a gradient of its own; only total is defined"
-
-
-def register_factor(kind: type) -> type:
-    """Register a frozen dataclass as a pytree; fields with metadata={"static": True} are no arrays.
-
-    As jax.tree_util.register_dataclass, but for the type: to that, two classes with the same fields are one tree, so a
-    function that JAX has traced for an Outer can be found in its cache for a Product.
-    """
-    names = [f.name for f in fields(kind) if f.init]
-    static = [f.name for f in fields(kind) if f.init and f.metadata.get("static")]
-    data = [name for name in names if name not in static]
-
-    def flatten(node):
-        return [getattr(node, name) for name in data], tuple(getattr(node, name) for name in static)
-
-    def flatten_with_keys(node):
-        children, rest = flatten(node)
-        return [(jax.tree_util.GetAttrKey(name), child) for name, child in zip(data, children, strict=True)], rest
-
-    def unflatten(rest, children):
-        node = object.__new__(kind)  # not by __init__: JAX puts other things than arrays in their places
-        for name, value in zip((*data, *static), (*children, *rest), strict=True):
-            object.__setattr__(node, name, value)
-        return node
-
-    jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
-    return kind
 
 
 class Factor(ABC):
@@ -70,7 +45,7 @@ class Factor(ABC):
 
         positional  True if every axis between the example and the last is a position that shares the parameter: a
                     loop over time then adds its turns as one more such axis, instead of summing turn by turn
-        sliced      True if every array of the factor has the example as first axis
+        sliced      True if every array of the factor has the example as first axis, or as example_axes says
         turned      True if the second of outer is the error, and the first what came in
     """
 
@@ -131,8 +106,13 @@ class Factor(ABC):
         return self
 
     def example_axes(self) -> Any:
-        """For each array of the factor, which of its axes is the example: 0, or behind those of loops around it."""
+        """For each array of the factor, which of its axes is the example: 0, or behind those of loops around it; -1 if
+        all examples share it."""
         return jax.tree.map(lambda a: 0, self)
+
+    def widest(self) -> int:
+        """How many numbers are formed for one example on the way to its gradient, at most."""
+        return int(np.prod(jax.eval_shape(self.total).shape))
 
     def __add__(self, other: Any) -> "Factor":
         """The factor of a parameter that is used in two places."""
@@ -317,7 +297,8 @@ class Added(Factor):
         """The pair of Kronecker factors that this contraction makes."""
         if self.outer() is not None:
             return contraction.of_form(self)
-        return added_pairs(contraction(self.one), contraction(self.other))
+        one, other = contraction(self.one), contraction(self.other)
+        return added_pairs(one, other) if one.fits(other) else contraction.rows(rows_of(self))
 
     def in_turn(self) -> "Added":
         return Added(self.one.in_turn(), self.other.in_turn())

@@ -52,6 +52,7 @@ class Traits:
     turns   of a loop over depth: how many layers its arrays hold, along their first axis; None for any other layer
     tied    of a combinator that adds the factors of two parameters: where those stand in its part's params
     steps   how it takes a sequence one position at a time, if its positions are not each by itself: see fnbp.Steps
+    opened  True for the net of an opened loss: x may hold what is not finite, and its factors need no check
     """
 
     mask: Rule = refused
@@ -62,6 +63,7 @@ class Traits:
     turns: int | None = None
     tied: tuple[Keys, ...] = ()
     steps: Steps | None = None
+    opened: bool = False
 
 
 class Init(Protocol):

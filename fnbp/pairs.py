@@ -35,6 +35,11 @@ class KroneckerPair:
     def __getitem__(self, i: int) -> Any:
         return (self.A, self.G)[i]
 
+    def fits(self, other: "KroneckerPair") -> bool:
+        """True if both stand for matrices of one shape, or of its transpose."""
+        one, two = ((pair.A.shape[-1], pair.G.shape[-1]) for pair in (self, other))
+        return two == (one if self.turned == other.turned else one[::-1])
+
     def matrix(self, g: jax.Array) -> jax.Array:
         """An array of the shape of the parameter as (..., n_out, n_in), with as many axes in front as A has."""
         n, front = self.A.shape[-1], g.shape[: self.A.ndim - (1 if self.diagonal else 2)]

@@ -21,7 +21,7 @@ SOURCES = sorted((ROOT / "fnbp").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 RUNNABLE = [command.name for command in commands()]
 AUTODIFF = re.compile(r"\b(grad|vjp|jvp|linearize|linear_transpose|jacobian|jacrev|jacfwd|hessian)\b")
-DIFFERENTIATORS = {"comparison", "interop"}  # modules, and a package
+DIFFERENTIATORS = {"comparison", "interop", "opening"}
 FLOORS = (  # rooms: files and packages; imports run down these, one way
     {"arrays", "construction", "processes", "steps"},
     {"contractions"},
@@ -32,6 +32,7 @@ FLOORS = (  # rooms: files and packages; imports run down these, one way
     {"combinators", "measurement"},
     {"sharding"},
     {"backpropagation"},
+    {"opening"},
     {"factors", "models", "interop", "statistics", "training"},
     {"comparison", "exchange"},
     {"testing", "__main__"},

@@ -110,6 +110,23 @@ STATISTICS: dict[str, Shown] = {
             Row("without noise", "private/default", ("", "0", "{control[accuracy]:.2%}")),
         ),
     ),
+    "K-FAC": Shown(
+        ("autoencoder of MNIST, 200 steps of 1,000 images", "the best of its 4 trials", "loss of the last epoch"),
+        (
+            *(
+                Row(kind, "kfac/default", (f"{{best[{kind}]}}", f"{{final[{kind}]:.4f}}"))
+                for kind in ("K-FAC", "Adam", "SGD")
+            ),
+            Row(
+                "K-FAC to the last loss of Adam",
+                "kfac/default",
+                (
+                    "{steps_over_adam:.2f} of the steps",
+                    "{time_over_adam:.2f} of the time, {step_over_adam_time:.1f} a step",
+                ),
+            ),
+        ),
+    ),
     "noise of gradients": Shown(
         ("gpt of 2 layers of width 48, batches of 32, 2,000 steps", "measured"),
         tuple(Row(label, "norms/default", (cell,)) for label, cell in NOISE),

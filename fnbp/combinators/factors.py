@@ -27,7 +27,7 @@ class Turns(Factor):
         return self.factor.sliced
 
     def example_axes(self) -> Any:
-        return replace(self, factor=jax.tree.map(lambda axis: axis + 1, self.factor.example_axes()))
+        return replace(self, factor=jax.tree.map(behind, self.factor.example_axes()))
 
     def scaled(self, c: Any) -> Any:
         return replace(self, factor=jax.vmap(lambda factor: factor.scaled(c))(self.factor))
@@ -42,6 +42,11 @@ class Turns(Factor):
     def rows(self) -> jax.Array:
         """per_example of each turn, (n, m, the shape of the parameter)."""
         return jax.vmap(lambda factor: factor.per_example())(self.factor)
+
+
+def behind(axis: int) -> int:
+    """An axis, with one more in front; -1, for none, stays."""
+    return axis + 1 if axis >= 0 else axis
 
 
 @register_factor

@@ -15,12 +15,14 @@ from fnbp.contractions import Contraction, cross_gram
 from fnbp.layer import Context, Layer, mask_behind
 from fnbp.losses.loss import Loss, check_target
 from fnbp.sharding import predicted
+from fnbp.statistics.of_opened import of_two_batches
 
 __all__ = ["influence"]
 
 APART = 2**31 - 3  # of the key of the queries from those of the chunks, which count from 0
 
 
+@of_two_batches
 def influence(net: Layer, loss: Loss, chunk: int = 256, projection: Any = None) -> Callable[..., jax.Array]:
     """Make the function of influences: (params, state, (x, y), (x_query, y_query), ctx) -> (n, q).
 

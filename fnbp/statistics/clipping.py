@@ -17,6 +17,7 @@ from fnbp.factor import Factor
 from fnbp.layer import Context, Layer, leaves
 from fnbp.losses.loss import Loss
 from fnbp.losses.weights import only_some
+from fnbp.statistics.of_opened import opens
 
 __all__ = ["clipped"]
 
@@ -25,6 +26,7 @@ TURNS = 12  # of a loop that is written out
 APART = 2**31 - 1  # of the key of the noise from those of layers, which count from 0
 
 
+@opens
 def clipped(
     net: Layer,
     loss: Loss,
@@ -189,6 +191,8 @@ def summed(factor: Factor, scale: jax.Array, over: Any, safe: bool) -> jax.Array
     """
 
     def only(a: jax.Array, axis: int) -> jax.Array:
+        if axis < 0:
+            return a
         return jnp.where((scale > 0).reshape(-1, *[1] * (a.ndim - 1 - axis)), a, 0)
 
     if is_plain(factor) and sq_norms.forms_rows(factor):

@@ -14,12 +14,14 @@ from fnbp.contraction import keep
 from fnbp.contractions import second_moment
 from fnbp.layer import Context, Layer, mask_behind
 from fnbp.losses.loss import Loss, losses_of
+from fnbp.statistics.of_opened import only_nets
 
 __all__ = ["fisher", "ggn_diagonal"]
 
 APART = 2**31 - 2  # of the key of the signs from those of layers, which count from 0
 
 
+@only_nets
 def ggn_diagonal(net: Layer, loss: Loss, samples: int | None = None, chunk: int = 16) -> Callable[..., Any]:
     """Make the function of the diagonal of the generalised Gauss-Newton matrix: (params, state, x, y, ctx) -> tree.
 
@@ -42,6 +44,7 @@ def ggn_diagonal(net: Layer, loss: Loss, samples: int | None = None, chunk: int 
     return lambda *given: run(*given, mean=True)
 
 
+@only_nets
 def fisher(
     net: Layer, loss: Loss, contract: Any = second_moment, samples: int | None = 1, chunk: int = 16
 ) -> Callable[..., Any]:

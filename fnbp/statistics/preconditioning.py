@@ -26,6 +26,7 @@ from fnbp.statistics.kroneckers import (
     moved,
     zeros,
 )
+from fnbp.statistics.of_opened import only_nets
 
 __all__ = ["ekfac", "foof", "kfac"]
 
@@ -71,6 +72,7 @@ class Eigen(NamedTuple):
     squares: Any
 
 
+@only_nets
 def kfac(
     net: Layer,
     loss: Loss,
@@ -120,6 +122,7 @@ def kfac(
     return finished(made, learning_rate, options)
 
 
+@only_nets
 def foof(
     net: Layer,
     loss: Loss,
@@ -159,6 +162,7 @@ def foof(
     return finished(made, learning_rate, options)
 
 
+@only_nets
 def ekfac(
     net: Layer,
     loss: Loss,

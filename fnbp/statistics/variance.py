@@ -11,6 +11,7 @@ from fnbp.backpropagation import backprop
 from fnbp.contractions import second_moment, sq_norms, total
 from fnbp.layer import Context, Layer, leaves
 from fnbp.losses.loss import Loss
+from fnbp.statistics.of_opened import opens
 
 __all__ = ["Moments", "NoiseScale", "moments", "noise_scale"]
 
@@ -23,6 +24,7 @@ class Moments(NamedTuple):
     signal_to_noise: Any
 
 
+@opens
 def moments(net: Layer, loss: Loss) -> Callable[..., Any]:
     """Make the function of the moments of single gradients: (params, state, x, y, ctx) -> (value, state), Moments.
 
@@ -63,6 +65,7 @@ class NoiseScale(NamedTuple):
     by_layer: dict[str, tuple[jax.Array, jax.Array]]
 
 
+@opens
 def noise_scale(net: Layer, loss: Loss, norms_only: bool = False) -> Callable[..., Any]:
     """Make the function of the gradient and its noise: (params, state, x, y, ctx) -> (value, state, NoiseScale), grads.
 

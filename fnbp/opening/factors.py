@@ -1,0 +1,204 @@
+"""The factors of what no layer of fnbp owns: of any equation, and of values that are derived from parameters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnbp.arrays.sums import wide
+from fnbp.combinators.factors import Cast, Shared
+from fnbp.contractions import Contraction, dot
+from fnbp.factor import Added, Factor, Wrapped, along_examples, register_factor
+from fnbp.opening.layouts import Layout, along_last
+
+__all__ = ["ByVjp", "LaidOut", "Nothing", "Through"]
+
+NONE = -1  # the example axis of an array that has none
+
+
+@register_factor
+@dataclass(frozen=True)
+class ByVjp(Factor):
+    """The gradient of a value p that is used by one equation, y = run(*operands), of which p is one.
+
+        total        jax.vjp of the equation for all examples at d        per_example  the same, for each example
+
+    Shapes: d, one (m, ...) for each result that has a cotangent; each, the operands of every example, (m, ...); known,
+            the others, p among them; run, and which operand is what, are static.
+    """
+
+    d: Any
+    each: tuple[Any, ...]
+    known: tuple[Any, ...]
+    run: Callable = field(metadata={"static": True})
+    which: int = field(metadata={"static": True})
+
+    @property
+    def examples(self) -> int:
+        return self.d[0].shape[0]
+
+    def total(self) -> jax.Array:
+        p = self.known[self.which]
+
+        def of_all(p):
+            known = (*self.known[: self.which], p, *self.known[self.which + 1 :])
+            return jax.vmap(lambda each: self.run(each, known), axis_size=self.examples)(self.each)
+
+        return jax.vjp(of_all, p)[1](self.d)[0]
+
+    def per_example(self) -> jax.Array:
+        p = self.known[self.which]
+
+        def of_one(d, each):
+            def run(p):
+                return self.run(each, (*self.known[: self.which], p, *self.known[self.which + 1 :]))
+
+            return jax.vjp(run, p)[1](d)[0]
+
+        return jax.vmap(of_one)(self.d, self.each)
+
+    def scaled(self, c: Any) -> "ByVjp":
+        return replace(self, d=tuple(along_examples(c, d) for d in self.d))
+
+    def widened(self) -> "ByVjp":
+        return self
+
+    def example_axes(self) -> Any:
+        none = jax.tree.map(lambda a: NONE, self.known)
+        return replace(self, d=tuple(0 for _ in self.d), each=jax.tree.map(lambda a: 0, self.each), known=none)
+
+
+@register_factor
+@dataclass(frozen=True)
+class Through(Wrapped):
+    """The gradient of a parameter p of which a value h(p) is derived: that of the value, pulled back.
+
+        total = J^T total        per_example = J^T per_example        <g_i, v> = <gradient of the value, J v>
+
+    Shapes: known, what else h reads, p at which; h and which are static.
+    """
+
+    known: tuple[Any, ...]
+    h: Callable = field(metadata={"static": True})
+    which: int = field(metadata={"static": True})
+
+    def of(self, p: Any) -> jax.Array:
+        """h(p)."""
+        return self.h(*self.known[: self.which], p, *self.known[self.which + 1 :])
+
+    def pull(self, g: jax.Array) -> jax.Array:
+        """J^T g."""
+        value, pull = jax.vjp(self.of, self.known[self.which])
+        return pull(g.astype(value.dtype))[0]
+
+    def total(self) -> jax.Array:
+        return self.pull(self.factor.total())
+
+    def per_example(self) -> jax.Array:
+        return jax.vmap(self.pull)(self.factor.per_example())
+
+    def outer(self) -> None:
+        return None
+
+    def dot(self, v: jax.Array) -> jax.Array:
+        """The inner product of each example's gradient with v, (m,)."""
+        p = self.known[self.which]
+        pushed = jax.jvp(self.of, (p,), (v.astype(jnp.result_type(p)),))[1]
+        return dot(None)(self.factor, pushed)
+
+    def contracted(self, contraction: Contraction, *given: Any) -> Any:
+        return contraction.of_form(self, *given)
+
+    def example_axes(self) -> Any:
+        return replace(self, factor=self.factor.example_axes(), known=jax.tree.map(lambda a: NONE, self.known))
+
+    def widest(self) -> int:
+        return max(super().widest(), self.factor.widest())
+
+
+@register_factor
+@dataclass(frozen=True)
+class LaidOut(Wrapped):
+    """A factor whose gradient is that of a parameter but for the order and the shape of its numbers."""
+
+    layout: Layout = field(metadata={"static": True})
+
+    def total(self) -> jax.Array:
+        return self.layout.move(self.factor.total())
+
+    def per_example(self) -> jax.Array:
+        return self.layout.move(self.factor.per_example())
+
+    @property
+    def turned(self) -> bool:  # type: ignore[override]
+        form = jax.eval_shape(lambda factor: factor.outer(), self.factor)
+        sides = None if form is None else self.layout.sides(form[1].shape[-1])
+        return self.factor.turned != (sides is not None and sides[2])
+
+    def outer(self) -> tuple[jax.Array, jax.Array] | None:
+        form = self.factor.outer()
+        sides = None if form is None else self.layout.sides(form[1].shape[-1])
+        if form is None or sides is None:
+            return None
+        rows, columns = along_last(form[0], sides[0]), along_last(form[1], sides[1])
+        return (columns, rows) if sides[2] else (rows, columns)
+
+    def contracted(self, contraction: Contraction, *given: Any) -> Any:
+        if contraction.moved is None:
+            return contraction.of_form(self, *given)
+        before = []
+        for one in given:
+            theirs = one.bare() if isinstance(one, Factor) else one
+            if not isinstance(theirs, Factor):
+                before.append(self.layout.back(theirs))
+            elif isinstance(theirs, LaidOut) and theirs.layout == self.layout:
+                before.append(theirs.factor)
+            else:
+                return contraction.of_form(self, *given)
+        return contraction.moved(contraction(self.factor, *before), self.layout.move)
+
+
+@register_factor
+@dataclass(frozen=True)
+class Nothing(Factor):
+    """The gradient of a parameter that the loss does not depend on: 0 of its shape.
+
+    Shapes: d (m,), zeros; shape and dtype are static.
+    """
+
+    d: jax.Array
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})
+
+    def total(self) -> jax.Array:
+        return jnp.zeros(self.shape, self.dtype)
+
+    def per_example(self) -> jax.Array:
+        return jnp.zeros((self.examples, *self.shape), self.dtype)
+
+    def sq_norms(self) -> jax.Array:
+        """0, (m,)."""
+        return jnp.zeros_like(wide(self.d))
+
+    def scaled(self, c: Any) -> "Nothing":
+        return self
+
+
+def laid_out(factor: Factor, layout: Layout | None) -> Factor | None:
+    """A factor in another layout; None if there is no such layout."""
+    if layout is None or layout.trivial:
+        return None if layout is None else factor
+    return LaidOut(factor, layout)
+
+
+def over_turns(factor: Any) -> Factor:
+    """One factor of a parameter that is the same in all turns of a loop. Its arrays have the turn as first axis."""
+    if isinstance(factor, (LaidOut, Cast)):
+        return replace(factor, factor=over_turns(factor.factor))
+    if isinstance(factor, Added):
+        return Added(over_turns(factor.one), over_turns(factor.other))
+    if factor.positional:
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), factor)
+    return Shared(factor)

@@ -1,0 +1,112 @@
+"""An opened loss as a Layer: its forward is the loss of each example, its backward returns factors."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnbp.arrays.sums import wide
+from fnbp.layer import Layer, Static, Traits
+from fnbp.losses.loss import Loss
+from fnbp.opening.factors import Nothing
+from fnbp.opening.passes import factors_of, for_all, taps_of
+from fnbp.opening.plan import Plan, plan_of
+from fnbp.opening.program import Kind, read
+
+Reader = Callable[[Any, Any, Any], tuple[Plan, Any, list[int | None], list[Any]]]
+
+
+def itself() -> Loss:
+    """The loss of a net whose outputs are losses."""
+    return Loss(lambda losses, target: (losses, losses), jnp.ones_like, "mean")
+
+
+MEAN = itself()
+
+
+def reader(name: str, f: Callable[..., tuple[Any, Any]], chosen: Callable[[Any], list[bool]]) -> Reader:
+    """Make the function that plans f(params, x, state) -> loss, aux, of one example, for given arrays.
+
+    It returns the plan, the tree of aux, which inputs have an example axis, and all inputs, params first.
+    """
+
+    def read_for(params, x, state):
+        forms = [jax.tree.structure(tree) for tree in (params, x, state)]
+        groups = [jax.tree.leaves(tree) for tree in (params, x, state)]
+        ends = np.cumsum([len(group) for group in groups])[:-1]
+        aux_tree: list[Any] = []
+
+        def of_one(*inputs):
+            parts = inputs[: ends[0]], inputs[ends[0] : ends[1]], inputs[ends[1] :]
+            loss, aux = f(*(jax.tree.unflatten(form, part) for form, part in zip(forms, parts, strict=True)))
+            flat, form = jax.tree.flatten(aux)
+            aux_tree[:] = [form]
+            return [jnp.asarray(a) for a in (loss, *flat)]
+
+        own, data, shared = groups
+        kinds: list[Kind] = [kind_of(p, yes) for p, yes in zip(own, chosen(params), strict=True)]
+        avals = [*map(shape_of, own), *(shape_of(a, 1) for a in data), *map(shape_of, shared)]
+        others = cast(list[Kind], ["data"] * len(data) + ["known"] * len(shared))
+        program = read(of_one, kinds + others, avals)
+        axes = [*[None] * len(own), *[0] * len(data), *[None] * len(shared)]
+        return plan_of(program, program.outputs[:1], name), aux_tree[0], axes, [*own, *data, *shared]
+
+    return read_for
+
+
+def kind_of(a: Any, chosen: bool) -> Kind:
+    """How a loss depends on an array without an example axis: it is differentiated by it if it is chosen."""
+    return "param" if chosen and jnp.issubdtype(jnp.result_type(a), jnp.inexact) else "known"
+
+
+def shape_of(a: Any, skipped: int = 0) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, without its first axes."""
+    return jax.ShapeDtypeStruct(jnp.shape(a)[skipped:], getattr(a, "dtype", jnp.result_type(a)))
+
+
+def net_of(name: str, read_for: Reader) -> Layer:
+    """The Layer of a function that reader reads: x is the batch, a tuple; state is what has no example axis, and the
+    new state is aux."""
+
+    def init(key, x):
+        raise TypeError(f"{name}: the model makes its own parameters")
+
+    def forward(params, state, x, ctx):
+        plan, aux_tree, axes, inputs = read_for(params, x, state)
+        losses, pull, aux, record = tapped(plan, axes, inputs, jax.tree.leaves(x)[0].shape[0])
+        return losses, jax.tree.unflatten(aux_tree, aux), (pull, record, losses, Static(plan))
+
+    def backward(params, res, dy):
+        pull, record, losses, static = res
+        (deltas,) = pull(dy)
+        return factors_for(static.value, params, deltas, record, losses), None
+
+    return Layer(init, forward, backward, name, traits=Traits(lambda name, x, mask: None, opened=True))
+
+
+def tapped(plan: Plan, axes: list[int | None], inputs: list[Any], m: int) -> tuple[Any, Callable, Any, Any]:
+    """The losses of m examples, their pullback to the taps, aux, and the record of the run."""
+    run = for_all(plan, axes, m)
+
+    def of_taps(taps):
+        (loss, *aux), record = run(taps, inputs)
+        return loss, (aux, record)
+
+    losses, pull, (aux, record) = jax.vjp(of_taps, taps_of(plan, plan.program, (m,)), has_aux=True)
+    return losses, pull, aux, record
+
+
+def factors_for(plan: Plan, params: Any, deltas: Any, record: Any, losses: jax.Array) -> Any:
+    """The factor of every parameter: a tree of params."""
+    found = factors_of(plan, plan.program, deltas, record, {})
+    leaves, tree = jax.tree.flatten(params)
+    factors = []
+    for value, p in zip(plan.program.inputs, leaves, strict=False):
+        inexact = jnp.issubdtype(jnp.result_type(p), jnp.inexact)
+        nothing = Nothing(
+            jnp.zeros_like(wide(losses)), jnp.shape(p), np.dtype(jnp.result_type(p) if inexact else losses.dtype)
+        )
+        factors.append(found.get(value, nothing))
+    return jax.tree.unflatten(tree, factors)

@@ -1,0 +1,95 @@
+"""What is to be done at which step of a program: where a tap is added, and what a factor needs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from fnbp.opening.liveness import live_values
+from fnbp.opening.meetings import REFUSED, Use, use_of
+from fnbp.opening.program import Loop, Program, Step, Value
+
+
+@dataclass(eq=False)
+class Plan:
+    """The steps of a program, and of the bodies of its loops, that matter to the gradient of a parameter.
+
+    live    the values by which the outputs are differentiated
+    taps    of the steps where a parameter meets data: which of the results get a tap
+    uses    of the same steps: how each such operand is used
+    makers  the steps that derive live values from parameters, by what they make
+    each, known  of each program: the values that factors need, those of every example and the others
+    """
+
+    program: Program
+    live: set[Value]
+    taps: dict[Step, list[int]] = field(default_factory=dict)
+    uses: dict[Step, list[Use]] = field(default_factory=dict)
+    makers: dict[Value, Step] = field(default_factory=dict)
+    each: dict[Program, list[Value]] = field(default_factory=dict)
+    known: dict[Program, list[Value]] = field(default_factory=dict)
+
+    def keep(self, value: Value) -> None:
+        """Have a value kept by the program that makes it."""
+        if value.home is None:
+            return
+        kept = (self.each if value.kind == "data" else self.known).setdefault(value.home, [])
+        if value not in kept:
+            kept.append(value)
+
+    def wanted(self, step: Step | Loop) -> list[int]:
+        """The operands of a step, or of a loop, that are derived from parameters and live; each once."""
+        operands = step.operands if isinstance(step, Step) else ()
+        first = {value: i for i, value in reversed(list(enumerate(operands)))}
+        return sorted(i for value, i in first.items() if value.kind == "param" and value in self.live)
+
+
+def plan_of(program: Program, outputs: list[Value], name: str) -> Plan:
+    """The plan for these outputs of a program. TypeError, by its place, if a step has no derivative."""
+    plan = Plan(program, live_values(program, outputs))
+    steps = [step for step in all_steps(program) if any(value in plan.live for value in step.results)]
+    for step in steps:
+        own = plan.wanted(step)
+        if own:
+            check_derivative(name, step)
+        if own and all(value.kind != "data" for value in step.results):
+            plan.makers.update((value, step) for value in step.results if value in plan.live)
+            for value in step.operands:
+                plan.keep(value)
+    for step in steps:
+        own = plan.wanted(step)
+        if own and any(value.kind == "data" for value in step.results):
+            plan.taps[step] = [j for j, value in enumerate(step.results) if value in plan.live]
+            plan.uses[step] = [use_of(step, i, plan.taps[step], plan.makers) for i in own]
+            for use in plan.uses[step]:
+                for value in use.needs:
+                    plan.keep(value)
+    return plan
+
+
+def all_steps(program: Program) -> Iterator[Step]:
+    """The steps of a program and of all its loops, in order."""
+    for step in program.steps:
+        if isinstance(step, Loop):
+            yield from all_steps(step.body)
+        else:
+            yield step
+
+
+def check_derivative(name: str, step: Step) -> None:
+    """TypeError if a parameter goes into a step by which nothing can be differentiated backwards, or none knows how."""
+    if step.name in REFUSED:
+        raise TypeError(
+            f"{name}: a parameter goes into {step.name} at {step.place}, and JAX has no reverse derivative of it; "
+            "use lax.scan, or lax.stop_gradient on what goes in"
+        )
+    if step.params.get("symbolic_zeros"):
+        raise TypeError(
+            f"{name}: a parameter goes into {step.name} with symbolic_zeros=True at {step.place}, and its rule depends "
+            "on what else is differentiated; open the loss of a model without it"
+        )
+    if not all(is_array(value) for value in (*step.operands, *step.results)):
+        raise TypeError(f"{name}: a parameter goes into {step.name} at {step.place}, beside what is no array")
+
+
+def is_array(value: Value) -> bool:
+    """True if a value has a shape and a dtype."""
+    return value.differentiable or type(value.aval).__name__ == "ShapedArray"
