@@ -33,6 +33,15 @@ PRINTED = {  # name -> what it prints, as regular expressions, and the package t
         "flax",
     ),
     "in_equinox": (["the loss falls: True", "steps that the statistics have seen: 101"], "equinox"),
+    "opened_flax": (
+        [
+            "the loss falls: True",
+            "norms of the gradients of 96 images, all finite: True",
+            "Conv_0.kernel .* a correlation",
+        ],
+        "flax",
+    ),
+    "opened_equinox": (["the loss falls: True", "noise scale: .* it grows: True"], "equinox"),
     "new_layer": (["True", r"\(17,\)"], "jax"),
     "train_and_save": (
         [

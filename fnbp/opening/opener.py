@@ -18,7 +18,7 @@ from fnbp.losses.loss import Loss
 from fnbp.opening.net import MEAN, Reader, factors_for, net_of, reader, tapped
 from fnbp.opening.requests import check_batch, check_loss, check_params, masked, returned_of, shared_of
 from fnbp.opening.views import Uses, keep_outputs, seen_at, uses_of
-from fnbp.opening.witness import alike, by_vmap
+from fnbp.opening.witness import alike, by_vmap, path_of
 
 __all__ = ["Opened", "opened"]
 
@@ -121,8 +121,8 @@ class Opened:
         )
 
     def paths(self, params: Any) -> list[str]:
-        """The path of every parameter."""
-        return [jax.tree_util.keystr(where) for where, _ in jax.tree_util.tree_leaves_with_path(params)]
+        """The path of every parameter: block.kernel."""
+        return [path_of(where) for where, _ in jax.tree_util.tree_leaves_with_path(params)]
 
     def compare(self, params: Any, batch: tuple[Any, ...]) -> None:
         """ValueError, by its path, if a gradient of one of the first examples is not that of vmap(jax.grad)."""
@@ -137,7 +137,7 @@ class Opened:
         for path, made, yes in zip(self.paths(params), ours, wanted, strict=True):
             if yes and path in theirs and not alike(made, theirs[path]):
                 raise ValueError(
-                    f"{self.name}: params{path} has another gradient than by vmap(jax.grad); please report this loss"
+                    f"{self.name}: {path} has another gradient than by vmap(jax.grad); please report this loss"
                 )
 
 

@@ -10,14 +10,18 @@ import numpy as np
 def by_vmap(loss: Any, params: Any, axes: list[int | None], batch: tuple[Any, ...]) -> dict[str, Any]:
     """The gradient of each example by vmap(jax.grad), of every floating-point parameter by its path."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    own = {where: p for where, p in leaves if jnp.issubdtype(jnp.result_type(p), jnp.inexact)}
+    own = {path_of(where): p for where, p in leaves if jnp.issubdtype(jnp.result_type(p), jnp.inexact)}
 
     def of_one(own, *example):
-        whole = [own.get(jax.tree_util.keystr(where), p) for where, p in leaves]
+        whole = [own.get(path_of(where), p) for where, p in leaves]
         return loss(jax.tree.unflatten(tree, whole), *example)
 
-    named = {jax.tree_util.keystr(where): p for where, p in own.items()}
-    return jax.vmap(jax.grad(of_one), (None, *axes))(named, *batch)
+    return jax.vmap(jax.grad(of_one), (None, *axes))(own, *batch)
+
+
+def path_of(where: Any) -> str:
+    """The keys of a leaf, with points between."""
+    return jax.tree_util.keystr(where, simple=True, separator=".")
 
 
 def alike(a: Any, b: Any) -> bool:
