@@ -37,7 +37,7 @@ PRINTED = {  # name -> what it prints, as regular expressions, and the package t
         [
             "the loss falls: True",
             "norms of the gradients of 96 images, all finite: True",
-            "Conv_0.kernel .* a correlation",
+            "the kernel of the convolution: a correlation",
         ],
         "flax",
     ),

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, auto_axes
 
 
@@ -192,7 +193,8 @@ def of_param(gradient: jax.Array, param: Any) -> jax.Array:
     gradient = jax.lax.psum(gradient, more) if more else gradient
     at = placement(param)
     gradient = gradient if at is None else jax.sharding.reshard(gradient, at)
-    return gradient.astype(jnp.result_type(param))
+    dtype = jnp.result_type(param)
+    return gradient.astype(dtype) if isinstance(dtype, np.dtype) else gradient  # a random key has a dtype of its own
 
 
 def in_shard_map() -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fnbp.arrays.sums import wide
 from fnbp.combinators.factors import Cast, Shared
-from fnbp.contractions import Contraction, dot
+from fnbp.contractions import Contraction, dot, total
 from fnbp.factor import Added, Factor, Wrapped, along_examples, register_factor
 from fnbp.opening.layouts import Layout, along_last
 
@@ -26,7 +26,9 @@ class ByVjp(Factor):
         total        jax.vjp of the equation for all examples at d        per_example  the same, for each example
 
     Shapes: d, one (m, ...) for each result that has a cotangent; each, the operands of every example, (m, ...); known,
-            the others, p among them; run, and which operand is what, are static.
+            the others, p among them; run, and which operand is what, are static. jointly is True if JAX has the
+            derivative by p only beside those by the operands of every example; linear is False if it need not be linear
+            in d: c then holds what the gradients are to be multiplied by.
     """
 
     d: Any
@@ -34,32 +36,45 @@ class ByVjp(Factor):
     known: tuple[Any, ...]
     run: Callable = field(metadata={"static": True})
     which: int = field(metadata={"static": True})
+    jointly: bool = field(default=False, metadata={"static": True})
+    linear: bool = field(default=True, metadata={"static": True})
+    c: Any = None
 
     @property
     def examples(self) -> int:
         return self.d[0].shape[0]
 
+    def with_p(self, p: Any) -> tuple[Any, ...]:
+        """known, with another p."""
+        return (*self.known[: self.which], p, *self.known[self.which + 1 :])
+
     def total(self) -> jax.Array:
-        p = self.known[self.which]
+        def of_all(p, each):
+            def of_one(each, c):
+                return self.run(each, self.with_p(p if c is None else weighted(p, c)))
 
-        def of_all(p):
-            known = (*self.known[: self.which], p, *self.known[self.which + 1 :])
-            return jax.vmap(lambda each: self.run(each, known), axis_size=self.examples)(self.each)
+            c = None if self.c is None else jnp.broadcast_to(self.c, self.examples)
+            return jax.vmap(of_one, axis_size=self.examples)(each, c)
 
-        return jax.vjp(of_all, p)[1](self.d)[0]
+        return self.pulled(of_all, self.d, self.each)
 
     def per_example(self) -> jax.Array:
-        p = self.known[self.which]
-
         def of_one(d, each):
-            def run(p):
-                return self.run(each, (*self.known[: self.which], p, *self.known[self.which + 1 :]))
+            return self.pulled(lambda p, each: self.run(each, self.with_p(p)), d, each)
 
-            return jax.vjp(run, p)[1](d)[0]
+        rows = jax.vmap(of_one)(self.d, self.each)
+        return rows if self.c is None else along_examples(self.c, rows)
 
-        return jax.vmap(of_one)(self.d, self.each)
+    def pulled(self, f: Callable, d: Any, each: Any) -> jax.Array:
+        """The cotangent of p in f(p, each)."""
+        p = self.known[self.which]
+        if not self.jointly:
+            return jax.vjp(lambda p: f(p, each), p)[1](d)[0]
+        return jax.vjp(f, p, each)[1](d)[0]
 
     def scaled(self, c: Any) -> "ByVjp":
+        if not self.linear:
+            return replace(self, c=jnp.asarray(c) if self.c is None else self.c * c)
         return replace(self, d=tuple(along_examples(c, d) for d in self.d))
 
     def widened(self) -> "ByVjp":
@@ -67,7 +82,8 @@ class ByVjp(Factor):
 
     def example_axes(self) -> Any:
         none = jax.tree.map(lambda a: NONE, self.known)
-        return replace(self, d=tuple(0 for _ in self.d), each=jax.tree.map(lambda a: 0, self.each), known=none)
+        d, each = tuple(0 for _ in self.d), jax.tree.map(lambda a: 0, self.each)
+        return replace(self, d=d, each=each, known=none, c=axis_of(self.c))
 
 
 @register_factor
@@ -77,12 +93,15 @@ class Through(Wrapped):
 
         total = J^T total        per_example = J^T per_example        <g_i, v> = <gradient of the value, J v>
 
-    Shapes: known, what else h reads, p at which; h and which are static.
+    Shapes: known, what else h reads, p at which; h and which are static. linear is False if h has a derivative of a
+            user's own, which need not be linear: c then holds what the gradients are to be multiplied by.
     """
 
     known: tuple[Any, ...]
     h: Callable = field(metadata={"static": True})
     which: int = field(metadata={"static": True})
+    linear: bool = field(default=True, metadata={"static": True})
+    c: Any = None
 
     def of(self, p: Any) -> jax.Array:
         """h(p)."""
@@ -94,10 +113,18 @@ class Through(Wrapped):
         return pull(g.astype(value.dtype))[0]
 
     def total(self) -> jax.Array:
+        if not self.linear:
+            return total.of_form(self).astype(jnp.result_type(self.known[self.which]))
         return self.pull(self.factor.total())
 
     def per_example(self) -> jax.Array:
-        return jax.vmap(self.pull)(self.factor.per_example())
+        rows = jax.vmap(self.pull)(self.factor.per_example())
+        return rows if self.c is None else along_examples(self.c, rows)
+
+    def scaled(self, c: Any) -> "Through":
+        if not self.linear:
+            return replace(self, c=jnp.asarray(c) if self.c is None else self.c * c)
+        return super().scaled(c)
 
     def outer(self) -> None:
         return None
@@ -105,17 +132,21 @@ class Through(Wrapped):
     def dot(self, v: jax.Array) -> jax.Array:
         """The inner product of each example's gradient with v, (m,)."""
         p = self.known[self.which]
+        if not self.linear:
+            return dot(None).of_form(self, v)
         pushed = jax.jvp(self.of, (p,), (v.astype(jnp.result_type(p)),))[1]
-        return dot(None)(self.factor, pushed)
+        made = dot(None)(self.factor, pushed)
+        return made if jnp.iscomplexobj(p) else made.real
 
     def contracted(self, contraction: Contraction, *given: Any) -> Any:
         return contraction.of_form(self, *given)
 
     def example_axes(self) -> Any:
-        return replace(self, factor=self.factor.example_axes(), known=jax.tree.map(lambda a: NONE, self.known))
+        known = jax.tree.map(lambda a: NONE, self.known)
+        return replace(self, factor=self.factor.example_axes(), known=known, c=axis_of(self.c))
 
     def widest(self) -> int:
-        return max(super().widest(), self.factor.widest())
+        return max(jnp.size(self.known[self.which]), self.factor.widest())
 
 
 @register_factor
@@ -182,8 +213,23 @@ class Nothing(Factor):
         """0, (m,)."""
         return jnp.zeros_like(wide(self.d))
 
+    def dot(self, v: jax.Array) -> jax.Array:
+        """0, (m,)."""
+        return self.sq_norms()
+
     def scaled(self, c: Any) -> "Nothing":
         return self
+
+
+def weighted(p: jax.Array, c: jax.Array) -> jax.Array:
+    """p, whose cotangent is multiplied by c."""
+    fixed = jax.lax.stop_gradient(p)
+    return fixed + (c * (p - fixed)).astype(p.dtype)
+
+
+def axis_of(c: Any) -> int | None:
+    """The example axis of weights: one number of all examples has none."""
+    return None if c is None else 0 if jnp.ndim(c) else NONE
 
 
 def laid_out(factor: Factor, layout: Layout | None) -> Factor | None:

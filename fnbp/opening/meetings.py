@@ -21,9 +21,10 @@ from fnbp.layers.embedding import Lookup, Rows
 from fnbp.layers.windows import Axis, Windows
 from fnbp.opening.factors import ByVjp, LaidOut, over_turns
 from fnbp.opening.layouts import Layout
-from fnbp.opening.program import Step, Value
+from fnbp.opening.program import Step, Value, has_rule
 
 Makers = dict[Value, Step]  # of a value that is derived from parameters: the step that makes it
+JOINTLY = ("pad",)  # whose transpose fails if the padding alone is differentiated
 REFUSED = ("while", "pure_callback", "io_callback")
 
 
@@ -58,7 +59,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def use_of(step: Step, i: int, results: list[int], makers: Makers) -> Use:
     """The use of operand i of a step. results: the numbers of those that have a cotangent."""
     own = RULES.get(step.name)
-    made = own(step, i, makers) if own is not None and len(step.results) == 1 else None
+    dtypes = {jnp.issubdtype(value.aval.dtype, jnp.complexfloating) for value in (step.operands[i], *step.results)}
+    alike = len(step.results) == len(dtypes) == 1  # a real operand has the real part of a complex gradient
+    made = own(step, i, makers) if own is not None and alike else None
     return by_vjp(step, i, results, makers) if made is None else made
 
 
@@ -73,6 +76,8 @@ def by_vjp(step: Step, i: int, results: list[int], makers: Makers) -> Use:
     each = tuple(dict.fromkeys(value for value in values if value.kind == "data"))
     known = tuple(dict.fromkeys(value for value in values if value.kind != "data" and value.const is None))
 
+    linear = not has_rule(step.name, step.params)
+
     def run(given: tuple[Any, ...], others: tuple[Any, ...]) -> tuple[Any, ...]:
         at = dict(zip((*each, *known), (*given, *others), strict=True))
         operands = [at[value] if value.const is None else value.const for value in values]
@@ -84,7 +89,8 @@ def by_vjp(step: Step, i: int, results: list[int], makers: Makers) -> Use:
         return tuple(made[j] for j in results)
 
     def make(d: Any, *arrays: Any) -> Factor:
-        return ByVjp(tuple(d), arrays[: len(each)], arrays[len(each) :], run, known.index(of))
+        jointly = step.name in JOINTLY and all(value.differentiable for value in each)
+        return ByVjp(tuple(d), arrays[: len(each)], arrays[len(each) :], run, known.index(of), jointly, linear)
 
     return Use(of, "the derivative of the equation", (*each, *known), make)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnbp.arrays.sums import wide
+from fnbp.factor import Factor
 from fnbp.layer import Layer, Static, Traits
 from fnbp.losses.loss import Loss
 from fnbp.opening.factors import Nothing
@@ -49,11 +50,18 @@ def reader(name: str, f: Callable[..., tuple[Any, Any]], chosen: Callable[[Any],
         kinds: list[Kind] = [kind_of(p, yes) for p, yes in zip(own, chosen(params), strict=True)]
         avals = [*map(shape_of, own), *(shape_of(a, 1) for a in data), *map(shape_of, shared)]
         others = cast(list[Kind], ["data"] * len(data) + ["known"] * len(shared))
-        program = read(of_one, kinds + others, avals)
+        program = read(of_one, kinds + others, avals, name)
         axes = [*[None] * len(own), *[0] * len(data), *[None] * len(shared)]
-        return plan_of(program, program.outputs[:1], name), aux_tree[0], axes, [*own, *data, *shared]
+        plan = plan_of(program, program.outputs[:1], name, paths_of(params))
+        return plan, aux_tree[0], axes, [*own, *data, *shared]
 
     return read_for
+
+
+def paths_of(params: Any) -> list[str]:
+    """The path of every parameter: block.kernel."""
+    keys = (where for where, _ in jax.tree_util.tree_leaves_with_path(params))
+    return [jax.tree_util.keystr(where, simple=True, separator=".") for where in keys]
 
 
 def kind_of(a: Any, chosen: bool) -> Kind:
@@ -80,8 +88,12 @@ def net_of(name: str, read_for: Reader) -> Layer:
 
     def backward(params, res, dy):
         pull, record, losses, static = res
-        (deltas,) = pull(dy)
-        return factors_for(static.value, params, deltas, record, losses), None
+        plan = static.value
+        if not plan.rules:
+            return factors_for(plan, params, pull(dy)[0], record, losses), None
+        # a rule of a user's own, one that clips for example, need not be linear in the error, so it sees the whole one
+        factors = factors_for(plan, params, pull(jnp.ones_like(dy))[0], record, losses)
+        return jax.tree.map(lambda factor: factor.scaled(dy), factors, is_leaf=is_factor), None
 
     return Layer(init, forward, backward, name, traits=Traits(lambda name, x, mask: None, opened=True))
 
@@ -96,6 +108,11 @@ def tapped(plan: Plan, axes: list[int | None], inputs: list[Any], m: int) -> tup
 
     losses, pull, (aux, record) = jax.vjp(of_taps, taps_of(plan, plan.program, (m,)), has_aux=True)
     return losses, pull, aux, record
+
+
+def is_factor(node: Any) -> bool:
+    """True for a factor."""
+    return isinstance(node, Factor)
 
 
 def factors_for(plan: Plan, params: Any, deltas: Any, record: Any, losses: jax.Array) -> Any:

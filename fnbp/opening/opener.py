@@ -15,10 +15,10 @@ from fnbp.contraction import Contract
 from fnbp.contractions import per_example, total
 from fnbp.layer import Layer
 from fnbp.losses.loss import Loss
-from fnbp.opening.net import MEAN, Reader, factors_for, net_of, reader, tapped
+from fnbp.opening.net import MEAN, Reader, factors_for, is_factor, net_of, paths_of, reader, tapped
 from fnbp.opening.requests import check_batch, check_loss, check_params, masked, returned_of, shared_of
 from fnbp.opening.views import Uses, keep_outputs, seen_at, uses_of
-from fnbp.opening.witness import alike, by_vmap, path_of
+from fnbp.opening.witness import alike, by_vmap
 
 __all__ = ["Opened", "opened"]
 
@@ -61,8 +61,8 @@ class Opened:
         losses, pull, aux, record = tapped(plan, axes, inputs, jax.tree.leaves(x)[0].shape[0])
         (deltas,) = pull(jnp.full_like(losses, 1 / losses.shape[0]))
         factors = factors_for(plan, params, deltas, record, losses)
-        grads = conform(jax.tree.map(total, factors, is_leaf=lambda f: hasattr(f, "total")), params)
-        outputs, told = seen_at(plan, self.paths(params), deltas, record)
+        grads = conform(jax.tree.map(total, factors, is_leaf=is_factor), params)
+        outputs, told = seen_at(plan, deltas, record)
         state = jax.tree.unflatten(aux_tree, aux)
         return Trace(jnp.mean(losses), state, losses, grads, None, outputs, told)
 
@@ -76,8 +76,8 @@ class Opened:
             losses, pull, _, record = tapped(plan, axes, inputs, m)
             return factors_for(plan, params, pull(losses)[0], record, losses)
 
-        made = jax.tree.leaves(jax.eval_shape(factors, inputs), is_leaf=lambda f: hasattr(f, "total"))
-        return uses_of(plan, self.paths(params), dict(zip(self.paths(params), made, strict=True)), m)
+        made = jax.tree.leaves(jax.eval_shape(factors, inputs), is_leaf=is_factor)
+        return uses_of(plan, dict(zip(paths_of(params), made, strict=True)), m)
 
     # --- for statistics ---
 
@@ -120,10 +120,6 @@ class Opened:
             a for i, a in enumerate(batch, 1) if i in self.shared
         )
 
-    def paths(self, params: Any) -> list[str]:
-        """The path of every parameter: block.kernel."""
-        return [path_of(where) for where, _ in jax.tree_util.tree_leaves_with_path(params)]
-
     def compare(self, params: Any, batch: tuple[Any, ...]) -> None:
         """ValueError, by its path, if a gradient of one of the first examples is not that of vmap(jax.grad)."""
         if any(isinstance(a, Tracer) for a in jax.tree.leaves((params, batch))):
@@ -134,7 +130,7 @@ class Opened:
         theirs = by_vmap(own, params, [None if i in self.shared else 0 for i in range(1, len(batch) + 1)], few)
         tree = jax.tree.structure(params)
         wanted = [True] * tree.num_leaves if self.mask is None else masked(self.name, self.mask, tree)
-        for path, made, yes in zip(self.paths(params), ours, wanted, strict=True):
+        for path, made, yes in zip(paths_of(params), ours, wanted, strict=True):
             if yes and path in theirs and not alike(made, theirs[path]):
                 raise ValueError(
                     f"{self.name}: {path} has another gradient than by vmap(jax.grad); please report this loss"

@@ -15,7 +15,7 @@ from fnbp.combinators.factors import Stacked
 from fnbp.factor import Factor
 from fnbp.opening.factors import Through, over_turns
 from fnbp.opening.plan import Plan
-from fnbp.opening.program import Loop, Program, Step, Value
+from fnbp.opening.program import Loop, Program, Step, Value, has_rule
 from fnbp.opening.pulls import pulled
 
 Arrays = dict[Value, Any]
@@ -56,12 +56,23 @@ def run(plan: Plan, program: Program, arrays: Arrays, taps: list[Any]) -> tuple[
             made, record = run_loop(plan, step, arrays, next(rest))
             loops.append(record)
         else:
-            made = list(step.run(*(at(arrays, value) for value in step.operands)))
+            made = list(run_step(plan, step, [at(arrays, value) for value in step.operands]))
             for j, tap in zip(plan.taps.get(step, ()), next(rest) if step in plan.taps else (), strict=True):
                 made[j] = made[j] + tap
         arrays.update(zip(step.results, made, strict=True))
     kept = [[arrays[value] for value in of.get(program, ())] for of in (plan.each, plan.known)]
     return [at(arrays, value) for value in program.outputs], Record(kept[0], kept[1], loops)
+
+
+def run_step(plan: Plan, step: Step, operands: list[Any]) -> Any:
+    """The results of a step. NotImplementedError, by its parameters, if JAX does not map it over examples."""
+    try:
+        return step.run(*operands)
+    except NotImplementedError as error:
+        if step not in plan.uses:
+            raise
+        names = ", ".join(plan.behind(use.of) for use in plan.uses[step])
+        raise NotImplementedError(f"{names} goes into {step.name} at {step.place}: {error}") from error
 
 
 def run_loop(plan: Plan, loop: Loop, arrays: Arrays, taps: list[Any]) -> tuple[list[Any], Record]:
@@ -158,7 +169,8 @@ def factors_behind(plan: Plan, step: Step, j: int, factor: Factor, arrays: Array
         return step.run(*(at(env, value) for value in step.operands))[j]
 
     known = tuple(arrays[value] for value in (*given, *fixed))
-    return found + [(source, Through(factor, known, h, given.index(source))) for source in sources]
+    linear = not any(has_rule(one.name, one.params) for one in (*chain, step))
+    return found + [(source, Through(factor, known, h, given.index(source), linear)) for source in sources]
 
 
 def chain_to(plan: Plan, step: Step, values: list[Value]) -> tuple[list[Step], list[Value]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import ShapedArray, eval_jaxpr
 from jax.extend import core
 
@@ -102,12 +103,23 @@ class Program:
         return 0 if self.around is None else 1 + self.around.depth
 
 
-def read(f: Callable[..., list[Any]], kinds: list[Kind], avals: list[Any]) -> Program:
+def read(f: Callable[..., list[Any]], kinds: list[Kind], avals: list[Any], name: str) -> Program:
     """The program of f, a function of arrays to a list of arrays, traced with shapes only. kinds: of its arguments.
 
     What leaves it, and depends on no example, leaves it by a step of its own, named "identity".
+
+    Raises: TypeError if f writes into a jax.Ref what a parameter may have to do with, or, as a hint, if Flax refuses to
+            change its variables in the trace.
     """
-    jaxpr = jax.make_jaxpr(f)(*avals)
+    try:
+        jaxpr = jax.make_jaxpr(f)(*avals)
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":
+            raise
+        raise TypeError(
+            f"{name}: Flax does not change variables of another trace: {error}; merge a copy of them: "
+            "nnx.merge(graphdef, params, copy=True)"
+        ) from error
     program = Program(None)
     program.inputs = [Value(v.aval, kind, program) for v, kind in zip(jaxpr.jaxpr.invars, kinds, strict=True)]
     outputs = read_equations(program, jaxpr.jaxpr, jaxpr.consts, program.inputs, "")
@@ -150,6 +162,7 @@ def append(program: Program, eqn: Any, operands: tuple[Value, ...], place: Place
     while program.around is not None and not eqn.effects and all(outside(program, value) for value in operands):
         program = program.around
     kind: Kind = "data" if "data" in kinds else "param" if "param" in kinds and name not in FLAT else "known"
+    check_arrays(name, place, operands, eqn.outvars)
     results = []
     for v in eqn.outvars:
         value = Value(v.aval, kind, program)
@@ -158,6 +171,15 @@ def append(program: Program, eqn: Any, operands: tuple[Value, ...], place: Place
         results.append(value)
     program.steps.append(Step(name, operands, tuple(results), alone(eqn), place, eqn.params))
     return results
+
+
+def check_arrays(name: str, place: Place, operands: Sequence[Value], results: Any) -> None:
+    """TypeError if an equation writes into a jax.Ref, or reads one: what depends on it is not seen."""
+    if not all(isinstance(one.aval, ShapedArray) for one in (*operands, *results)):
+        raise TypeError(
+            f"opened: {name} at {place} works on a jax.Ref, and what is read from it may depend on parameters; "
+            "write the loss without it"
+        )
 
 
 def outside(program: Program, value: Value) -> bool:
@@ -215,7 +237,14 @@ def inside_out(program: Program) -> Iterator[Program]:
 
 def constant(value: Any) -> Value:
     """A constant as a value."""
-    return Value(jax.typeof(value), "known", const=value)
+    const = jnp.asarray(value) if isinstance(value, np.ndarray) else value
+    return Value(jax.typeof(const), "known", const=const)
+
+
+def has_rule(name: str, params: dict[str, Any]) -> bool:
+    """True if an equation, or one within it, has a reverse derivative of a user's own."""
+    inside = (eqn for jaxpr in core.jaxprs_in_params(params) for eqn in jaxpr.eqns)
+    return name.startswith("custom_vjp") or any(has_rule(eqn.primitive.name, eqn.params) for eqn in inside)
 
 
 def inner_of(params: dict[str, Any]) -> tuple[Any, Any]:
@@ -236,7 +265,9 @@ def alone(eqn: Any) -> Callable[..., Sequence[Any]]:
     """The function of one equation: by a jaxpr that has no other, so that rules of a user's own stay in force."""
     wanted = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
     inputs = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var)))
-    jaxpr = core.Jaxpr((), inputs, wanted, [eqn], eqn.effects)
+    names = [("",) * len(values) for values in (inputs, wanted)]
+    about = core.DebugInfo("opened", eqn.primitive.name, *names)
+    jaxpr = core.Jaxpr((), inputs, wanted, [eqn], eqn.effects, about)
 
     def run(*operands: Any) -> Sequence[Any]:
         given = {v: a for v, a in zip(eqn.invars, operands, strict=True) if isinstance(v, core.Var)}

@@ -67,8 +67,6 @@ def check_params(name: str, params: Any) -> None:
                 f"{path} must be an array, got {describe(p)}; of an Equinox model open a function of its arrays: "
                 "params, static = eqx.partition(model, eqx.is_inexact_array)"
             )
-        if isinstance(p, jax.Array) and jnp.issubdtype(p.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"{path} is a random key; give keys as an argument of the batch, one for each example")
 
 
 def check_batch(name: str, loss: Callable[..., Any], shared: tuple[int, ...], batch: tuple[Any, ...]) -> None:

@@ -69,8 +69,8 @@ def short(line: str) -> str:
     return f"{Path(path).name}:{number}" if path else line
 
 
-def uses_of(plan: Plan, paths: list[str], factors: dict[str, Factor], m: int) -> Uses:
-    """The table of a plan, for m examples. paths: of the parameters; factors: of each path, or their shapes."""
+def uses_of(plan: Plan, factors: dict[str, Factor], m: int) -> Uses:
+    """The table of a plan, for m examples. factors: of each path, or their shapes."""
     rows = []
     for step, turns in tapped_steps(plan, plan.program, ()):
         d = tuple(struct(step.results[j], m) for j in plan.taps[step])
@@ -80,7 +80,7 @@ def uses_of(plan: Plan, paths: list[str], factors: dict[str, Factor], m: int) ->
             for one in turns:
                 size *= one
             shape = (*turns, *step.results[plan.taps[step][0]].shape)
-            name = parameters_behind(plan, use.of, paths)
+            name = plan.behind(use.of)
             rows.append(ParameterUse(name, step.place.path, step.place.line, step.name, use.rule, shape, size))
     return Uses(tuple(rows), {path: kind_of(factor) for path, factor in factors.items()})
 
@@ -99,38 +99,6 @@ def struct(value: Value, m: int | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(value.shape if m is None else (m, *value.shape), value.aval.dtype)
 
 
-def parameters_behind(plan: Plan, value: Value, paths: list[str]) -> str:
-    """The paths of the parameters that a value is, or is derived from."""
-    inputs = dict(zip(plan.program.inputs, paths, strict=False))
-    outer = {inner: one for loop in all_loops(plan.program)
-             for inner, one in zip(loop.body.inputs, (*loop.starts, *loop.each), strict=True)}  # fmt: skip
-    found: dict[str, None] = {}
-    seen: set[Value] = set()
-
-    def visit(value: Value) -> None:
-        if value in seen:
-            return
-        seen.add(value)
-        if value in inputs:
-            found[inputs[value]] = None
-        elif value in outer:
-            visit(outer[value])
-        elif value in plan.makers:
-            for operand in plan.makers[value].operands:
-                visit(operand)
-
-    visit(value)
-    return ", ".join(found)
-
-
-def all_loops(program: Program) -> Iterator[Loop]:
-    """The loops of a program, and those within them."""
-    for step in program.steps:
-        if isinstance(step, Loop):
-            yield step
-            yield from all_loops(step.body)
-
-
 def kind_of(factor: Factor) -> str:
     """Outer, Through(Sum), Outer + Lookup: the classes of a factor."""
     if isinstance(factor, Added):
@@ -146,12 +114,12 @@ def keep_outputs(plan: Plan) -> None:
             plan.keep(step.results[j])
 
 
-def seen_at(plan: Plan, paths: list[str], deltas: list[Any], record: Record) -> tuple[OrderedDict, OrderedDict]:
+def seen_at(plan: Plan, deltas: list[Any], record: Record) -> tuple[OrderedDict, OrderedDict]:
     """Outputs and deltas at every use, (m, *turns, ...), by module path, parameter, equation and file:line."""
     outputs: OrderedDict[str, Any] = OrderedDict()
     told: OrderedDict[str, Any] = OrderedDict()
     for step, own, values in walked(plan, plan.program, deltas, record):
-        names = dict.fromkeys(parameters_behind(plan, use.of, paths) for use in plan.uses[step])
+        names = dict.fromkeys(plan.behind(use.of) for use in plan.uses[step])
         place = f"{step.place.path} " if step.place.path else ""
         label = unique(f"{place}{', '.join(names)} {step.name} {short(step.place.line)}", outputs)
         outputs[label], told[label] = (one[0] if len(one) == 1 else one for one in (values, own))

@@ -6,22 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnbp.opening.net import paths_of
+
 
 def by_vmap(loss: Any, params: Any, axes: list[int | None], batch: tuple[Any, ...]) -> dict[str, Any]:
     """The gradient of each example by vmap(jax.grad), of every floating-point parameter by its path."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    own = {path_of(where): p for where, p in leaves if jnp.issubdtype(jnp.result_type(p), jnp.inexact)}
+    leaves, tree = jax.tree.flatten(params)
+    named = list(zip(paths_of(params), leaves, strict=True))
+    own = {path: p for path, p in named if jnp.issubdtype(jnp.result_type(p), jnp.inexact)}
 
     def of_one(own, *example):
-        whole = [own.get(path_of(where), p) for where, p in leaves]
-        return loss(jax.tree.unflatten(tree, whole), *example)
+        return loss(jax.tree.unflatten(tree, [own.get(path, p) for path, p in named]), *example)
 
     return jax.vmap(jax.grad(of_one), (None, *axes))(own, *batch)
-
-
-def path_of(where: Any) -> str:
-    """The keys of a leaf, with points between."""
-    return jax.tree_util.keystr(where, simple=True, separator=".")
 
 
 def alike(a: Any, b: Any) -> bool:
