@@ -28,18 +28,7 @@ MINUTES = 3  # on two CPU cores
 
 AGREE = 1e-3  # the most that two ways may differ in float32, relative to the largest number of an array
 MOST = {("mlp", "norms"): 1.0, ("transformer", "norms"): 1.1, ("mlp", "pairs"): 1.7, ("transformer", "pairs"): 2.4}
-HEADS = (
-    "model",
-    "what",
-    "against",
-    "ms",
-    "theirs",
-    "ratio (quartiles)",
-    "asked",
-    "memory",
-    "compile",
-    "apart",
-)
+HEADS = ("model", "what", "over", "ms", "ratio (quartiles)", "asked", "memory", "compile", "apart")
 
 
 @dataclass(frozen=True)
@@ -256,7 +245,6 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
         row["what"],
         row["against"],
         f"{row['ms']:.1f}",
-        f"{row['their_ms']:.1f}",
         f"{row['time']:.3f} ({low:.3f}-{high:.3f})",
         "" if most is None else f"{most:.2f}{' !' if row['time'] > most else ''}",
         f"{row['memory']:.2f}",

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fnbp.arrays.checks import (
     as_arrays,
@@ -20,12 +19,12 @@ from fnbp.arrays.checks import (
     takes,
 )
 from fnbp.arrays.masks import RULES, Rule, refused
-from fnbp.arrays.placement import check_whole, each_example, of_param, varying
+from fnbp.arrays.placement import by_example, check_whole, each_example, of_param, summed, varying
 from fnbp.arrays.sums import wide
 from fnbp.backpropagation import check_batch, conform
 from fnbp.construction import constructor
-from fnbp.contraction import contracted
-from fnbp.contractions import CHUNK, total
+from fnbp.contraction import contracted, keep
+from fnbp.contractions import Contraction, total
 from fnbp.factor import Factor, Mixed, along_examples, register_factor
 from fnbp.layer import (
     MIXES,
@@ -42,6 +41,7 @@ from fnbp.layer import (
 )
 from fnbp.losses.loss import Loss, losses_of
 from fnbp.losses.reduction import check_reduce, how_many, share, shares, summed_up
+from fnbp.opening import opened
 
 __all__ = ["automatic_value_and_grad", "from_jax", "loss_from_jax", "to_jax"]
 
@@ -100,7 +100,7 @@ class Automatic(Factor):
     """The gradient of one parameter of a function that JAX differentiates.
 
         total        jax.vjp of the function at dy           per_example  the same, for each example alone
-        sq_norms     |per_example|^2, a few at once
+        others       of the factor that fnbp.opened finds in <dy_i, f(params, x_i)>
 
     Shapes: d, the tree dy, (m, ...); inputs params, state, x, ctx; layer, and which of its parameters, are static.
     """
@@ -124,12 +124,31 @@ class Automatic(Factor):
     def per_example(self) -> jax.Array:
         return jax.vmap(self.alone())(*self.slices())
 
-    @each_example
-    def sq_norms(self) -> jax.Array:
-        alone = self.alone()
-        elements = int(np.prod(jax.tree.leaves(self.inputs[0])[self.which].shape))
-        chunk = min(self.examples, max(1, CHUNK // elements))
-        return jax.lax.map(lambda one: jnp.sum(wide(alone(*one)) ** 2), self.slices(), batch_size=chunk)
+    def contracted(self, contraction: Contraction, *given: Any) -> Any:
+        where = by_example if contraction.joined == "stacked" else summed
+
+        def of_factor(self: "Automatic", given: tuple[Any, ...]) -> Any:
+            try:
+                factor = self.opened()
+            except (TypeError, NotImplementedError):  # it has what opened refuses
+                return contraction.of_form(self, *given)
+            return contraction(factor, *given)
+
+        self.alone()  # which refuses what draws for a batch as a whole
+        return where(of_factor, self, given)
+
+    def opened(self) -> Factor:
+        """The factor of the parameter in the inner product of dy and y of each example alone."""
+        params, state, _, ctx = self.inputs
+
+        def loss(params, x, mask, dy):
+            x, mask = jax.tree.map(lambda a: a[None], (x, mask))
+            y, _, _ = self.layer.forward(params, state, x, replace(ctx, mask=mask))
+            parts = jax.tree.map(lambda d, y: jnp.sum(wide(d) * wide(y[0])), dy, y)
+            return sum(jax.tree.leaves(parts))
+
+        factors = opened(loss, keep)(params, *self.slices())[1]
+        return jax.tree.leaves(factors, is_leaf=lambda f: isinstance(f, Factor))[self.which]
 
     def widened(self) -> "Automatic":
         return self

@@ -75,7 +75,31 @@ def beside_peer(statistic: str, peer: str) -> tuple[str, ...]:
     return tuple(f"{one}[ms]:.1f}} / {one}[their_ms]:,.1f}}: {one}[time]:.3f}}" for one in at)
 
 
+OPENED = (
+    ("the gradient of the mean loss", "gradient", "jax.grad"),
+    ("norms of single gradients", "norms", "jax.grad"),
+    ("norms of single gradients", "norms", "vmap(jax.grad)"),
+    ("the gradient and norms", "gradient and norms", "jax.grad"),
+    ("`kronecker()`", "pairs", "jax.grad"),
+    ("the gradient and `kronecker()`", "gradient and pairs", "jax.grad"),
+)
+
+
+def cost_of_opening(what: str, against: str) -> tuple[str, ...]:
+    """The ratios of time, of memory, and of the time to trace and compile, on each model."""
+    at = [f"{{{model}[{what}][{against}]" for model in ("mlp", "transformer", "wide")]
+    cells = [f"{one}[time]:.2f}} ({one}[memory]:.2f}}, {one}[compile]:.2f}})" for one in at]
+    return tuple(cells if against == "jax.grad" else [*cells[:2], ""])
+
+
 STATISTICS: dict[str, Shown] = {
+    "opening": Shown(
+        ("time (memory, tracing and compiling)", "over", "Equinox MLP", "Flax transformer", "the same, wide"),
+        tuple(
+            Row(label, "opening_cost/default", (against, *cost_of_opening(what, against)))
+            for label, what, against in OPENED
+        ),
+    ),
     "cost of statistics": Shown(
         ("over one gradient: time (memory)", "MLP", "LeNet", "LSTM", "gpt"),
         tuple(Row(label, "statistics_cost/default", cost_of(one, "one gradient", True)) for label, one in BESIDE),
