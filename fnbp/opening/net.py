@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnbp.arrays.placement import varying
 from fnbp.arrays.sums import wide
 from fnbp.factor import Factor
 from fnbp.layer import Layer, Static, Traits
@@ -101,12 +102,15 @@ def net_of(name: str, read_for: Reader) -> Layer:
 def tapped(plan: Plan, axes: list[int | None], inputs: list[Any], m: int) -> tuple[Any, Callable, Any, Any]:
     """The losses of m examples, their pullback to the taps, aux, and the record of the run."""
     run = for_all(plan, axes, m)
+    like = next(a for a, axis in zip(inputs, axes, strict=True) if axis == 0)
+    inputs = [varying(a, like) for a in inputs]  # within shard_map no derivative may be added up over devices
 
     def of_taps(taps):
         (loss, *aux), record = run(taps, inputs)
         return loss, (aux, record)
 
-    losses, pull, (aux, record) = jax.vjp(of_taps, taps_of(plan, plan.program, (m,)), has_aux=True)
+    taps = jax.tree.map(lambda tap: varying(tap, like), taps_of(plan, plan.program, (m,)))
+    losses, pull, (aux, record) = jax.vjp(of_taps, taps, has_aux=True)
     return losses, pull, aux, record
 
 

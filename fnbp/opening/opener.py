@@ -25,7 +25,7 @@ __all__ = ["Opened", "opened"]
 FEW = 3  # examples that check compares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Opened:
     """What opened makes: (params, *batch) -> losses, grads. fnbp.statistics takes it in the place of a net and a loss.
 
