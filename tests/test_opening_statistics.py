@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 import fnbp
 from fnbp import statistics
 
+SOME = (fnbp.total, fnbp.sq_norms, fnbp.per_example, fnbp.second_moment)
 NET = fnbp.serial(fnbp.dense(7), fnbp.tanh(), fnbp.dense(3))
 CE = fnbp.softmax_cross_entropy()
 
@@ -138,13 +139,28 @@ def test_a_second_call_compiles_nothing():
 # --- in other surroundings ---
 
 
-def test_split_over_devices(x64):
+def of_turns(params, x, y):
+    """Turns with a weight that is derived, a penalty, and a convolution."""
+    first, _, last = params
+    w = first["W"] / jnp.linalg.norm(first["W"])
+    h, _ = jax.lax.scan(lambda h, b: (jnp.tanh(w @ x * h + b), None), jnp.ones(7), jnp.stack([first["b"]] * 3))
+    rows = jax.lax.conv_general_dilated(h[None, None], last["W"][:, None], (1,), "SAME")
+    return rows[0, y].sum() + jnp.sum(last["b"] ** 2)
+
+
+@pytest.mark.parametrize(
+    "contract", [fnbp.total, fnbp.sq_norms, fnbp.per_example, fnbp.second_moment], ids=lambda c: c.name
+)
+@pytest.mark.parametrize("loss", [of_one, of_turns])
+@pytest.mark.parametrize("axis", ["Auto", "Explicit"])
+def test_split_over_devices(x64, axis, loss, contract):
     params, _, x, y = drawn()
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = jax.sharding.NamedSharding(mesh, PartitionSpec("data"))
-    run = fnbp.opened(of_one, (fnbp.total, fnbp.sq_norms))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(getattr(jax.sharding.AxisType, axis),))
+    run = fnbp.opened(loss, contract)
     due = run(params, x, y)
-    assert apart(jax.jit(run)(params, *jax.device_put((x, y), place)), due) <= 1e-12
+    with jax.set_mesh(mesh):
+        x, y = jax.device_put((x, y), jax.sharding.NamedSharding(mesh, PartitionSpec("data")))
+        assert apart(jax.jit(run)(params, x, y), due) <= 1e-12
 
 
 def test_within_shard_map(x64):

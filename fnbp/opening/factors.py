@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnbp.arrays.placement import each_example, over_examples
 from fnbp.arrays.sums import wide
 from fnbp.combinators.factors import Cast, Shared
 from fnbp.contractions import Contraction, dot, total
@@ -48,6 +49,7 @@ class ByVjp(Factor):
         """known, with another p."""
         return (*self.known[: self.which], p, *self.known[self.which + 1 :])
 
+    @over_examples
     def total(self) -> jax.Array:
         def of_all(p, each):
             def of_one(each, c):
@@ -58,6 +60,7 @@ class ByVjp(Factor):
 
         return self.pulled(of_all, self.d, self.each)
 
+    @each_example
     def per_example(self) -> jax.Array:
         def of_one(d, each):
             return self.pulled(lambda p, each: self.run(each, self.with_p(p)), d, each)
@@ -117,6 +120,7 @@ class Through(Wrapped):
             return total.of_form(self).astype(jnp.result_type(self.known[self.which]))
         return self.pull(self.factor.total())
 
+    @each_example
     def per_example(self) -> jax.Array:
         rows = jax.vmap(self.pull)(self.factor.per_example())
         return rows if self.c is None else along_examples(self.c, rows)

@@ -6,8 +6,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from fnbp.arrays.placement import varying
+from fnbp.arrays.placement import placement, varies, varying
 from fnbp.arrays.sums import wide
 from fnbp.factor import Factor
 from fnbp.layer import Layer, Static, Traits
@@ -49,7 +50,8 @@ def reader(name: str, f: Callable[..., tuple[Any, Any]], chosen: Callable[[Any],
 
         own, data, shared = groups
         kinds: list[Kind] = [kind_of(p, yes) for p, yes in zip(own, chosen(params), strict=True)]
-        avals = [*map(shape_of, own), *(shape_of(a, 1) for a in data), *map(shape_of, shared)]
+        avals = [shape_of(a, data[0], int(i in range(len(own), len(own) + len(data))))
+                 for i, a in enumerate((*own, *data, *shared))]  # fmt: skip
         others = cast(list[Kind], ["data"] * len(data) + ["known"] * len(shared))
         program = read(of_one, kinds + others, avals, name)
         axes = [*[None] * len(own), *[0] * len(data), *[None] * len(shared)]
@@ -70,9 +72,13 @@ def kind_of(a: Any, chosen: bool) -> Kind:
     return "param" if chosen and jnp.issubdtype(jnp.result_type(a), jnp.inexact) else "known"
 
 
-def shape_of(a: Any, skipped: int = 0) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array, without its first axes."""
-    return jax.ShapeDtypeStruct(jnp.shape(a)[skipped:], getattr(a, "dtype", jnp.result_type(a)))
+def shape_of(a: Any, like: Any, skipped: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, without its first axes; within shard_map it varies as like does."""
+    options: dict[str, Any] = {}
+    if varies(like):
+        place = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec())
+        options = {"manual_axis_type": jax.typeof(like).manual_axis_type, "sharding": place}
+    return jax.ShapeDtypeStruct(jnp.shape(a)[skipped:], getattr(a, "dtype", jnp.result_type(a)), **options)
 
 
 def net_of(name: str, read_for: Reader) -> Layer:
@@ -109,9 +115,17 @@ def tapped(plan: Plan, axes: list[int | None], inputs: list[Any], m: int) -> tup
         (loss, *aux), record = run(taps, inputs)
         return loss, (aux, record)
 
-    taps = jax.tree.map(lambda tap: varying(tap, like), taps_of(plan, plan.program, (m,)))
+    taps = jax.tree.map(lambda tap: beside(tap, like), taps_of(plan, plan.program, (m,)))
     losses, pull, (aux, record) = jax.vjp(of_taps, taps, has_aux=True)
     return losses, pull, aux, record
+
+
+def beside(a: jax.Array, like: Any) -> jax.Array:
+    """An array of all examples, split over devices as another one is: over Explicit axes, or within shard_map."""
+    at = placement(like)
+    return (
+        varying(a, like) if at is None else jax.sharding.reshard(a, NamedSharding(at.mesh, PartitionSpec(at.spec[0])))
+    )
 
 
 def is_factor(node: Any) -> bool:

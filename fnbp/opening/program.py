@@ -267,11 +267,17 @@ def alone(eqn: Any) -> Callable[..., Sequence[Any]]:
     inputs = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var)))
     names = [("",) * len(values) for values in (inputs, wanted)]
     about = core.DebugInfo("opened", eqn.primitive.name, *names)
-    jaxpr = core.Jaxpr((), inputs, wanted, [eqn], eqn.effects, about)
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def jaxpr() -> core.Jaxpr:
+        own = eqn
+        if jax.sharding.get_abstract_mesh() != mesh:  # where Explicit axes have become Auto ones
+            own = core.new_jaxpr_eqn(eqn.invars, eqn.outvars, eqn.primitive, eqn.params, eqn.effects, eqn.source_info)
+        return core.Jaxpr((), inputs, wanted, [own], own.effects, about)
 
     def run(*operands: Any) -> Sequence[Any]:
         given = {v: a for v, a in zip(eqn.invars, operands, strict=True) if isinstance(v, core.Var)}
-        made = iter(eval_jaxpr(jaxpr, (), *(given[v] for v in inputs)))
+        made = iter(eval_jaxpr(jaxpr(), (), *(given[v] for v in inputs)))
         return [None if isinstance(v, core.DropVar) else next(made) for v in eqn.outvars]
 
     return run
