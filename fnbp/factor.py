@@ -282,6 +282,8 @@ class Added(Factor):
         one, other = self.one.outer(), self.other.outer()
         if one is None or other is None or self.one.turned != self.other.turned:
             return None
+        if one[0].shape[-1] != other[0].shape[-1]:  # as of a vector, which is a row in one place, a column in the other
+            return None
         d, x = (jnp.concatenate([positions_in_one(a) for a in pair], 1) for pair in zip(one, other, strict=True))
         return d, x
 

@@ -48,18 +48,6 @@ def opened(case, loss, contract):
     return fnbp.opened(loss, contract=contract, shared=case.shared, has_aux=case.has_aux)
 
 
-def made(case, contract, batch, transform=lambda run: run):
-    """The values, and what contract makes of each inexact leaf. A case that may be refused is then skipped."""
-    loss, params, *_ = prepared(case.id)
-    try:
-        values, grads = transform(opened(case, loss, contract))(params, *batch)
-    except REFUSED as error:
-        if case.either and says(error, case.either):
-            pytest.skip(f"refused: {error}")
-        raise
-    return values, pairs(params, grads)
-
-
 def says(error, words):
     return all(re.search(word, str(error), re.I) for word in words)
 
@@ -89,27 +77,76 @@ def check_all(found, due, tolerance, floor):
         check(value, row, tolerance, floor, path)
 
 
-# --- the gradient of each example ---
+# --- every contraction ---
+
+
+def flat(g):
+    return g.reshape(len(g), -1)
+
+
+DUE = {  # (direction, kept) -> contraction; what is due, of gradients g, the direction v, and gradients h of a batch
+    "per_example": (lambda v, kept: fnbp.per_example, lambda g, v, h: g),
+    "total": (lambda v, kept: fnbp.total, lambda g, v, h: g.mean(0)),
+    "sq_norms": (lambda v, kept: fnbp.sq_norms, lambda g, v, h: (flat(g) ** 2).sum(1)),
+    "second_moment": (lambda v, kept: fnbp.second_moment, lambda g, v, h: (g**2).sum(0)),
+    "dot": (lambda v, kept: fnbp.dot(v), lambda g, v, h: flat(g) @ v.ravel()),
+    "gram": (lambda v, kept: fnbp.gram, lambda g, v, h: flat(g) @ flat(g).T),
+    "cross_gram": (lambda v, kept: fnbp.cross_gram(kept), lambda g, v, h: flat(g) @ flat(h).T),
+}
+
+
+def direction(params):
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)) if is_free(a) else a, params)
 
 
 def test_the_ids_of_the_cases_differ():
     assert len(BY_ID) == len(CASES)
 
 
-@pytest.mark.parametrize("case", named(OPEN))
-def test_the_gradient_of_each_example_is_that_of_jax(x64, case):
-    *_, batch, values, grads = prepared(case.id)
-    found, rows = made(case, fnbp.per_example, batch)
+def compared(case, wrap):
+    """Every contraction of a case, in one backward, and the losses, against vmap(jax.grad)."""
+    loss, params, batch, values, grads = prepared(case.id)
+    names = list(DUE) if case.contracted else ["per_example", "total"]
+    v, kept = direction(params), None
+    if case.contracted:
+        others = [a if i in case.shared else jax.tree.map(lambda a: a[1:4], a) for i, a in enumerate(batch, 1)]
+        kept = tried(case, lambda: wrap(opened(case, loss, fnbp.keep))(params, *others)[1])
+    run = wrap(opened(case, loss, {name: DUE[name][0](v, kept) for name in names}))
+    found, made = tried(case, lambda: run(params, *batch))
     assert jax.tree.structure(found) == jax.tree.structure(values)
     for one, due in zip(jax.tree.leaves(found), jax.tree.leaves(values), strict=True):
         check(one, due, case.tolerance)
-    check_all(rows, grads, case.tolerance, case.floor)
+    directions = [np.asarray(a) for a in jax.tree.leaves(v) if is_free(a)]
+    for name in names:
+        with np.errstate(all="ignore"):
+            dues = [DUE[name][1](g, v, g[1:4]) for g, v in zip(map(np.asarray, grads), directions, strict=True)]
+        tolerance = case.tolerance if name == "per_example" else max(1e-9, 10 * case.tolerance)
+        check_all(pairs(params, made[name]), dues, tolerance, case.floor)
+
+
+def tried(case, run):
+    """What run returns. A case that may be refused is then skipped."""
+    try:
+        return run()
+    except REFUSED as error:
+        if case.either and says(error, case.either):
+            pytest.skip(f"refused: {error}")
+        raise
 
 
 @pytest.mark.parametrize("case", named(OPEN, lambda case: case.quick))
-def test_the_same_under_jit(x64, case):
-    *_, batch, _, grads = prepared(case.id)
-    check_all(made(case, fnbp.per_example, batch, jax.jit)[1], grads, case.tolerance, case.floor)
+def test_contractions_are_those_of_the_gradients_of_jax(x64, case):
+    compared(case, jax.jit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", named(QUICK))
+def test_the_same_without_jit(x64, case):
+    compared(case, lambda run: run)
+
+
+# --- what has no gradient ---
 
 
 @pytest.mark.parametrize("case", named(case for case in CASES if case.refused))
@@ -128,52 +165,6 @@ def test_a_leaf_that_is_not_inexact_has_no_gradient(x64, id):
     for leaf, grad in zip(leaves, tree.flatten_up_to(grads), strict=True):
         if not is_free(leaf) and grad is not None and jnp.issubdtype(grad.dtype, np.number):
             assert grad.shape == (M, *leaf.shape) and not np.any(grad)
-
-
-# --- contractions ---
-
-
-def flat(g):
-    return g.reshape(len(g), -1)
-
-
-DUE = {  # (direction, kept) -> contraction; what is due, of gradients g, the direction v, and gradients h of a batch
-    "total": (lambda v, kept: fnbp.total, lambda g, v, h: g.mean(0)),
-    "sq_norms": (lambda v, kept: fnbp.sq_norms, lambda g, v, h: (flat(g) ** 2).sum(1)),
-    "second_moment": (lambda v, kept: fnbp.second_moment, lambda g, v, h: (g**2).sum(0)),
-    "dot": (lambda v, kept: fnbp.dot(v), lambda g, v, h: flat(g) @ v.ravel()),
-    "gram": (lambda v, kept: fnbp.gram, lambda g, v, h: flat(g) @ flat(g).T),
-    "cross_gram": (lambda v, kept: fnbp.cross_gram(kept), lambda g, v, h: flat(g) @ flat(h).T),
-}
-
-
-def direction(params):
-    rng = np.random.default_rng(7)
-    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)) if is_free(a) else a, params)
-
-
-@pytest.mark.parametrize("name", DUE)
-@pytest.mark.parametrize("case", named((case for case in OPEN if case.contracted), lambda case: case.quick))
-def test_a_contraction_is_that_of_the_gradients_of_jax(x64, case, name):
-    if name == "total" and not case.linear:
-        pytest.skip("the gradient of the mean is not the mean of the gradients")
-    loss, params, batch, _, grads = prepared(case.id)
-    make, due = DUE[name]
-    v, kept = direction(params), None
-    if name == "cross_gram":
-        others = [a if i in case.shared else jax.tree.map(lambda a: a[1:4], a) for i, a in enumerate(batch, 1)]
-        try:
-            kept = opened(case, loss, fnbp.keep)(params, *others)[1]
-        except REFUSED as error:
-            if case.either and says(error, case.either):
-                pytest.skip(f"refused: {error}")
-            raise
-    found = made(case, make(v, kept), batch)[1]
-    directions = [np.asarray(a, float) for a in jax.tree.leaves(v) if is_free(a)]
-    rows = [np.asarray(g, float) for g in grads]
-    with np.errstate(all="ignore"):
-        dues = [due(g, v, g[1:4]) for g, v in zip(rows, directions, strict=True)]
-    check_all(found, dues, max(1e-9, 10 * case.tolerance), case.floor)
 
 
 # --- options ---

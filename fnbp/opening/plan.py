@@ -28,8 +28,8 @@ class Plan:
     taps: dict[Step, list[int]] = field(default_factory=dict)
     uses: dict[Step, list[Use]] = field(default_factory=dict)
     makers: dict[Value, Step] = field(default_factory=dict)
-    each: dict[Program, list[Value]] = field(default_factory=dict)
-    known: dict[Program, list[Value]] = field(default_factory=dict)
+    each: dict[Program, dict[Value, None]] = field(default_factory=dict)
+    known: dict[Program, dict[Value, None]] = field(default_factory=dict)
     rules: bool = False
 
     @cached_property
@@ -66,9 +66,8 @@ class Plan:
         """Have a value kept by the program that makes it."""
         if value.home is None:
             return
-        kept = (self.each if value.kind == "data" else self.known).setdefault(value.home, [])
-        if value not in kept:
-            kept.append(value)
+        kept = self.each if value.kind == "data" else self.known
+        kept.setdefault(value.home, {})[value] = None
 
     def wanted(self, step: Step | Loop) -> list[int]:
         """The operands of a step, or of a loop, that are derived from parameters and live; each once."""
@@ -85,7 +84,7 @@ def plan_of(program: Program, outputs: list[Value], name: str, paths: list[str])
         own = plan.wanted(step)
         plan.rules = plan.rules or has_rule(step.name, step.params)
         if own:
-            check_derivative(name, step, ", ".join(plan.behind(step.operands[i]) for i in own))
+            check_derivative(name, plan, step, own)
         if own and all(value.kind != "data" for value in step.results):
             plan.makers.update((value, step) for value in step.results if value in plan.live)
             for value in step.operands:
@@ -118,15 +117,17 @@ def all_steps(program: Program) -> Iterator[Step]:
             yield step
 
 
-def check_derivative(name: str, step: Step, path: str) -> None:
+def check_derivative(name: str, plan: Plan, step: Step, own: list[int]) -> None:
     """TypeError if a parameter goes into a step by which nothing can be differentiated backwards, or none knows how."""
+    if step.name not in REFUSED and not step.params.get("symbolic_zeros"):
+        return
+    path = ", ".join(plan.behind(step.operands[i]) for i in own)
     if step.name in REFUSED:
         raise TypeError(
             f"{name}: {path} goes into {step.name} at {step.place}, and JAX has no reverse derivative of it; "
             "use lax.scan, or lax.stop_gradient on what goes in"
         )
-    if step.params.get("symbolic_zeros"):
-        raise TypeError(
-            f"{name}: {path} goes into {step.name} with symbolic_zeros=True at {step.place}, and its rule depends on "
-            "what else is differentiated; open the loss of a model without it"
-        )
+    raise TypeError(
+        f"{name}: {path} goes into {step.name} with symbolic_zeros=True at {step.place}, and its rule depends on what "
+        "else is differentiated; open the loss of a model without it"
+    )

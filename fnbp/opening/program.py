@@ -237,7 +237,8 @@ def inside_out(program: Program) -> Iterator[Program]:
 
 def constant(value: Any) -> Value:
     """A constant as a value."""
-    const = jnp.asarray(value) if isinstance(value, np.ndarray) else value
+    with jax.ensure_compile_time_eval():  # an array, not a tracer that a rule of a user's own could hold on to
+        const = jnp.asarray(value) if isinstance(value, np.ndarray) else value
     return Value(jax.typeof(const), "known", const=const)
 
 

@@ -133,7 +133,7 @@ def walked(plan: Plan, program: Program, deltas: list[Any], record: Record) -> I
         if isinstance(step, Loop):
             yield from walked(plan, step.body, next(rest), next(loops))
         elif step in plan.taps:
-            kept = plan.each[program]
+            kept = list(plan.each[program])
             yield step, next(rest), tuple(record.each[kept.index(step.results[j])] for j in plan.taps[step])
 
 
