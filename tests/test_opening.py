@@ -167,6 +167,44 @@ def test_a_leaf_that_is_not_inexact_has_no_gradient(x64, id):
             assert grad.shape == (M, *leaf.shape) and not np.any(grad)
 
 
+# --- what JAX calls its parts ---
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: jax.checkpoint(jax.jit(f))])
+def test_calls_are_read_through(wrap):
+    """Under another name or form of an inner jaxpr a call would be met whole: right, but slower."""
+    inner = wrap(lambda w, x: jnp.tanh(x @ w))
+    uses = fnbp.opened(lambda w, x: inner(w, x).sum()).uses(jnp.ones((3, 2)), jnp.ones((5, 3)))
+    assert [(row.primitive, row.rule) for row in uses.rows] == [("dot_general", "outer products")]
+
+
+def test_loops_are_read_turn_by_turn():
+    def loss(p, x):
+        h, ys = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w + p["b"]), h), x, p["w"], reverse=True)
+        return h.sum() + ys.sum()
+
+    params = {"w": jnp.ones((7, 3, 3)), "b": jnp.ones(3), "none": jnp.ones(())}
+    uses = fnbp.opened(loss).uses(params, jnp.ones((5, 3)))
+    assert [(row.parameter, row.primitive, row.shape) for row in uses.rows] == [
+        ("w", "dot_general", (7, 3)),
+        ("b", "add", (7, 3)),
+    ]
+    assert uses.factors == {"w": "Stacked(LaidOut(Outer))", "b": "Sum", "none": "Nothing"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (lambda w, x: jax.nn.relu(w * x).sum() + jax.nn.relu(w).sum(), "custom_jvp_call"),
+        (lambda w, x: jax.lax.cond(x.sum() > 0, lambda: w, lambda: 2 * w).sum() * x.sum(), "cond"),
+    ],
+)
+def test_what_has_a_rule_of_its_own_is_met_whole(loss, name):
+    made = fnbp.opened(loss, check=True)(jnp.ones(3), jnp.linspace(-1, 1, 15).reshape(5, 3))
+    steps = [eqn.primitive.name for eqn in jax.make_jaxpr(loss)(jnp.ones(3), jnp.ones(3)).eqns]
+    assert name in steps and made[0].shape == (5,)
+
+
 # --- options ---
 
 
