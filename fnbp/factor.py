@@ -75,6 +75,10 @@ class Factor(ABC):
     def scaled(self, c: Any) -> "Factor":
         """The factor with d times c: a number, or one number for each example, (m,)."""
 
+    def weighted(self, c: Any) -> jax.Array:
+        """The sum over examples of the gradient of each times c: total of scaled."""
+        return self.scaled(c).total()
+
     def outer(self) -> tuple[jax.Array, jax.Array] | None:
         """d (m, ..., n_out) and x (m, ..., n_in), if the gradient of an example is the sum of d x^T over positions,
         reshaped; else None."""
@@ -145,6 +149,11 @@ class Outer(Factor):
 
     def scaled(self, c: Any) -> "Outer":
         return Outer(along_examples(c, self.d), self.x)
+
+    def weighted(self, c: Any) -> jax.Array:
+        if self.x.shape[-1] < self.d.shape[-1]:  # one side of the product is enough, the smaller one
+            return Outer(self.d, along_examples(c, self.x)).total()
+        return self.scaled(c).total()
 
 
 @register_factor

@@ -4,7 +4,7 @@ from typing import Any
 
 from jax.extend import core
 
-from fnbp.opening.program import FLAT, INLINED, Loop, Program, Value, inner_of, sizes_of
+from fnbp.opening.program import FLAT, INLINED, Loop, Program, Value, inner_of, opened_up, sizes_of
 
 
 def live_values(program: Program, outputs: list[Value]) -> set[Value]:
@@ -52,7 +52,10 @@ def operands_live(name: str, params: dict[str, Any], wanted: list[bool], many: i
     if name in INLINED:
         return inputs_live(inner_of(params)[0], wanted)
     if name == "scan":
-        return turns_live(params, wanted)
+        return turns_live(inner_of(params)[0], sizes_of(params), wanted)
+    if name == "while":  # its condition has no derivative
+        needed = turns_live(opened_up(params["body_jaxpr"])[0], (params["body_nconsts"], len(wanted)), wanted)
+        return [False] * params["cond_nconsts"] + needed
     return [True] * many
 
 
@@ -67,10 +70,9 @@ def inputs_live(jaxpr: Any, wanted: list[bool]) -> list[bool]:
     return [v in live for v in jaxpr.invars]
 
 
-def turns_live(params: dict[str, Any], wanted: list[bool]) -> list[bool]:
-    """The same of a scan."""
-    jaxpr, _ = inner_of(params)
-    many, carried = sizes_of(params)
+def turns_live(jaxpr: Any, sizes: tuple[int, int], wanted: list[bool]) -> list[bool]:
+    """The same of the body of a loop. sizes: how many inputs are the same in every turn, and how many are carried."""
+    many, carried = sizes
     wanted = list(wanted)
     while True:
         needed = inputs_live(jaxpr, wanted)

@@ -137,8 +137,9 @@ def factors_of(plan: Plan, program: Program, deltas: list[Any], record: Record, 
                 add(use.of, use.make(of_step[step], *(at(arrays, value) for value in use.needs)))
         else:
             for j, value in enumerate(step.results):
-                if value in found:
-                    for source, factor in factors_behind(plan, step, j, found.pop(value), arrays):
+                behind = found.pop(value, None)
+                if behind is not None and value in plan.makers:
+                    for source, factor in factors_behind(plan, step, j, behind, arrays):
                         add(source, factor)
     return found
 

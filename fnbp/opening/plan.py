@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from fnbp.opening.liveness import live_values
+from fnbp.opening.liveness import live_values, operands_live
 from fnbp.opening.meetings import REFUSED, Use, use_of
 from fnbp.opening.program import Loop, Program, Step, Value, has_rule
 
@@ -70,10 +70,16 @@ class Plan:
         kept.setdefault(value.home, {})[value] = None
 
     def wanted(self, step: Step | Loop) -> list[int]:
-        """The operands of a step, or of a loop, that are derived from parameters and live; each once."""
-        operands = step.operands if isinstance(step, Step) else ()
-        first = {value: i for i, value in reversed(list(enumerate(operands)))}
-        return sorted(i for value, i in first.items() if value.kind == "param" and value in self.live)
+        """The operands of a step, not of a loop, by which its live results are differentiated; each once."""
+        if isinstance(step, Loop):
+            return []
+        results = [value in self.live for value in step.results]
+        needed = operands_live(step.name, step.params, results, len(step.operands))
+        first: dict[Value, int] = {}
+        for i, (value, yes) in enumerate(zip(step.operands, needed, strict=True)):
+            if yes and value.kind == "param" and value in self.live:
+                first.setdefault(value, i)
+        return list(first.values())
 
 
 def plan_of(program: Program, outputs: list[Value], name: str, paths: list[str]) -> Plan:

@@ -250,7 +250,11 @@ def has_rule(name: str, params: dict[str, Any]) -> bool:
 
 def inner_of(params: dict[str, Any]) -> tuple[Any, Any]:
     """The jaxpr among the parameters of an equation that calls it, and its constants."""
-    jaxpr: Any = next(value for value in params.values() if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)))
+    return opened_up(next(value for value in params.values() if isinstance(value, (core.Jaxpr, core.ClosedJaxpr))))
+
+
+def opened_up(jaxpr: Any) -> tuple[Any, Any]:
+    """A jaxpr, closed or not, and its constants."""
     return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "jaxpr") else (jaxpr, ())
 
 

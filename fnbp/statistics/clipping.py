@@ -200,7 +200,7 @@ def summed(factor: Factor, scale: jax.Array, over: Any, safe: bool) -> jax.Array
         whole = jnp.tensordot(wide(scale / over), only(rows, 0) if safe else rows, 1)
         return whole.astype(jax.eval_shape(factor.total).dtype)
     kept = jax.tree.map(only, factor, factor.example_axes()) if safe and factor.sliced else factor
-    return kept.scaled(scale / over).total()
+    return kept.weighted(scale / over)
 
 
 def noisy(grads: Any, params: Any, key: jax.Array, spread: float) -> Any:
