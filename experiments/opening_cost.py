@@ -108,7 +108,7 @@ def transformer(seed: int, blocks: int, width: int, positions: int, examples: in
     tokens = jax.random.randint(keys[0], (examples, positions + 1), 0, net.letters)
 
     def loss(params, x, y):
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(net.apply(params, x)), y).mean()
 
     return Model(loss, jax.jit(net.init)(keys[1], tokens[0, :-1]), (tokens[:, :-1], tokens[:, 1:]))
 

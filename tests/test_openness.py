@@ -169,7 +169,7 @@ def test_a_factor_that_jax_does_not_know_is_told_how():
 
 def test_a_factor_without_d_or_methods_says_what_it_lacks():
     class Nameless(fnbp.Sum):
-        d = None
+        d = None  # type: ignore[assignment]
 
         def __init__(self):
             pass

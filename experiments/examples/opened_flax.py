@@ -19,7 +19,7 @@ class Classifier(nn.Module):
 
 def loss(params, x, y):
     """The cross-entropy of one image."""
-    return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y)
+    return optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(model.apply(params, x)), y)
 
 
 key, model = jax.random.key(0), Classifier()

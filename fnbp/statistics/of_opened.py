@@ -12,7 +12,7 @@ from fnbp.opening import Opened
 Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
-def opens(maker: Maker) -> Maker:
+def opens(maker: Callable[..., Any]) -> Callable[..., Any]:
     """Have the maker of a statistic take an opened loss in the place of a net and a loss.
 
     The function that it then makes is (params, *batch, key=None, **more) -> what it is of (params, state, x, y, ctx):
@@ -32,7 +32,7 @@ def opens(maker: Maker) -> Maker:
 
         return of_batch
 
-    return cast(Maker, made)
+    return made
 
 
 def name_of(maker: Any) -> str:
@@ -47,7 +47,7 @@ def check_alone(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> No
             raise TypeError(f"{name}: an opened loss takes no other loss beside it, got {describe(given)}")
 
 
-def of_two_batches(maker: Maker) -> Maker:
+def of_two_batches(maker: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a statistic of (params, state, (x, y), (x_query, y_query), ctx): that of an opened loss is of
     (params, batch, query, key=None), two tuples of the arguments behind params."""
 
@@ -69,7 +69,7 @@ def of_two_batches(maker: Maker) -> Maker:
 
         return of_pair
 
-    return cast(Maker, made)
+    return made
 
 
 def only_nets(maker: Maker) -> Maker:
