@@ -118,11 +118,41 @@ def standardised(w):
     return (w - w.mean(0)) / jnp.sqrt(w.var(0) + 1e-5)
 
 
+def in_and_behind(p, x):
+    """One matrix in every turn of a loop and behind it."""
+    h, _ = lax.scan(lambda h, x: (jnp.tanh(h @ p["w"] + x), None), jnp.zeros(3), x)
+    return energy(h @ p["w"])
+
+
+def there_and_back(p, x):
+    return energy(lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ p["w"]) @ p["w"].T, x))
+
+
+def convolved_and_multiplied(p, x, v):
+    """One array as the kernel of a convolution and as a matrix."""
+    y = lax.conv_general_dilated(x[None], p["w"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+    return energy(y) + energy(jnp.tanh(v @ p["w"].reshape(6, 5)))
+
+
+def in_two_dtypes(p, x):
+    return energy(x @ p["w"]) + energy((x.astype(jnp.float32) @ p["w"].astype(jnp.float32)).astype(x.dtype))
+
+
+def in_a_branch(p, x, s):
+    return energy(lax.cond(s > 0, lambda x: jnp.tanh(x @ p["w"]), lambda x: x @ p["w"].T, x) + x @ p["w"])
+
+
 LORA = {"w": (3, 7), "a": (3, 2), "b": (2, 7)}
 DERIVED = (
     case("tied: twice", lambda p, x: energy(jnp.tanh(x @ p["w"]) @ p["w"].T), {"w": (3, 7)}, (3,), quick=True),
     case("tied: embed, attend", lambda p, x: energy(jnp.tanh(p["e"][x]) @ p["e"].T), {"e": (7, 3)}, below(7, 2)),
     case("tied: one leaf at two places", lambda p, x: energy(x * p["s"] + p["s"]), {"s": (3,)}, (3,)),
+    case("tied: in and behind a loop", in_and_behind, SQUARE, (4, 3)),
+    case("tied: kernel and its transpose in a loop", there_and_back, {"w": (3, 7)}, (3,)),
+    case("tied: convolved and multiplied", convolved_and_multiplied, {"w": (3, 2, 5)}, (8, 2), (6,)),
+    case("tied: itself and its softmax", lambda p, x: energy(x @ p["w"] + x @ jax.nn.softmax(p["w"])), SQUARE, (3,)),
+    case("tied: in two dtypes", in_two_dtypes, {"w": (3, 7)}, (3,), tolerance=1e-6),
+    case("tied: in a branch and beside it", in_a_branch, SQUARE, (3,), ()),
     case("derived: weight norm", weight_normed, {"g": (7,), "v": (3, 7)}, (3,), quick=True),
     case("derived: LoRA", lambda p, x: energy(x @ (p["w"] + p["a"] @ p["b"])), LORA, (3,), quick=True),
     case("derived: LoRA, decayed", regularised(lambda p, x: energy(x @ (p["w"] + p["a"] @ p["b"]))), LORA, (3,)),

@@ -112,10 +112,7 @@ def test_it_finds_no_fault_in_small_losses(index):
     assert not (fault := found(draw(np.random.default_rng([1, index]), most=3))), fault
 
 
-OPEN = pytest.mark.xfail(reason="dot_product_attention has a softmax in float32, also of float64", strict=False)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("index", [pytest.param(i, marks=[OPEN] if i == 48 else []) for i in range(60)])
+@pytest.mark.parametrize("index", range(60))
 def test_it_finds_no_fault(index):
     assert not (fault := found(drawn(0, index))), fault
