@@ -363,6 +363,32 @@ class Wrapped(Factor):
 
 @register_factor
 @dataclass(frozen=True)
+class Formed(Wrapped):
+    """A factor beside its total, which the backward has formed on its way. Under jit only what is used is computed.
+
+    total   whole      all else   of the factor
+    """
+
+    whole: jax.Array
+
+    def bare(self) -> Factor:
+        return self.factor
+
+    def total(self) -> jax.Array:
+        return self.whole
+
+    def example_axes(self) -> "Formed":
+        return Formed(self.factor.example_axes(), -1)  # type: ignore[arg-type]
+
+    def scaled(self, c: Any) -> Factor:
+        return self.factor.scaled(c)
+
+    def weighted(self, c: Any) -> jax.Array:
+        return self.factor.weighted(c)
+
+
+@register_factor
+@dataclass(frozen=True)
 class Placed(Wrapped):
     """The factor of a parameter that is split over devices: its total is left where the parameter lies."""
 

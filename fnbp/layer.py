@@ -22,7 +22,7 @@ from fnbp.arrays.checks import (
 )
 from fnbp.arrays.masks import RULES, Rule, kept, refused
 from fnbp.construction import Made, call_of, hashed, is_alike, is_other, itself, reduced
-from fnbp.steps import Steps
+from fnbp.steps import Steps, Whole
 
 __all__ = [
     "Context",
@@ -52,6 +52,7 @@ class Traits:
     turns   of a loop over depth: how many layers its arrays hold, along their first axis; None for any other layer
     tied    of a combinator that adds the factors of two parameters: where those stand in its part's params
     steps   how it takes a sequence one position at a time, if its positions are not each by itself: see fnbp.Steps
+    whole   of a cell: how fnbp.scan runs it over a whole sequence, if there is a faster way than turn by turn
     opened  True for the net of an opened loss: x may hold what is not finite, and its factors need no check
     """
 
@@ -63,6 +64,7 @@ class Traits:
     turns: int | None = None
     tied: tuple[Keys, ...] = ()
     steps: Steps | None = None
+    whole: Whole | None = None
     opened: bool = False
 
 

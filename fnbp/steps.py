@@ -1,10 +1,37 @@
-"""How a layer goes along a sequence that comes one position at a time, with what it keeps of the earlier ones."""
+"""How a layer goes along a sequence: one position at a time, with what it keeps of the earlier ones, or all at once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 __all__ = ["Steps"]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """State how fnbp.scan runs a cell over a whole sequence, faster than turn by turn: Traits(whole=Whole(...)).
+
+        forward  (params, h_0, x, reverse)        -> h_T, y, res
+        backward (params, res, dh_T, dy, reverse) -> factors, dh_0, dx
+
+    least: how many positions it takes at least. cell: forward and backward of the cell that it equals; a cell with
+    other functions is run turn by turn.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    least: int = 1
+    cell: tuple[Callable, Callable] | None = None
+
+    def fits(self, cell: Any) -> bool:
+        """True if it equals this cell."""
+        return self.cell == (cell.forward, cell.backward)
+
+
+def with_whole(cell: Any, whole: Whole) -> Any:
+    """A cell that states how it is run over a whole sequence."""
+    whole = replace(whole, cell=(cell.forward, cell.backward))
+    return cell._replace(traits=replace(cell.traits, whole=whole))
 
 
 @dataclass(frozen=True)

@@ -446,7 +446,20 @@ CASES = (
         ((2, 7, 5),),
         lambda p, x: oracles.attention(p[2], np.tanh(affine(p[0], x)), 6, 2, True, 100.0),
     ),
+    Case(
+        "attention:blocks",
+        fnbp.attention(7, 1, causal=True),
+        ((2, 131, 7),),
+        lambda p, x: oracles.attention(p, x, 7, 1, True),
+    ),
     Case("scan", fnbp.scan(fnbp.lstm_cell(5), reverse=True), ((7, 3, 11),), lambda p, x: oracles.lstm(p, x, True)),
+    Case(
+        "scan:lstm_in_chunks",
+        fnbp.scan(fnbp.lstm_cell(5), reverse=True),
+        ((2, 19, 3),),
+        lambda p, x: oracles.lstm(p, x, True),
+    ),
+    Case("scan:gru_in_chunks", fnbp.scan(fnbp.gru_cell(5)), ((2, 19, 3),), oracles.gru),
     Case(
         "parallel",
         fnbp.parallel(fnbp.dense(13), fnbp.serial(fnbp.dense(13), fnbp.tanh())),

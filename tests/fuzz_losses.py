@@ -245,7 +245,9 @@ def told(error: Exception, program: Program, params: Any) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     if not plain or LIBRARY not in Path(last.filename).parents:
         return "raw"
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [jax.tree_util.keystr(path) for path in found]
+    paths += [f"{jax.tree_util.keystr(path, simple=True, separator='.')} goes into" for path in found if path]
     named = any(path in str(error) if path else "params" in str(error) for path in paths)
     return "refused" if named or re.search(r"a parameter goes into \w+ .*at .*:\d+", str(error)) else "unnamed"
 

@@ -120,6 +120,52 @@ def flow_by_closure(p, x):
 
 
 AFFINE, AT_0 = {"w": (3, 3), "b": (3,)}, {"w": np.arange(3.0) - 1}
+# --- rules that are not linear in the error, whose result has several uses: they see the sum of the errors ---
+
+paired = ruled(lambda w: (2 * w, w**2), lambda saved, d: (jnp.clip(d[0], -0.1, 0.1) * jnp.tanh(d[1]),))
+
+
+def used_twice(a, x):
+    return (jnp.sin(a) * x).sum() + (jnp.cos(a) * jnp.sin(x)).sum()
+
+
+def clipped_twice(p, x):
+    return used_twice(clipped(p["w"]), x)
+
+
+def clipped_again(p, x):
+    a, b = paired(clipped(jnp.sin(p["w"])))
+    return used_twice(clipped(a), x) + (a * b * x).sum()
+
+
+def two_results(p, x):
+    a, b = paired(p["w"])
+    return (a * x).sum() + (jnp.sin(b) * x**2).sum()
+
+
+def looped(outside):
+    """One call in front of a loop, or one a turn."""
+
+    def loss(p, x):
+        made = paired(p["w"])
+
+        def turn(h, _):
+            a, b = made if outside else paired(p["w"])
+            return h + (a * x).sum() + (jnp.sin(b) * h).sum(), None
+
+        return lax.scan(turn, 0.3, None, length=3)[0]
+
+    return loss
+
+
+def each_turn(p, x):
+    def turn(h, w):
+        a, b = paired(w)
+        return h + (a * x).sum() + (jnp.sin(b) * h).sum(), None
+
+    return lax.scan(turn, 0.3, p["w"])[0]
+
+
 RULES = (
     case("rule: relu(w) at 0", lambda p, x: energy(x * jax.nn.relu(p["w"])), AT_0, (3,), quick=True),
     case("rule: relu(w x) at 0", lambda p, x: energy(jax.nn.relu(x * p["w"])), AT_0, (3,)),
@@ -131,6 +177,13 @@ RULES = (
     case("rule: x, s, b", lambda p, x: energy(affine(x, p["s"], p["b"])), {"s": (3,), "b": (3,)}, (3,), quick=True),
     case("rule: a fused norm", lambda p, x: energy(fused_norm(x, p["s"], p["b"])), {"s": (7,), "b": (7,)}, (7,)),
     case("rule: clipped error, weight", lambda p, x: energy(x @ clipped(p["w"])), {"w": (3, 7)}, (3,), linear=False),
+    case("rule: clipped error, two uses", clipped_twice, {"w": (3,)}, (3,), linear=False),
+    case("rule: clipped error, two uses in remat", jax.checkpoint(clipped_twice), {"w": (3,)}, (3,), linear=False),
+    case("rule: clipped error, uses of a use", clipped_again, {"w": (3,)}, (3,), linear=False),
+    case("rule: two results", two_results, {"w": (3,)}, (3,), linear=False),
+    case("rule: two results, used in a loop", looped(outside=True), {"w": (3,)}, (3,), linear=False),
+    case("rule: two results in a loop", looped(outside=False), {"w": (3,)}, (3,), linear=False),
+    case("rule: two results, a parameter a turn", each_turn, {"w": (2, 3)}, (3,), linear=False),
     case("rule: clipped error, data", lambda p, x: energy(clipped(x @ p["w"])), {"w": (3, 7)}, (3,)),
     case("rule: reversed gradient", lambda p, x: energy(reversed_(dense(p, x))), DENSE, (3,)),
     case("rule: nondiff_argnums", lambda p, x: energy(applied(jnp.sin, p["w"], x)), {"w": (3,)}, (3,)),
@@ -199,8 +252,25 @@ def drawn_dropout(p, x):
 
 
 DEAD = {"w": np.zeros(3), "v": (3, 7)}
+
+
+def dead_in_branch(p, x):
+    def one(a, x):
+        (3 * a).sum()
+        return jnp.cos(x)
+
+    return energy(lax.cond(p["v"][0, 0] > 0, one, lambda a, x: jnp.sin(x), jnp.log(p["w"]) * x, x @ p["v"]))
+
+
+def dead_result_of_branch(p, x):
+    a, b = jnp.log(p["w"]) * x, x @ p["v"]
+    return energy(lax.cond(x[0] > 0, lambda a, b: (b, a), lambda a, b: (2 * b, a), a, b)[0])
+
+
 STOPPED = (
     case("dead: log(w) x at 0", lambda p, x: (jnp.log(p["w"]) * x, energy(x @ p["v"]))[1], DEAD, (3,), quick=True),
+    case("dead: in a branch", dead_in_branch, DEAD, (3,)),
+    case("dead: a result of a branch", dead_result_of_branch, DEAD, (3,)),
     case("dead: a metric in aux", with_metric, DEAD, (3,), has_aux=True, contracted=False),
     case(
         "dead: times what is stopped",

@@ -6,10 +6,22 @@ import numpy as np
 import pytest
 
 import fnbp
+from fnbp.layers import attending
 from tests import oracles
 from tests.cases import relative
 
 rng = np.random.default_rng(0)
+
+
+@pytest.fixture(params=["at once", "in blocks"], autouse=True)
+def form(request, monkeypatch):
+    """Every test here sees both forms of attention."""
+    if request.param == "in blocks":
+        monkeypatch.setattr(attending, "SHORT", 0)
+        monkeypatch.setattr(attending, "BLOCK", 2)
+        jax.clear_caches()
+
+
 X, MEMORY = rng.standard_normal((3, 5, 12)), rng.standard_normal((3, 7, 11))
 KEYS = np.array([[1, 1, 0, 1, 0, 1, 1], [0] * 7, [1] * 7], bool)  # the second example has nothing to look at
 
@@ -55,7 +67,8 @@ def test_a_mask_for_each_query_is_a_causal_one_where_it_says_so(x64):
     assert relative(masked, fnbp.attention(3, causal=True).forward(params, state, x, fnbp.Context())[0]) <= 1e-15
 
 
-def test_rotary_scores_know_distances_alone(x64):
+@pytest.mark.parametrize("form", ["at once"], indirect=True)
+def test_rotary_scores_know_distances_alone(x64, form):
     """Turned by their positions, q and k match as they would if both stood elsewhere."""
     layer = fnbp.attention(1, rotary=50.0, b=None)
     a, b = rng.standard_normal((2, 1, 2, 12))
@@ -63,7 +76,7 @@ def test_rotary_scores_know_distances_alone(x64):
     p = [layer.forward(params, state, jnp.asarray(x), fnbp.Context())[2][5] for x in (
         np.concatenate([a, b], 1), np.concatenate([b, a], 1))]  # fmt: skip
     np.testing.assert_allclose(
-        p[0][0, 0, 0, 0, 1] / p[0][0, 0, 0, 0, 0], p[1][0, 0, 0, 2, 3] / p[1][0, 0, 0, 2, 2], rtol=1e-12
+        p[0][0, 0, 0, 0, 1] / p[0][0, 0, 0, 0, 0], p[1][0, 0, 2, 0, 3] / p[1][0, 0, 2, 0, 2], rtol=1e-12
     )
 
 
@@ -84,6 +97,56 @@ def test_per_example_norms_of_a_masked_example_are_its_own():
         mask = fnbp.Context(mask=jnp.arange(5)[None] < n)
         grads = one(params, state, x[i : i + 1], x[i : i + 1], mask)[1]
         np.testing.assert_allclose(norms[i], jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["at once"], indirect=True)
+@pytest.mark.parametrize("T, S", [(1, 67), (129, 67), (67, 300), (131, 131)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_are_the_formula_at_once(x64, form, monkeypatch, T, S, causal):
+    """Also where a whole block sees nothing."""
+    layer = fnbp.attention(4, 2, causal=causal, rotary=100.0)
+    x, z = (jnp.asarray(rng.standard_normal((2, n, 8))) for n in (T, S))
+    mask = np.asarray(rng.random((2, T, S)) < 0.3)
+    mask[0, :128] = False
+    params, state = drawn(layer, (x, z))
+    dy = jnp.asarray(rng.standard_normal(x.shape))
+
+    def run(params, x, mask):
+        y, _, res = layer.forward(params, state, x, fnbp.Context(mask=mask))
+        factors, dx = layer.backward(params, res, dy)
+        return y, jax.tree.map(lambda f: f.total(), factors, is_leaf=lambda f: isinstance(f, fnbp.Factor)), dx
+
+    for seen in (None, jnp.asarray(mask), jnp.asarray(mask.any(1))):
+        blocks = jax.jit(run)(params, (x, z), seen)
+        monkeypatch.setattr(attending, "SHORT", 1000)
+        assert relative(blocks, jax.jit(lambda *args: run(*args))(params, (x, z), seen)) <= 1e-12
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("form", ["at once"], indirect=True)
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_blocks_stay_finite_at_scores_that_overflow(form, scale):
+    layer, x = fnbp.attention(2, causal=True), jnp.asarray(rng.standard_normal((1, 131, 4)), jnp.float32)
+    params, state = layer.init(jax.random.key(0), x)
+    params = params | {"Q": scale * params["Q"], "K": scale * params["K"]}
+    y, _, res = layer.forward(params, state, x, fnbp.Context())
+    _, dx = layer.backward(params, res, jnp.ones_like(y))
+    wide = jax.tree.map(lambda a: np.asarray(a, float), params)
+    assert relative(y, oracles.attention(wide, np.asarray(x, float), 2, causal=True)) <= 1e-3
+    assert jnp.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("form", ["at once"], indirect=True)
+def test_memory_grows_with_the_length_and_not_with_its_square(form):
+    layer = fnbp.attention(2, causal=True)
+
+    def held(T):
+        x = jax.ShapeDtypeStruct((1, T, 32), jnp.float32)
+        params, state = jax.eval_shape(layer.init, jax.random.key(0), x)
+        run = jax.jit(fnbp.value_and_grad(layer, fnbp.half_squared_error()))
+        return run.lower(params, state, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert held(2048) <= 2.5 * held(1024)
 
 
 def run(layer, x, ctx=fnbp.Context()):

@@ -1,5 +1,8 @@
 """Loops: sequences of several lengths, a first state that is given, depth."""
 
+from dataclasses import replace
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -277,3 +280,79 @@ def run(net, x, ctx=fnbp.Context()):
 def test_it_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- in chunks ---
+
+WHOLE = (fnbp.lstm_cell(7), fnbp.gru_cell(7))
+whole = pytest.mark.parametrize("cell", WHOLE, ids=[cell.name for cell in WHOLE])
+
+
+def turn_by_turn(cell):
+    return cell._replace(traits=replace(cell.traits, whole=None))
+
+
+def passes(net, *args):
+    """y, h_T, factors as totals and as rows, dx, dh_0."""
+    params, state, h, x, dh, dy = args
+
+    def run(params, h, x, dh, dy):
+        (h_T, y), _, res = net.forward(params, state, (h, x), fnbp.Context())
+        factors, (dh_0, dx) = net.backward(params, res, (dh, dy))
+        is_factor = lambda node: isinstance(node, fnbp.Factor)  # noqa: E731
+        rows = jax.tree.map(lambda f: f.per_example(), factors, is_leaf=is_factor)
+        halved = jax.tree.map(lambda f: f.scaled(0.5).total(), factors, is_leaf=is_factor)
+        return h_T, y, total(factors), rows, halved, dh_0, dx
+
+    return jax.jit(run)(params, h, x, dh, dy)
+
+
+@whole
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("T", [8, 9, 16, 29])
+def test_chunks_are_the_turns(x64, cell, reverse, T):
+    x, dy = (jnp.asarray(rng.standard_normal((3, T, n))) for n in (5, 7))
+    args = *drawn(fnbp.scan(cell), x), first(cell, 3), x, first(cell, 3), dy
+    found, due = (passes(fnbp.scan(one, reverse), *args) for one in (cell, turn_by_turn(cell)))
+    assert relative(found, due) <= 1e-13
+
+
+@whole
+def test_a_cell_with_another_backward_is_run_turn_by_turn(x64, cell):
+    x, dy = (jnp.asarray(rng.standard_normal((3, 16, n))) for n in (5, 7))
+    args = *drawn(fnbp.scan(cell), x), first(cell, 3), x, first(cell, 3), dy
+    still = fnbp.replace_functions(cell, backward=lambda *args: jax.tree.map(jnp.zeros_like, cell.backward(*args)))
+    assert not passes(fnbp.scan(still), *args)[-1].any()
+    assert passes(fnbp.scan(cell), *args)[-1].any()
+
+
+@whole
+def test_chunks_refuse_what_a_turn_refuses(cell):
+    net, x = fnbp.scan(cell), jnp.zeros((3, 16, 5))
+    params, state = net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="h must be"):
+        net.forward(params, state, (jnp.zeros((3, 6)), x), fnbp.Context())
+    with pytest.raises(ValueError, match="params"):
+        net.forward(params | {"W": jnp.zeros((7, 5))}, state, x, fnbp.Context())
+
+
+@whole
+def test_what_is_not_used_of_chunks_takes_no_memory(cell):
+    """The totals alone need no error of the whole sequence, and less than half of what jax.grad holds."""
+    net, x, dy = fnbp.scan(cell), jnp.zeros((4, 128, 5)), jnp.zeros((4, 128, 7))
+    params, state = net.init(jax.random.key(0), x)
+
+    def manual(finish, params, x, dy):
+        y, _, res = net.forward(params, state, x, fnbp.Context())
+        factors, dx = net.backward(params, res, dy)
+        return y, jax.tree.map(finish, factors, is_leaf=lambda node: isinstance(node, fnbp.Factor)), dx
+
+    def automatic(params, x, dy):
+        y, pull = jax.vjp(lambda params, x: fnbp.apply(fnbp.scan(turn_by_turn(cell)), params, state, x), params, x)
+        return y, pull(dy)
+
+    def held(f):
+        return jax.jit(f).lower(params, x, dy).compile().memory_analysis().temp_size_in_bytes
+
+    totals, rows = (held(partial(manual, f)) for f in (lambda f: f.total(), lambda f: (f.total(), f.per_example())))
+    assert totals <= 0.5 * held(automatic) and totals < rows

@@ -57,11 +57,11 @@ def placed(f: Callable, at: NamedSharding, spec: PartitionSpec) -> Callable:
     return auto_axes(f, axes=at.mesh.explicit_axes, out_sharding=NamedSharding(at.mesh, spec))
 
 
-def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+def einsum(subscripts: str, *operands: jax.Array, **options: Any) -> jax.Array:
     """jnp.einsum; the axes that stay are split as they were, the sum over the others is over all devices."""
     at = placement(*operands)
     if at is None:
-        return jnp.einsum(subscripts, *operands)
+        return jnp.einsum(subscripts, *operands, **options)
     inputs, output = subscripts.split("->")
     split: dict[str, Any] = {}
     for letters, operand in zip(inputs.split(","), operands, strict=True):
@@ -70,7 +70,7 @@ def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
         for letter, axis in (*zip(first, spec, strict=False), *zip(reversed(last), reversed(spec), strict=False)):
             split[letter] = split.get(letter) or axis
     spec = PartitionSpec(*(split.get(letter) for letter in output))
-    return jnp.einsum(subscripts, *operands, out_sharding=NamedSharding(at.mesh, spec))
+    return jnp.einsum(subscripts, *operands, out_sharding=NamedSharding(at.mesh, spec), **options)
 
 
 def reshaped(x: jax.Array, *shape: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,11 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
     A cell is a Layer from (h, x) to (h, y); h is any tree, None its start: zeros. A scan takes x and returns y; given
     (h_0, x) it returns (h_T, y). Where Context.mask is False h stays and y is 0. It is a leaf with the cell's params.
 
-    Shapes:  x (m, T, ...); y (m, T, ...); mask (m, T); saved: what the cell saves, T times.
+    Without a mask, and from 8 positions on, an lstm_cell or a gru_cell is run in chunks of 8 positions; dW, dU, db and
+    dx of a chunk are formed at once: the same sums, sooner. See fnbp/layers/sequences.py.
+
+    Shapes:  x (m, T, ...); y (m, T, ...); mask (m, T); saved: what the cell saves, T times; in chunks x, y, the gates,
+             s of an lstm_cell, e_k of a gru_cell, and h of each eighth position.
     Source:  Werbos 1990, Proceedings of the IEEE 78, Backpropagation through time.
     Options: reverse: from the last position to the first; y stands where its x does.
     Raises:  ValueError if the sequence is empty, the mask has another shape, or the cell changes the shape of h;
@@ -97,6 +101,7 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
     check_is("scan", "reverse", reverse, bool)
     name = f"scan({cell.name}, reverse)" if reverse else f"scan({cell.name})"
     turned = at_path(name, cell)
+    whole = cell.traits.whole if cell.traits.whole is not None and cell.traits.whole.fits(cell) else None
 
     def init(key, x):
         check_key(name, key)
@@ -118,6 +123,10 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
             return (where(counts, new, h), state), (where(counts, y, 0), res)
 
         h_0 = of_zeros(turned, params, state, x, ctx) if h is None else jax.tree.map(lambda a: varying(a, x), h)
+        if whole is not None and mask is None and x.shape[1] >= whole.least:
+            check_turn(name, turned, params, state, h_0, x, ctx)
+            h_T, y, saved = whole.forward(params, h_0, x, reverse)
+            return (h_T, y) if given else y, state, (AtOnce(saved), None, like(h_T), Static(h is None))
         (h_T, state), (y, saved) = lax.scan(turn, (h_0, state), (time_first(x), mask, keys), reverse=reverse)
         y = example_first(y)
         return (h_T, y) if given else y, state, (saved, mask, like(h_T), Static(h is None))
@@ -125,6 +134,9 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
     def backward(params, res, dy):
         saved, mask, like_h, from_zeros = res
         given, (dh_T, dy) = isinstance(dy, tuple), dy if isinstance(dy, tuple) else (zeros_of(like_h, dy), dy)
+        if isinstance(saved, AtOnce):
+            factors, dh_0, dx = whole.backward(params, saved.res, dh_T, dy, reverse)
+            return factors, (None if from_zeros.value else dh_0, dx) if given else dx
 
         def turn(dh, each):
             res, counts, dy = each
@@ -138,6 +150,17 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
 
     steps = None if reverse else steps_of(turned, forward)
     return Layer(init, forward, backward, name, traits=traits_of(cell, positions_stay, carries=True, steps=steps))
+
+
+class AtOnce(NamedTuple):
+    """What is saved where a cell is run over the whole sequence at once."""
+
+    res: Any
+
+
+def check_turn(name: str, cell: Layer, params: Any, state: Any, h: Any, x: jax.Array, ctx: Context) -> None:
+    """Let the cell check its params, h and x, without computing a turn. ValueError if it changes the shape of h."""
+    check_same(name, cell, h, shape_of(cell, params, state, (h, x[:, 0]), ctx)[0])
 
 
 def steps_of(cell: Layer, forward: Callable) -> Steps:

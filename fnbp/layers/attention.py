@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from fnbp.arrays.checks import check_floating, check_is, check_key, check_params, check_positive, check_size, describe
 from fnbp.arrays.masks import check_mask, kept
@@ -16,6 +16,7 @@ from fnbp.arrays.sums import wide
 from fnbp.construction import constructor
 from fnbp.factor import Outer, Sum
 from fnbp.layer import Context, Layer, Static, Traits, counting
+from fnbp.layers.attending import attend, attend_back
 from fnbp.layers.initializers import initializer_of
 from fnbp.layers.parameters import Shapes, add_bias, drawn, due, optional, those_of
 from fnbp.steps import Steps
@@ -23,10 +24,6 @@ from fnbp.steps import Steps
 __all__ = ["attention"]
 
 Sequence = Float[Array, "m t n"]
-Queries = Float[Array, "m t kv g d"]
-Keys = Float[Array, "m s kv d"]
-Weights = Float[Array, "m kv g t s"]
-Seen = Bool[Array, "#m 1 1 #t s"]
 
 
 @constructor
@@ -43,17 +40,21 @@ def attention(
 
         q = Q x + b_Q    k = K z    v = V z + b_V      z = x, or memory      (head by head)
         p = softmax(q k^T / sqrt d)      o = p v      y = O o + b_O
-        do = O^T dy      dv = p^T do      dp = do v^T      ds = p (dp - sum_t dp p)
+        do = O^T dy      dv = p^T do      dp = do v^T      ds = p (dp - do . o), where do . o = sum_t dp p
         dq = ds k / sqrt d      dk = ds^T q / sqrt d      dz = K^T dk + V^T dv      dx = Q^T dq, + dz if z = x
         dQ = dq x^T    dK = dk z^T    dV = dv z^T    dO = dy o^T      db: the sums of dq, dk, dv, dy
 
     Context.mask, (m, S) or (m, T, S), is True where a position of z counts. A query that sees none has p = 0 and o = 0.
 
+    With more than 64 keys nothing of size T S is held: p is formed for 128 queries at a time, against all keys that they
+    see, and again in the backward.
+
     Shapes:   x, y (m, T, n); memory (m, S, l); Q (n, n), K, V (kv_heads d, l), O (n, n), d = n / heads;
-              saved x, z, q, k, v, o, and p (m, kv_heads, heads / kv_heads, T, S) in at least float32.
+              saved x, z, q, k, v, the mask, o and, for up to 64 keys, p, these two in at least float32.
     Forward:  Vaswani et al. 2017, arXiv:1706.03762, section 3.2; rotary: Su et al. 2021, arXiv:2104.09864, section
               3.2.2; kv_heads: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
-    Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2.
+    Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2; blocks of queries against whole rows of keys: Rabe &
+              Staats 2021, arXiv:2112.05682, section 2.
     Options:  kv_heads: number of key/value heads; each serves heads / kv_heads query heads. causal: a query sees no
               later position. rotary: base of the rotary embedding (the paper's is 10,000), which turns pairs (2i, 2i+1)
               of q and k by position times base^(-2i / d); K has a bias only with rotary: softmax would not see it. W,
@@ -69,18 +70,19 @@ def attention(
         check_params(name, params, x[0] if isinstance(x, tuple) else x, those_of(makers, shapes(x)))
         pair = Static(isinstance(x, tuple))
         x, z = check_pair(name, x, heads, rotary)
-        seen, z = visible(x, z, ctx.mask, causal), of_use(z, ctx.mask)
+        z = of_use(z, ctx.mask)
         q, k, v = affine(params, "Q", x), affine(params, "K", z), affine(params, "V", z)
         q_heads, k_heads, v_heads = split_heads(q, kv, heads // kv), split_heads(k, kv), split_heads(v, kv)
         q_turned, k_turned = rotate(q_heads, rotary), rotate(k_heads, rotary)
-        o_heads, p = attend(q_turned, k_turned, v_heads, seen)
-        o = merge_heads(o_heads)
-        return affine(params, "O", o), state, (x, z, q_turned, k_turned, v_heads, p, o, pair)
+        o_heads, p = attend(q_turned, k_turned, v_heads, ctx.mask, causal)
+        o = merge_heads(o_heads).astype(x.dtype)
+        return affine(params, "O", o), state, (x, z, q_turned, k_turned, v_heads, p, o_heads, ctx.mask, pair)
 
     def backward(params: dict, res: tuple, dy: Sequence) -> tuple[dict, Any]:
-        x, z, q_turned, k_turned, v_heads, p, o, pair = res
+        x, z, q_turned, k_turned, v_heads, p, o_heads, mask, pair = res
+        o = merge_heads(o_heads).astype(x.dtype)
         do_heads = split_heads(dy @ params["O"], kv, heads // kv)
-        dq_turned, dk_turned, dv_heads = attend_back(q_turned, k_turned, v_heads, p, do_heads)
+        dq_turned, dk_turned, dv_heads = attend_back(q_turned, k_turned, v_heads, mask, causal, p, o_heads, do_heads)
         dq_heads, dk_heads = unrotate(dq_turned, rotary), unrotate(dk_turned, rotary)
         dq, dk, dv = merge_heads(dq_heads), merge_heads(dk_heads), merge_heads(dv_heads)
         factors = {"Q": Outer(dq, x), "K": Outer(dk, z), "V": Outer(dv, z), "O": Outer(dy, o)}
@@ -112,9 +114,9 @@ def steps_of(name: str, forward: Callable, kv: int, group: int, rotary: float | 
         q_turned = rotate(split_heads(q, kv, group), rotary, at=at, length=length)
         k_turned = rotate(split_heads(k, kv), rotary, at=at, length=length)
         keys, values = put_at(kept["k"], at, k_turned), put_at(kept["v"], at, split_heads(v, kv))
-        seen = (jnp.arange(length) <= at)[None, None, None, None]
-        o_heads, _ = attend(q_turned, keys.astype(q.dtype), values.astype(q.dtype), seen)
-        return affine(params, "O", merge_heads(o_heads)), {"k": keys, "v": values, "at": at + 1}
+        seen = (jnp.arange(length) <= at)[None, None]
+        o_heads, _ = attend(q_turned, keys.astype(q.dtype), values.astype(q.dtype), seen, causal=False)
+        return affine(params, "O", merge_heads(o_heads).astype(x.dtype)), {"k": keys, "v": values, "at": at + 1}
 
     return Steps(first, then)
 
@@ -167,28 +169,6 @@ def makers_of(
     return matrices | ({} if init_b is None else {f"b_{leaf}": init_b for leaf in biased})
 
 
-def attend(q: Queries, k: Keys, v: Keys, seen: Seen | None) -> tuple[Queries, Weights]:
-    """Compute o and p, which is 0 where seen is False."""
-    s = jnp.einsum("mtkgd,mskd->mkgts", wide(q), wide(k)) / np.sqrt(q.shape[-1])
-    s = s if seen is None else jnp.where(seen, s, -jnp.inf)
-    most = jnp.max(s, -1, keepdims=True)
-    e = jnp.exp(s - jax.lax.stop_gradient(jnp.where(jnp.isfinite(most), most, 0)))  # a row of -inf: e = 0
-    total = jnp.sum(e, -1, keepdims=True)
-    p = e / jnp.where(total == 0, 1, total)
-    return jnp.einsum("mkgts,mskd->mtkgd", p, wide(v)).astype(v.dtype), p
-
-
-def attend_back(q: Queries, k: Keys, v: Keys, p: Weights, do: Queries) -> tuple[Queries, Keys, Keys]:
-    """Compute dq, dk, dv from do."""
-    do = wide(do)
-    dv = jnp.einsum("mkgts,mtkgd->mskd", p, do)
-    dp = jnp.einsum("mtkgd,mskd->mkgts", do, wide(v))
-    ds = p * (dp - jnp.sum(dp * p, -1, keepdims=True)) / np.sqrt(q.shape[-1])
-    dq = jnp.einsum("mkgts,mskd->mtkgd", ds, wide(k))
-    dk = jnp.einsum("mkgts,mtkgd->mskd", ds, wide(q))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
-
-
 def split_heads(a: jax.Array, *heads: int) -> jax.Array:
     """Reshape (m, T, n) to (m, T, *heads, d)."""
     return reshaped(a, *a.shape[:2], *heads, a.shape[-1] // math.prod(heads))
@@ -225,15 +205,6 @@ def unrotate(a: jax.Array, base: float | None) -> jax.Array:
 def affine(params: dict, leaf: str, a: jax.Array) -> jax.Array:
     """W a + b, or W a if there is no b."""
     return add_bias(a @ params[leaf].T, params, f"b_{leaf}")
-
-
-def visible(x: jax.Array, z: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array | None:
-    """True where a query sees a key, (m, 1, 1, T, S); None if every query sees every key."""
-    seen = jnp.tril(jnp.ones((x.shape[1], z.shape[1]), bool))[None] if causal else None
-    if mask is not None:
-        mask = mask if mask.ndim == 3 else mask[:, None]
-        seen = mask if seen is None else seen & mask
-    return None if seen is None else seen[:, None, None]
 
 
 def check_options(name: str, heads: int, kv: int, causal: bool, rotary: float | None) -> None:

@@ -14,6 +14,8 @@ from fnbp.factor import Outer, Sum
 from fnbp.layer import Layer, stateless
 from fnbp.layers.initializers import initializer, initializer_of
 from fnbp.layers.parameters import Shapes, drawn
+from fnbp.layers.sequences import GRU, LSTM, in_chunks
+from fnbp.steps import with_whole
 
 __all__ = ["gru_cell", "lstm_cell", "rnn_cell"]
 
@@ -99,7 +101,7 @@ def lstm_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = 
         factors = {"W": Outer(da, x), "U": Outer(da, h), "b": Sum(da), "c": Sum(da)}
         return factors, ((da @ params["U"], ds * f), da @ params["W"])
 
-    return stateless(init_of(name, n, 4, W, U), forward, backward, name)
+    return with_whole(stateless(init_of(name, n, 4, W, U), forward, backward, name), in_chunks(LSTM))
 
 
 @constructor
@@ -143,7 +145,7 @@ def gru_cell(n: int, W: str | Callable = "glorot_uniform", U: str | Callable = "
         factors = {"W": Outer(da, x), "U": Outer(de, h), "b": Sum(da), "c": Sum(de)}
         return factors, (de @ params["U"] + dh * z, da @ params["W"])
 
-    return stateless(init_of(name, n, 3, W, U), forward, backward, name)
+    return with_whole(stateless(init_of(name, n, 3, W, U), forward, backward, name), in_chunks(GRU))
 
 
 def shapes_of(n: int, gates: int, x: Any) -> Shapes:

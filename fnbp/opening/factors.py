@@ -14,7 +14,7 @@ from fnbp.contractions import Contraction, dot, total
 from fnbp.factor import Added, Factor, Wrapped, along_examples, register_factor
 from fnbp.opening.layouts import Layout, along_last
 
-__all__ = ["ByVjp", "LaidOut", "Nothing", "Through"]
+__all__ = ["ByVjp", "LaidOut", "Nothing", "Through", "Together"]
 
 NONE = -1  # the example axis of an array that has none
 
@@ -110,10 +110,10 @@ class Through(Wrapped):
         """h(p)."""
         return self.h(*self.known[: self.which], p, *self.known[self.which + 1 :])
 
-    def pull(self, g: jax.Array) -> jax.Array:
+    def pull(self, g: Any) -> jax.Array:
         """J^T g."""
         value, pull = jax.vjp(self.of, self.known[self.which])
-        return pull(g.astype(value.dtype))[0]
+        return pull(jax.tree.map(lambda g, one: g.astype(one.dtype), g, value))[0]
 
     def total(self) -> jax.Array:
         if not self.linear:
@@ -151,6 +151,40 @@ class Through(Wrapped):
 
     def widest(self) -> int:
         return max(jnp.size(self.known[self.which]), self.factor.widest())
+
+
+@register_factor
+@dataclass(frozen=True)
+class Together(Factor):
+    """The factors of several values, for a Through that is not linear: total and per_example are tuples."""
+
+    factors: tuple[Factor, ...]
+
+    @property
+    def examples(self) -> int:
+        return self.factors[0].examples
+
+    @property
+    def sliced(self) -> bool:  # type: ignore[override]
+        return all(factor.sliced for factor in self.factors)
+
+    def total(self) -> Any:
+        return tuple(factor.total() for factor in self.factors)
+
+    def per_example(self) -> Any:
+        return tuple(factor.per_example() for factor in self.factors)
+
+    def scaled(self, c: Any) -> "Together":
+        return Together(tuple(factor.scaled(c) for factor in self.factors))
+
+    def widened(self) -> "Together":
+        return Together(tuple(factor.widened() for factor in self.factors))
+
+    def example_axes(self) -> Any:
+        return Together(tuple(factor.example_axes() for factor in self.factors))
+
+    def widest(self) -> int:
+        return max(factor.widest() for factor in self.factors)
 
 
 @register_factor

@@ -56,6 +56,9 @@ def operands_live(name: str, params: dict[str, Any], wanted: list[bool], many: i
     if name == "while":  # its condition has no derivative
         needed = turns_live(opened_up(params["body_jaxpr"])[0], (params["body_nconsts"], len(wanted)), wanted)
         return [False] * params["cond_nconsts"] + needed
+    if name == "cond":  # its index has no derivative
+        branches = (inputs_live(opened_up(jaxpr)[0], wanted) for jaxpr in params["branches"])
+        return [False, *map(any, zip(*branches, strict=True))]
     return [True] * many
 
 

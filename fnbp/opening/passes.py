@@ -13,7 +13,7 @@ from jax import lax
 
 from fnbp.combinators.factors import Stacked
 from fnbp.factor import Factor
-from fnbp.opening.factors import Through, over_turns
+from fnbp.opening.factors import Through, Together, over_turns
 from fnbp.opening.plan import Plan
 from fnbp.opening.program import Loop, Program, Step, Value, has_rule
 from fnbp.opening.pulls import pulled
@@ -136,21 +136,31 @@ def factors_of(plan: Plan, program: Program, deltas: list[Any], record: Record, 
             for use in plan.uses[step]:
                 add(use.of, use.make(of_step[step], *(at(arrays, value) for value in use.needs)))
         else:
-            for j, value in enumerate(step.results):
-                behind = found.pop(value, None)
-                if behind is not None and value in plan.makers:
-                    for source, factor in factors_behind(plan, step, j, behind, arrays):
-                        add(source, factor)
+            behind = {j: found.pop(value) for j, value in enumerate(step.results) if value in found}
+            behind = {j: factor for j, factor in behind.items() if step.results[j] in plan.makers}
+            for results, factor in apart(step, behind):
+                for source, own in factors_behind(plan, step, results, factor, arrays):
+                    add(source, own)
     return found
 
 
-def factors_behind(plan: Plan, step: Step, j: int, factor: Factor, arrays: Arrays) -> list[tuple[Value, Factor]]:
-    """The factors of what result j is derived from: of its operands where they have a form of their own, else of the
+def apart(step: Step, behind: dict[int, Factor]) -> list[tuple[list[int], Factor]]:
+    """The factors of the results of a step that go back by themselves: each, but all at once through a rule of a
+    user's own, which need not be linear."""
+    if len(behind) > 1 and has_rule(step.name, step.params):
+        return [([*behind], Together(tuple(behind.values())))]
+    return [([j], factor) for j, factor in behind.items()]
+
+
+def factors_behind(
+    plan: Plan, step: Step, results: list[int], factor: Factor, arrays: Arrays
+) -> list[tuple[Value, Factor]]:
+    """The factors of what results are derived from: of the operands where they have a form of their own, else of the
     parameters that these operands are derived from."""
     found, rest = [], []
     values = tuple(at(arrays, value) for value in step.operands)
     for i in plan.wanted(step):
-        own = pulled(step, i, j, factor, values)
+        own = pulled(step, i, results[0], factor, values) if len(results) == 1 else None
         if own is None:
             rest.append(step.operands[i])
         else:
@@ -167,21 +177,23 @@ def factors_behind(plan: Plan, step: Step, j: int, factor: Factor, arrays: Array
         for one in chain:
             env.update(zip(one.results, one.run(*(at(env, value) for value in one.operands)), strict=True))
         env.update(zip(fixed, known[len(given) :], strict=True))
-        return step.run(*(at(env, value) for value in step.operands))[j]
+        made = step.run(*(at(env, value) for value in step.operands))
+        return made[results[0]] if len(results) == 1 else tuple(made[j] for j in results)
 
     known = tuple(arrays[value] for value in (*given, *fixed))
-    linear = not any(has_rule(one.name, one.params) for one in (*chain, step))
+    linear = not has_rule(step.name, step.params)
     return found + [(source, Through(factor, known, h, given.index(source), linear)) for source in sources]
 
 
 def chain_to(plan: Plan, step: Step, values: list[Value]) -> tuple[list[Step], list[Value]]:
-    """The steps by which values are derived within one program, first to last, and the live values they start from."""
+    """The steps by which values are derived within one program, first to last, and the live values they start from:
+    parameters, what other programs make, and what a rule of a user's own makes, which sees all errors at once."""
     chain: list[Step] = []
     sources: dict[Value, None] = {}
 
     def visit(value: Value) -> None:
         maker = plan.makers.get(value)
-        if maker is None or value.home is not step.results[0].home:
+        if maker is None or value.home is not step.results[0].home or has_rule(maker.name, maker.params):
             if value.kind == "param" and value in plan.live:
                 sources[value] = None
         elif maker not in chain:

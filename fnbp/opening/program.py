@@ -156,10 +156,12 @@ def read_equations(
 
 
 def append(program: Program, eqn: Any, operands: tuple[Value, ...], place: Place) -> list[Value]:
-    """Append the step of an equation: to the program, or, if all turns have the same, in front of the loop."""
+    """Append the step of an equation: to the program, or, if all turns have the same, in front of the loop; but a rule
+    of a user's own, which need not be linear, sees the error of each turn."""
     name = eqn.primitive.name
     kinds = {value.kind for value in operands}
-    while program.around is not None and not eqn.effects and all(outside(program, value) for value in operands):
+    stays = eqn.effects or ("param" in kinds and has_rule(name, eqn.params))
+    while program.around is not None and not stays and all(outside(program, value) for value in operands):
         program = program.around
     kind: Kind = "data" if "data" in kinds else "param" if "param" in kinds and name not in FLAT else "known"
     check_arrays(name, place, operands, eqn.outvars)
