@@ -8,22 +8,22 @@ The indices, here and wherever a factor stands:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from fnbp.arrays.nodes import register_factor
-from fnbp.arrays.placement import einsum, laid
+from fnbp.arrays.placement import einsum
 from fnbp.arrays.sums import wide
 from fnbp.contractions import Contraction, rows_of, sq_norms
 from fnbp.pairs import KroneckerPair, added_pairs, kronecker
 
 __all__ = ["Factor", "Outer", "Product", "Sum", "register_factor"]
 
+TALL = 4  # times as many outputs as inputs, from which dW is formed by its transpose
 MIXED = "it mixes the examples of a batch, so no example has a gradient of its own; only total is defined"
 
 
@@ -139,7 +139,10 @@ class Outer(Factor):
     positional: ClassVar[bool] = True
 
     def total(self) -> jax.Array:
-        return einsum("...o,...i->oi", self.d, self.x)
+        if self.d.shape[-1] < TALL * self.x.shape[-1]:
+            return einsum("...o,...i->oi", self.d, self.x)
+        # on the CPU a tall dW is slow to form, its transpose is not; without the barrier XLA turns that round again
+        return jax.lax.optimization_barrier(einsum("...i,...o->io", self.x, self.d)).T
 
     def per_example(self) -> jax.Array:
         return einsum("m...o,m...i->moi", self.d, self.x)
@@ -319,86 +322,6 @@ class Added(Factor):
 
     def scaled(self, c: Any) -> "Added":
         return Added(self.one.scaled(c), self.other.scaled(c))
-
-
-@dataclass(frozen=True)
-class Wrapped(Factor):
-    """A factor that is another one, but for what becomes of its total and its rows."""
-
-    factor: Factor
-
-    @property
-    def examples(self) -> int:
-        return self.factor.examples
-
-    @property
-    def sliced(self) -> bool:  # type: ignore[override]
-        return self.factor.sliced
-
-    @property
-    def turned(self) -> bool:  # type: ignore[override]
-        return self.factor.turned
-
-    def outer(self) -> tuple[jax.Array, jax.Array] | None:
-        return self.factor.outer()
-
-    def per_example(self) -> jax.Array:
-        return self.factor.per_example()
-
-    def contracted(self, contraction: Contraction, *given: Any) -> Any:
-        return contraction(self.factor, *given)
-
-    def example_axes(self) -> Any:
-        return replace(self, factor=self.factor.example_axes())
-
-    def in_turn(self) -> Any:
-        return replace(self, factor=self.factor.in_turn())
-
-    def widened(self) -> Any:
-        return replace(self, factor=self.factor.widened())
-
-    def scaled(self, c: Any) -> Any:
-        return replace(self, factor=self.factor.scaled(c))
-
-
-@register_factor
-@dataclass(frozen=True)
-class Formed(Wrapped):
-    """A factor beside its total, which the backward has formed on its way. Under jit only what is used is computed.
-
-    total   whole      all else   of the factor
-    """
-
-    whole: jax.Array
-
-    def bare(self) -> Factor:
-        return self.factor
-
-    def total(self) -> jax.Array:
-        return self.whole
-
-    def example_axes(self) -> "Formed":
-        return Formed(self.factor.example_axes(), -1)  # type: ignore[arg-type]
-
-    def scaled(self, c: Any) -> Factor:
-        return self.factor.scaled(c)
-
-    def weighted(self, c: Any) -> jax.Array:
-        return self.factor.weighted(c)
-
-
-@register_factor
-@dataclass(frozen=True)
-class Placed(Wrapped):
-    """The factor of a parameter that is split over devices: its total is left where the parameter lies."""
-
-    place: NamedSharding = field(metadata={"static": True})
-
-    def bare(self) -> Factor:
-        return self.factor
-
-    def total(self) -> jax.Array:
-        return laid(self.factor.total(), self.place)
 
 
 def positions_in_one(a: jax.Array) -> jax.Array:

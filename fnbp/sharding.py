@@ -23,10 +23,11 @@ from fnbp.combinators.tie import look_up, put
 from fnbp.construction import constructor
 from fnbp.contraction import Contracted, is_open
 from fnbp.contractions import total
-from fnbp.factor import Factor, Mixed, Placed
+from fnbp.factor import Factor, Mixed
 from fnbp.layer import Context, Layer, child, leaves, map_layers
 from fnbp.naming import by_pattern, check_patterns, map_named
 from fnbp.processes import check_alike, put_whole
+from fnbp.wrapping import Placed
 
 __all__ = ["mesh", "place", "places", "sharded", "split"]
 

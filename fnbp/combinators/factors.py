@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from fnbp.contraction import Contracted, is_open
 from fnbp.contractions import Contraction
-from fnbp.factor import Factor, Mixed, Wrapped, register_factor
+from fnbp.factor import Factor, Mixed, register_factor
+from fnbp.wrapping import Wrapped
 
 
 @dataclass(frozen=True)

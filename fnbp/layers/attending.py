@@ -1,9 +1,10 @@
 """What attention computes of queries, keys and values: the weights p, what they make of v, and back; see attention.
 
-With few keys p is kept for the backward. With more, it is formed for a block of queries at a time, against all keys that
-they see, and again in the backward: nothing of size T S is held.
+With few keys p is kept for the backward. With more, it is formed for a block of queries at a time, against all keys
+that they see, and again in the backward: nothing of size T S is held.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ Seen = Bool[Array, "#m #t s"]
 
 def weights(q: HeadQueries, k: HeadKeys, seen: Seen | None) -> HeadWeights:
     """p = softmax(q k^T / sqrt d), 0 where seen is False."""
-    s = jnp.einsum("mtgd,msd->mtgs", wide(q), wide(k)) / np.sqrt(q.shape[-1])
+    s = jnp.einsum("mtgd,msd->mtgs", wide(q), wide(k)) / math.sqrt(q.shape[-1])
     s = s if seen is None else jnp.where(seen[:, :, None], s, -jnp.inf)
     most = jnp.max(s, -1, keepdims=True)
     e = jnp.exp(s - jax.lax.stop_gradient(jnp.where(jnp.isfinite(most), most, 0)))  # a row of -inf: e = 0
@@ -47,12 +48,12 @@ def weighted(p: HeadWeights, v: HeadKeys) -> HeadQueries:
 
 
 def weighted_back(
-    q: HeadQueries, k: HeadKeys, v: HeadKeys, p: HeadWeights, o: HeadQueries, do: HeadQueries
+    q: HeadQueries, k: HeadKeys, v: HeadKeys, p: HeadWeights, do: HeadQueries
 ) -> tuple[HeadQueries, HeadKeys, HeadKeys]:
     """dq, dk, dv from do."""
     dv = jnp.einsum("mtgs,mtgd->msd", p, do)
     dp = jnp.einsum("mtgd,msd->mtgs", do, wide(v))
-    ds = p * (dp - jnp.sum(do * o, -1, keepdims=True)) / np.sqrt(q.shape[-1])
+    ds = p * (dp - jnp.sum(dp * p, -1, keepdims=True)) / math.sqrt(q.shape[-1])
     dq = jnp.einsum("mtgs,msd->mtgd", ds, wide(k))
     dk = jnp.einsum("mtgs,mtgd->msd", ds, wide(q))
     return dq, dk, dv
@@ -83,22 +84,26 @@ def attend(q: Queries, k: Keys, v: Keys, mask: Any, causal: bool) -> tuple[Queri
 
 
 def attend_back(
-    q: Queries, k: Keys, v: Keys, mask: Any, causal: bool, p: Weights | None, o: Queries, do: Queries
+    q: Queries, k: Keys, v: Keys, mask: Any, causal: bool, p: Weights | None, do: Queries
 ) -> tuple[Queries, Keys, Keys]:
     """dq, dk, dv from do."""
-    heads, rest = tuple(map(heads_first, (q, k, v))), tuple(map(heads_first, (o, wide(do))))
+    heads, do_heads = tuple(map(heads_first, (q, k, v))), heads_first(wide(do))
 
-    def in_blocks(q, k, v, o, do):
-        def block(carry, keys, seen, q, o, do):
+    def in_blocks(q, k, v, do):
+        def block(carry, keys, seen, q, do):
             k_seen, v_seen = k[:, :keys], v[:, :keys]
-            dq, dk, dv = weighted_back(q, k_seen, v_seen, weights(q, k_seen, seen), o, do)
+            dq, dk, dv = weighted_back(q, k_seen, v_seen, weights(q, k_seen, seen), do)
             return (added(carry[0], dk), added(carry[1], dv)), dq
 
-        start = jnp.zeros_like(wide(k)), jnp.zeros_like(wide(v))
-        (dk, dv), dq = over_blocks(block, start, k.shape[1], mask, causal, q, o, do)
+        dtype = jnp.result_type(*map(wide, (q, k, v)), do)
+        start = jnp.zeros_like(k, dtype), jnp.zeros_like(v, dtype)
+        (dk, dv), dq = over_blocks(block, start, k.shape[1], mask, causal, q, do)
         return dq, dk, dv
 
-    d = head_by_head(in_blocks, *heads, *rest) if p is None else jax.vmap(weighted_back)(*heads, p, *rest)
+    if p is None:
+        d = head_by_head(in_blocks, *heads, do_heads)
+    else:
+        d = jax.vmap(weighted_back)(*heads, p, do_heads)
     dq, dk, dv = map(heads_behind, d)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 

@@ -40,17 +40,18 @@ def attention(
 
         q = Q x + b_Q    k = K z    v = V z + b_V      z = x, or memory      (head by head)
         p = softmax(q k^T / sqrt d)      o = p v      y = O o + b_O
-        do = O^T dy      dv = p^T do      dp = do v^T      ds = p (dp - do . o), where do . o = sum_t dp p
+        do = O^T dy      dv = p^T do      dp = do v^T      ds = p (dp - sum_t dp p)
         dq = ds k / sqrt d      dk = ds^T q / sqrt d      dz = K^T dk + V^T dv      dx = Q^T dq, + dz if z = x
         dQ = dq x^T    dK = dk z^T    dV = dv z^T    dO = dy o^T      db: the sums of dq, dk, dv, dy
 
     Context.mask, (m, S) or (m, T, S), is True where a position of z counts. A query that sees none has p = 0 and o = 0.
 
-    With more than 64 keys nothing of size T S is held: p is formed for 128 queries at a time, against all keys that they
-    see, and again in the backward.
+    With more than 64 keys nothing of size T S is held: p is formed for 128 queries at a time, against all keys that
+    they see, and again in the backward.
 
     Shapes:   x, y (m, T, n); memory (m, S, l); Q (n, n), K, V (kv_heads d, l), O (n, n), d = n / heads;
-              saved x, z, q, k, v, the mask, o and, for up to 64 keys, p, these two in at least float32.
+              saved x, z, q, k, v, o, the mask and, for up to 64 keys, p (kv_heads, m, T, heads / kv_heads, S) in at
+              least float32.
     Forward:  Vaswani et al. 2017, arXiv:1706.03762, section 3.2; rotary: Su et al. 2021, arXiv:2104.09864, section
               3.2.2; kv_heads: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
     Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2; blocks of queries against whole rows of keys: Rabe &
@@ -76,13 +77,12 @@ def attention(
         q_turned, k_turned = rotate(q_heads, rotary), rotate(k_heads, rotary)
         o_heads, p = attend(q_turned, k_turned, v_heads, ctx.mask, causal)
         o = merge_heads(o_heads).astype(x.dtype)
-        return affine(params, "O", o), state, (x, z, q_turned, k_turned, v_heads, p, o_heads, ctx.mask, pair)
+        return affine(params, "O", o), state, (x, z, q_turned, k_turned, v_heads, p, o, ctx.mask, pair)
 
     def backward(params: dict, res: tuple, dy: Sequence) -> tuple[dict, Any]:
-        x, z, q_turned, k_turned, v_heads, p, o_heads, mask, pair = res
-        o = merge_heads(o_heads).astype(x.dtype)
+        x, z, q_turned, k_turned, v_heads, p, o, mask, pair = res
         do_heads = split_heads(dy @ params["O"], kv, heads // kv)
-        dq_turned, dk_turned, dv_heads = attend_back(q_turned, k_turned, v_heads, mask, causal, p, o_heads, do_heads)
+        dq_turned, dk_turned, dv_heads = attend_back(q_turned, k_turned, v_heads, mask, causal, p, do_heads)
         dq_heads, dk_heads = unrotate(dq_turned, rotary), unrotate(dk_turned, rotary)
         dq, dk, dv = merge_heads(dq_heads), merge_heads(dk_heads), merge_heads(dv_heads)
         factors = {"Q": Outer(dq, x), "K": Outer(dk, z), "V": Outer(dv, z), "O": Outer(dy, o)}

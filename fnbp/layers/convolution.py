@@ -11,13 +11,13 @@ from jaxtyping import Array, Float
 
 from fnbp.arrays.checks import check_size
 from fnbp.arrays.masks import Rule, by_position
-from fnbp.arrays.placement import each_example, over_examples
+from fnbp.arrays.placement import each_example, over_examples, reshaped
 from fnbp.construction import constructor
 from fnbp.factor import Factor, Sum, along_examples, register_factor
 from fnbp.layer import Layer, stateless
 from fnbp.layers.initializers import initializer_of
 from fnbp.layers.parameters import Shapes, add_bias, due, optional, weights
-from fnbp.layers.windows import Padding, Sizes, Sliding, Windows
+from fnbp.layers.windows import Axis, Padding, Sizes, Sliding, Windows
 
 __all__ = ["bias", "conv", "conv_transpose"]
 
@@ -95,6 +95,8 @@ def convolve_back(y: jax.Array, W: jax.Array, at: Windows, groups: int = 1) -> j
 
     The transpose of convolve: a convolution of y, spread out by the stride, with the kernel reversed.
     """
+    if has_phases(at, groups):
+        return spread_in_phases(y, W, at.axes[0])
     pads = [
         (
             a.extent - 1 - a.low,  # so that y[0] meets x[0] through the offset farthest from it
@@ -125,6 +127,8 @@ def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -
 
     A convolution of x with dy in which examples and channels change places.
     """
+    if has_phases(at, groups):
+        return kernel_gradient_in_phases(dy, x, at.axes[0])
     pads = [
         (
             a.low,  # as in the forward
@@ -141,6 +145,38 @@ def kernel_gradient(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -
         batch_group_count=groups,
     )
     return jnp.swapaxes(dW, 0, -1)
+
+
+# --- along one axis, in phases of its stride: offset k of a window is phase k mod stride of block p + k // stride ---
+
+
+def has_phases(at: Windows, groups: int) -> bool:
+    """True where a window is a few neighbouring blocks of one stride each, so that products of matrices do."""
+    a = at.axes[0]
+    return len(at.axes) == 1 and groups == 1 and a.stride > 1 and a.dilation == 1 and a.low >= 0
+
+
+def kernel_gradient_in_phases(dy: Float[Array, "m p o"], x: Float[Array, "m s i"], a: Axis) -> Float[Array, "o k i"]:
+    """As kernel_gradient: dW[t stride + r] = sum_p dy[p] b[p + t, r]^T, b the blocks of x."""
+    reach = -(-a.kernel // a.stride)
+    length = (a.count + reach - 1) * a.stride
+    blocks = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (a.low, length - a.low - a.size, 0), (0, 0, 0)])
+    blocks = blocks.reshape(x.shape[0], a.count + reach - 1, -1)
+    dW = jnp.stack([jnp.einsum("mpo,mpj->oj", dy, blocks[:, t : t + a.count]) for t in range(reach)], 1)
+    return dW.reshape(dy.shape[-1], reach * a.stride, -1)[:, : a.kernel]
+
+
+def spread_in_phases(y: Float[Array, "m p o"], W: Float[Array, "o k i"], a: Axis) -> Float[Array, "m s i"]:
+    """As convolve_back: b[p + t, r] = sum of W[t stride + r]^T y[p], b the blocks of what is returned."""
+    reach = -(-a.kernel // a.stride)
+    W = jnp.pad(W, ((0, 0), (0, reach * a.stride - a.kernel), (0, 0)))
+    W = W.reshape(W.shape[0], reach, -1)
+    parts = (jnp.pad(y @ W[:, t], ((0, 0), (t, reach - 1 - t), (0, 0))) for t in range(reach))
+    x = reshaped(sum(parts), y.shape[0], (a.count + reach - 1) * a.stride, W.shape[-1] // a.stride)  # type: ignore[arg-type]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (-a.low, a.low + a.size - x.shape[1], 0), (0, 0, 0)])
+
+
+# --- of each example ---
 
 
 def kernel_gradients(dy: jax.Array, x: jax.Array, at: Windows, groups: int = 1) -> jax.Array:

@@ -24,8 +24,9 @@ from jaxtyping import Array, Float
 
 from fnbp.arrays.placement import einsum, varying, zeros_beside
 from fnbp.arrays.sums import wide
-from fnbp.factor import Formed, Outer, Sum
+from fnbp.factor import Outer, Sum
 from fnbp.steps import Whole
+from fnbp.wrapping import Formed
 
 CHUNK = 8  # positions
 UNROLL = 4  # turns that are compiled as one
@@ -154,9 +155,9 @@ def in_chunks(turn: Turn) -> Whole:
             dx = paste(dx, time_first(errors[0] @ params["W"]).astype(dx.dtype), start)
             return (dh, dx, sums), errors
 
-        d, n = x.shape[-1], params["U"].shape[0]
+        d, n, dtype = x.shape[-1], params["U"].shape[0], jnp.result_type(*map(wide, (x, y, dy)))
         widths = (d + h_0.shape[-1],) if turn.joined else (d, h_0.shape[-1])
-        zeros = lambda *shape: varying(jnp.zeros(shape, wide(dy).dtype), dy)  # noqa: E731
+        zeros = lambda *shape: varying(jnp.zeros(shape, dtype), dy)  # noqa: E731
         sums = [(zeros(width, n), zeros(n)) for width in widths]
         start = dh, zeros_beside(x, x.shape, x.dtype), sums
         (dh_0, dx, sums), errors = over_chunks(chunk, start, x.shape[1], not reverse, saved)

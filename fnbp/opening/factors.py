@@ -11,8 +11,9 @@ from fnbp.arrays.placement import each_example, over_examples
 from fnbp.arrays.sums import wide
 from fnbp.combinators.factors import Cast, Shared
 from fnbp.contractions import Contraction, dot, total
-from fnbp.factor import Added, Factor, Wrapped, along_examples, register_factor
+from fnbp.factor import Added, Factor, along_examples, register_factor
 from fnbp.opening.layouts import Layout, along_last
+from fnbp.wrapping import Wrapped
 
 __all__ = ["ByVjp", "LaidOut", "Nothing", "Through", "Together"]
 
