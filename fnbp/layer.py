@@ -44,15 +44,14 @@ class Traits:
     """What a layer states of itself before it runs, so that a net can be asked.
 
     mask    what becomes of Context.mask: a rule (name, x, mask) -> the mask of y, see fnbp.arrays.masks
-    mixes   when an example's y depends on other examples of the batch: "never", "training" or "always"; an example
-            then has no gradient of its own, also below this layer
+    mixes   when y of an example depends on the others: "never", "training", "always"; none then has its own gradient
     draws   True if it draws from Context.key in training
     alone   True if x is one array: a pair can only be a carry for a scan behind this layer
     carries True if it takes a pair (h_0, x) too, and returns (h_T, y) then
     turns   of a loop over depth: how many layers its arrays hold, along their first axis; None for any other layer
     tied    of a combinator that adds the factors of two parameters: where those stand in its part's params
     steps   how it takes a sequence one position at a time, if its positions are not each by itself: see fnbp.Steps
-    whole   of a cell: how fnbp.scan runs it over a whole sequence, if there is a faster way than turn by turn
+    whole   of a cell: how fnbp.scan runs it over a whole sequence, faster than turn by turn
     opened  True for the net of an opened loss: x may hold what is not finite, and its factors need no check
     """
 
@@ -104,9 +103,8 @@ class Layer(NamedTuple):
         traits   what it does with a mask, whether it mixes examples, whether it draws: see Traits
         made     the call that made it, see fnbp.constructor: by it layers are equal, hashed, pickled and printed
 
-    fnbp.replace_functions gives a layer other functions; fnbp.map_layers rebuilds a combinator over other parts.
-
     The params and state of a leaf are dicts. Those of a combinator are tuples, one entry a part.
+    fnbp.replace_functions gives a layer other functions; fnbp.map_layers rebuilds a combinator over other parts.
     """
 
     init: Init

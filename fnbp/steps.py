@@ -2,16 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["Steps"]
+
+
+class AtOnce(NamedTuple):
+    """What Whole.forward saves."""
+
+    res: Any
 
 
 @dataclass(frozen=True)
 class Whole:
     """State how fnbp.scan runs a cell over a whole sequence, faster than turn by turn: Traits(whole=Whole(...)).
 
-        forward  (params, h_0, x, reverse)        -> h_T, y, res
+        forward  (params, h_0, x, reverse)        -> h_T, y, res    res an AtOnce
         backward (params, res, dh_T, dy, reverse) -> factors, dh_0, dx
 
     least: how many positions it takes at least. cell: forward and backward of the cell that it equals; a cell with

@@ -10,8 +10,6 @@ from fnbp.arrays.placement import laid
 from fnbp.contractions import Contraction
 from fnbp.factor import Factor, register_factor
 
-__all__ = ["Formed", "Placed", "Wrapped"]
-
 
 @dataclass(frozen=True)
 class Wrapped(Factor):

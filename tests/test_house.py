@@ -27,6 +27,7 @@ FLOORS = (  # rooms: files and packages; imports run down these, one way
     {"contractions"},
     {"pairs"},
     {"layer", "factor", "losses"},
+    {"wrapping"},
     {"naming"},
     {"contraction", "layers", "rendering"},
     {"combinators", "measurement"},

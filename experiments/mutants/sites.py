@@ -179,12 +179,17 @@ def callers() -> dict[tuple[str, str], set[str]]:
     """File and name of each function of files() that backwards call; in which files."""
     held = set(files())
     found: dict[tuple[str, str], set[str]] = {}
-    for module in map(read, files()):
-        for name in within_backwards(module):
-            f = getattr(module.live, name.id, None)
-            refusal = name.id.startswith(REFUSALS)
-            if inspect.isfunction(f) and f.__name__ == name.id and file_of(f) in held and not refusal:
-                found.setdefault((file_of(f), name.id), set()).add(module.file)
+    before = -1
+    while before != len(found):  # a helper in another file calls helpers there
+        before = len(found)
+        for module in map(read, files()):
+            alone = [node for node in module.tree.body if (module.file, getattr(node, "name", "")) in found]
+            inside = [part for node in alone for part in ast.walk(node) if isinstance(part, ast.Name)]
+            for name in (*within_backwards(module), *inside):
+                f = getattr(module.live, name.id, None)
+                refusal = name.id.startswith(REFUSALS)
+                if inspect.isfunction(f) and f.__name__ == name.id and file_of(f) in held and not refusal:
+                    found.setdefault((file_of(f), name.id), set()).add(module.file)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from fnbp.combinators.parts import at_path, one_part, placed
 from fnbp.construction import constructor
 from fnbp.contraction import is_open
 from fnbp.layer import Context, Layer, Static, mask_of, mixing, shape_of, traits_of
-from fnbp.steps import Steps
+from fnbp.steps import AtOnce, Steps, Whole
 
 __all__ = ["repeat", "scan"]
 
@@ -87,11 +87,9 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
     A cell is a Layer from (h, x) to (h, y); h is any tree, None its start: zeros. A scan takes x and returns y; given
     (h_0, x) it returns (h_T, y). Where Context.mask is False h stays and y is 0. It is a leaf with the cell's params.
 
-    Without a mask, and from 8 positions on, an lstm_cell or a gru_cell is run in chunks of 8 positions; dW, dU, db and
-    dx of a chunk are formed at once: the same sums, sooner. See fnbp/layers/sequences.py.
+    Without a mask, an lstm_cell or a gru_cell is run in chunks of 8 positions: see fnbp/layers/sequences.py.
 
-    Shapes:  x (m, T, ...); y (m, T, ...); mask (m, T); saved: what the cell saves, T times; in chunks x, y, the gates,
-             s of an lstm_cell, e_k of a gru_cell, and h of each eighth position.
+    Shapes:  x (m, T, ...); y (m, T, ...); mask (m, T); saved: what the cell saves, T times, but in chunks.
     Source:  Werbos 1990, Proceedings of the IEEE 78, Backpropagation through time.
     Options: reverse: from the last position to the first; y stands where its x does.
     Raises:  ValueError if the sequence is empty, the mask has another shape, or the cell changes the shape of h;
@@ -101,42 +99,26 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
     check_is("scan", "reverse", reverse, bool)
     name = f"scan({cell.name}, reverse)" if reverse else f"scan({cell.name})"
     turned = at_path(name, cell)
-    whole = cell.traits.whole if cell.traits.whole is not None and cell.traits.whole.fits(cell) else None
-
-    def init(key, x):
-        check_key(name, key)
-        h, x = check_sequence(name, x)
-        first = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0], *a.shape[2:]), a.dtype), x)
-        return turned.init(key, (h, first))
+    whole = whole_of(cell)
 
     def forward(params, state, x, ctx):
         given, (h, x) = isinstance(x, tuple), check_sequence(name, x)
         if ctx.mask is not None and (path := mixing(cell, ctx)):
             raise TypeError(f"{name}: {path} mixes the examples, also those that the mask leaves out")
         mask, keys = mask_in_time(name, ctx, x), keys_of(ctx, x.shape[1])
-
-        def turn(carry, each):
-            (h, state), (x, counts, key) = carry, each
-            x = where(counts, x, 0)  # what stands at a position that does not count may be NaN
-            (new, y), state, res = turned.forward(params, state, (h, x), replace(ctx, key=key, mask=None))
-            check_same(name, cell, h, new)
-            return (where(counts, new, h), state), (where(counts, y, 0), res)
-
         h_0 = of_zeros(turned, params, state, x, ctx) if h is None else jax.tree.map(lambda a: varying(a, x), h)
         if whole is not None and mask is None and x.shape[1] >= whole.least:
             check_turn(name, turned, params, state, h_0, x, ctx)
             h_T, y, saved = whole.forward(params, h_0, x, reverse)
-            return (h_T, y) if given else y, state, (AtOnce(saved), None, like(h_T), Static(h is None))
-        (h_T, state), (y, saved) = lax.scan(turn, (h_0, state), (time_first(x), mask, keys), reverse=reverse)
-        y = example_first(y)
+        else:
+            turn, each = one_turn(name, turned, params, ctx), (time_first(x), mask, keys)
+            (h_T, state), (y, saved) = lax.scan(turn, (h_0, state), each, reverse=reverse)
+            y = example_first(y)
         return (h_T, y) if given else y, state, (saved, mask, like(h_T), Static(h is None))
 
     def backward(params, res, dy):
         saved, mask, like_h, from_zeros = res
         given, (dh_T, dy) = isinstance(dy, tuple), dy if isinstance(dy, tuple) else (zeros_of(like_h, dy), dy)
-        if isinstance(saved, AtOnce):
-            factors, dh_0, dx = whole.backward(params, saved.res, dh_T, dy, reverse)
-            return factors, (None if from_zeros.value else dh_0, dx) if given else dx
 
         def turn(dh, each):
             res, counts, dy = each
@@ -144,18 +126,47 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
             around = dh_in if counts is None else where(counts, dh_in, dh)  # h went around the cell
             return around, (factors, dx)
 
-        dh_0, factors, dx = turns(turn, dh_T, (saved, mask, time_first(dy)), reverse=not reverse)
-        dx = example_first(dx)
-        return over_time(*factors), (None if from_zeros.value else dh_0, dx) if given else dx
+        if whole is not None and isinstance(saved, AtOnce):
+            factors, dh_0, dx = whole.backward(params, saved, dh_T, dy, reverse)
+        else:
+            dh_0, factors, dx = turns(turn, dh_T, (saved, mask, time_first(dy)), reverse=not reverse)
+            factors, dx = over_time(*factors), example_first(dx)
+        return factors, (None if from_zeros.value else dh_0, dx) if given else dx
 
     steps = None if reverse else steps_of(turned, forward)
-    return Layer(init, forward, backward, name, traits=traits_of(cell, positions_stay, carries=True, steps=steps))
+    traits = traits_of(cell, positions_stay, carries=True, steps=steps)
+    return Layer(init_of(name, turned), forward, backward, name, traits=traits)
 
 
-class AtOnce(NamedTuple):
-    """What is saved where a cell is run over the whole sequence at once."""
+def init_of(name: str, cell: Layer) -> Callable:
+    """The init of scan: that of its cell, with the first position of x."""
 
-    res: Any
+    def init(key, x):
+        check_key(name, key)
+        h, x = check_sequence(name, x)
+        first = jax.tree.map(lambda a: jax.ShapeDtypeStruct((a.shape[0], *a.shape[2:]), a.dtype), x)
+        return cell.init(key, (h, first))
+
+    return init
+
+
+def one_turn(name: str, cell: Layer, params: Any, ctx: Context) -> Callable:
+    """(h and state, (x, counts, key)) -> h and state, (y, res): the forward at one position."""
+
+    def turn(carry, each):
+        (h, state), (x, counts, key) = carry, each
+        x = where(counts, x, 0)  # what stands at a position that does not count may be NaN
+        (new, y), state, res = cell.forward(params, state, (h, x), replace(ctx, key=key, mask=None))
+        check_same(name, cell, h, new)
+        return (where(counts, new, h), state), (where(counts, y, 0), res)
+
+    return turn
+
+
+def whole_of(cell: Layer) -> Whole | None:
+    """How a cell is run over a whole sequence, if it says so, and its functions are those that this equals."""
+    whole = cell.traits.whole
+    return whole if whole is not None and whole.fits(cell) else None
 
 
 def check_turn(name: str, cell: Layer, params: Any, state: Any, h: Any, x: jax.Array, ctx: Context) -> None:

@@ -2,6 +2,8 @@
 
 With few keys p is kept for the backward. With more, it is formed for a block of queries at a time, against all keys
 that they see, and again in the backward: nothing of size T S is held.
+
+Source: Rabe & Staats 2021, arXiv:2112.05682, section 2, for attention without an array of size T S.
 """
 
 import math
@@ -87,7 +89,7 @@ def attend_back(
     q: Queries, k: Keys, v: Keys, mask: Any, causal: bool, p: Weights | None, do: Queries
 ) -> tuple[Queries, Keys, Keys]:
     """dq, dk, dv from do."""
-    heads, do_heads = tuple(map(heads_first, (q, k, v))), heads_first(wide(do))
+    q_heads, k_heads, v_heads, do_heads = map(heads_first, (q, k, v, wide(do)))
 
     def in_blocks(q, k, v, do):
         def block(carry, keys, seen, q, do):
@@ -101,9 +103,9 @@ def attend_back(
         return dq, dk, dv
 
     if p is None:
-        d = head_by_head(in_blocks, *heads, do_heads)
+        d = head_by_head(in_blocks, q_heads, k_heads, v_heads, do_heads)
     else:
-        d = jax.vmap(weighted_back)(*heads, p, do_heads)
+        d = jax.vmap(weighted_back)(q_heads, k_heads, v_heads, p, do_heads)
     dq, dk, dv = map(heads_behind, d)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 

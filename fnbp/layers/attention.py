@@ -45,17 +45,13 @@ def attention(
         dQ = dq x^T    dK = dk z^T    dV = dv z^T    dO = dy o^T      db: the sums of dq, dk, dv, dy
 
     Context.mask, (m, S) or (m, T, S), is True where a position of z counts. A query that sees none has p = 0 and o = 0.
-
-    With more than 64 keys nothing of size T S is held: p is formed for 128 queries at a time, against all keys that
-    they see, and again in the backward.
+    With more than 64 keys nothing of size T S is held: see fnbp/layers/attending.py.
 
     Shapes:   x, y (m, T, n); memory (m, S, l); Q (n, n), K, V (kv_heads d, l), O (n, n), d = n / heads;
-              saved x, z, q, k, v, o, the mask and, for up to 64 keys, p (kv_heads, m, T, heads / kv_heads, S) in at
-              least float32.
+              saved x, z, q, k, v, o, the mask and, for up to 64 keys, p in at least float32.
     Forward:  Vaswani et al. 2017, arXiv:1706.03762, section 3.2; rotary: Su et al. 2021, arXiv:2104.09864, section
               3.2.2; kv_heads: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
-    Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2; blocks of queries against whole rows of keys: Rabe &
-              Staats 2021, arXiv:2112.05682, section 2.
+    Backward: Dao et al. 2022, arXiv:2205.14135, appendix B.2.
     Options:  kv_heads: number of key/value heads; each serves heads / kv_heads query heads. causal: a query sees no
               later position. rotary: base of the rotary embedding (the paper's is 10,000), which turns pairs (2i, 2i+1)
               of q and k by position times base^(-2i / d); K has a bias only with rotary: softmax would not see it. W,
@@ -65,12 +61,10 @@ def attention(
     kv = heads if kv_heads is None else kv_heads
     name = f"attention({heads})" if kv == heads else f"attention({heads}, {kv})"
     shapes, makers = shapes_of(name, heads, kv, causal, rotary), makers_of(name, W, b, W_out, rotary)
-    init = init_of(name, shapes, makers)
 
     def forward(params: dict, state: dict, x: Any, ctx: Any) -> tuple[Sequence, dict, tuple]:
         check_params(name, params, x[0] if isinstance(x, tuple) else x, those_of(makers, shapes(x)))
-        pair = Static(isinstance(x, tuple))
-        x, z = check_pair(name, x, heads, rotary)
+        pair, (x, z) = Static(isinstance(x, tuple)), check_pair(name, x, heads, rotary)
         z = of_use(z, ctx.mask)
         q, k, v = affine(params, "Q", x), affine(params, "K", z), affine(params, "V", z)
         q_heads, k_heads, v_heads = split_heads(q, kv, heads // kv), split_heads(k, kv), split_heads(v, kv)
@@ -91,7 +85,8 @@ def attention(
         return factors | biases, (dx, dz) if pair.value else dx + dz
 
     steps = steps_of(name, forward, kv, heads // kv, rotary) if causal else None
-    return Layer(init, *counting(name, of_memory, forward, backward), name, traits=Traits(of_memory, steps=steps))
+    passes, traits = counting(name, of_memory, forward, backward), Traits(of_memory, steps=steps)
+    return Layer(init_of(name, shapes, makers), *passes, name, traits=traits)
 
 
 def steps_of(name: str, forward: Callable, kv: int, group: int, rotary: float | None) -> Steps:

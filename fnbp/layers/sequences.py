@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from fnbp.arrays.placement import einsum, varying, zeros_beside
 from fnbp.arrays.sums import wide
 from fnbp.factor import Outer, Sum
-from fnbp.steps import Whole
+from fnbp.steps import AtOnce, Whole
 from fnbp.wrapping import Formed
 
 CHUNK = 8  # positions
@@ -138,10 +138,10 @@ def in_chunks(turn: Turn) -> Whole:
 
         y = zeros_beside(x, (*x.shape[:2], n), hidden(h_0).dtype)
         (h_T, y), saved = over_chunks(chunk, (h_0, y), x.shape[1], reverse)
-        return h_T, y, (x, y, hidden(h_0), saved)
+        return h_T, y, AtOnce((x, y, hidden(h_0), saved))
 
-    def backward(params: dict, res: tuple, dh: Any, dy: Y, reverse: bool) -> tuple[dict, Any, X]:
-        x, y, h_0, saved = res
+    def backward(params: dict, res: AtOnce, dh: Any, dy: Y, reverse: bool) -> tuple[dict, Any, X]:
+        x, y, h_0, saved = res.res
 
         def chunk(size, carry, each):
             dh, dx, sums = carry

@@ -15,7 +15,7 @@ from fnbp.factor import Added, Factor, along_examples, register_factor
 from fnbp.opening.layouts import Layout, along_last
 from fnbp.wrapping import Wrapped
 
-__all__ = ["ByVjp", "LaidOut", "Nothing", "Through", "Together"]
+__all__ = ["ByVjp", "LaidOut", "Nothing", "Through"]
 
 NONE = -1  # the example axis of an array that has none
 
