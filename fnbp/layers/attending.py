@@ -122,9 +122,8 @@ def over_blocks(block: Callable, carry: Any, S: int, mask: Any, causal: bool, *a
     count = -(-T // BLOCK)
     size = -(-T // count)
     by_query = mask is not None and mask.ndim == 3
-    padded = [
-        jnp.pad(a, ((0, 0), (0, count * size - T), *[(0, 0)] * (a.ndim - 2))) for a in (*arrays, *[mask][:by_query])
-    ]
+    masks: list[Any] = [mask] if by_query else []
+    padded = [jnp.pad(a, ((0, 0), (0, count * size - T), *[(0, 0)] * (a.ndim - 2))) for a in (*arrays, *masks)]
     ys = []
     for those in np.array_split(np.arange(count), min(count, LOOPS if causal else 1)):
         first, end = int(those[0]), int(those[-1]) + 1
