@@ -102,8 +102,11 @@ def test_per_example_norms_of_a_masked_example_are_its_own():
 @pytest.mark.parametrize("form", ["at once"], indirect=True)
 @pytest.mark.parametrize("T, S", [(1, 67), (129, 67), (67, 300), (131, 131)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_blocks_are_the_formula_at_once(x64, form, monkeypatch, T, S, causal):
-    """Also where a whole block sees nothing."""
+@pytest.mark.parametrize("heads", ["one by one", "at once"])
+def test_blocks_are_the_formula_at_once(x64, form, monkeypatch, T, S, causal, heads):
+    """Also where a whole block sees nothing, and as other devices than a CPU go through the heads."""
+    if heads == "at once":
+        monkeypatch.setattr(attending, "head_by_head", lambda f, *heads: jax.vmap(f)(*heads))
     layer = fnbp.attention(4, 2, causal=causal, rotary=100.0)
     x, z = (jnp.asarray(rng.standard_normal((2, n, 8))) for n in (T, S))
     mask = np.asarray(rng.random((2, T, S)) < 0.3)
@@ -120,7 +123,7 @@ def test_blocks_are_the_formula_at_once(x64, form, monkeypatch, T, S, causal):
         blocks = jax.jit(run)(params, (x, z), seen)
         monkeypatch.setattr(attending, "SHORT", 1000)
         assert relative(blocks, jax.jit(lambda *args: run(*args))(params, (x, z), seen)) <= 1e-12
-        monkeypatch.undo()
+        monkeypatch.setattr(attending, "SHORT", 64)
 
 
 @pytest.mark.parametrize("form", ["at once"], indirect=True)
