@@ -11,7 +11,7 @@ from tests import fuzz
 from tests.fuzz_cases import KINDS, NAMES, TABLE, Case, draw
 from tests.test_house import constructors, returns
 
-SEED, CASES, STEP = 0, 5000, 20
+SEED, CASES, STEP = 0, 5000, 40
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,9 @@ def compared(case, wrap):
     loss, params, batch, values, grads = prepared(case.id)
     names = list(DUE) if case.contracted else ["per_example", "total"]
     v, kept = direction(params), None
-    if case.contracted:
+    if not is_crossed(case):
+        names = [name for name in names if name != "cross_gram"]
+    else:
         others = [a if i in case.shared else jax.tree.map(lambda a: a[1:4], a) for i, a in enumerate(batch, 1)]
         kept = tried(case, lambda: wrap(opened(case, loss, fnbp.keep))(params, *others)[1])
     run = wrap(opened(case, loss, {name: DUE[name][0](v, kept) for name in names}))
@@ -123,6 +126,11 @@ def compared(case, wrap):
             dues = [DUE[name][1](g, v, g[1:4]) for g, v in zip(map(np.asarray, grads), directions, strict=True)]
         tolerance = case.tolerance if name == "per_example" else max(1e-9, 10 * case.tolerance)
         check_all(pairs(params, made[name]), dues, tolerance, case.floor)
+
+
+def is_crossed(case):
+    """Whether what one batch keeps goes to another one too: a program more, so of the quick cases and some others."""
+    return case.contracted and (case.quick or zlib.crc32(case.id.encode()) % 4 == 0)
 
 
 def tried(case, run):
