@@ -130,7 +130,7 @@ class Automatic(Factor):
         def of_factor(self: "Automatic", given: tuple[Any, ...]) -> Any:
             try:
                 factor = self.opened()
-            except (TypeError, NotImplementedError):  # it has what opened refuses
+            except TypeError:  # it has what opened refuses
                 return contraction.of_form(self, *given)
             return contraction(factor, *given)
 

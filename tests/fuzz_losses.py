@@ -1,9 +1,9 @@
 """Seeded random losses for fnbp.opened, held against vmap(grad): python -m tests.fuzz_losses --cases 1000 --seed 0.
 
 A program is Python source: a loss of one example, params and a batch. fnbp.opened either agrees with JAX, in what
-per_example and one more contraction make of it, or refuses by a ValueError, TypeError or NotImplementedError that
-names a parameter, or a primitive and its line. Anything else is a fault: wrong, another number; raw, another exception;
-unnamed, a refusal that does not say where; slow; crash, of the process. What JAX itself refuses counts apart.
+per_example and one more contraction make of it, or refuses by a ValueError or TypeError that names a parameter, or a
+primitive and its line. Anything else is a fault: wrong, another number; raw, another exception; unnamed, a refusal that
+does not say where; slow; crash, of the process. What JAX itself refuses counts apart.
 
 `--jax` runs JAX alone; `--index 7 --shrink` runs one program, and prints the smallest that has the same fault.
 """
@@ -241,7 +241,7 @@ def within_rounding(
 
 def told(error: Exception, program: Program, params: Any) -> str:
     """Whether an exception refuses, names nothing, or is raw."""
-    plain = type(error) in (ValueError, TypeError, NotImplementedError)
+    plain = type(error) in (ValueError, TypeError)
     last = traceback.extract_tb(error.__traceback__)[-1]
     if not plain or LIBRARY not in Path(last.filename).parents:
         return "raw"

@@ -138,7 +138,7 @@ def test_feedback_alignment_turns_the_deltas_below_the_layer():
     one, two = (jax.jit(fnbp.trace(each, LOSS))(*rest) for each in (net, fnbp.map_layers(turned, net)))
     found = measured(two, one)
     above = found["mlp[4].dense(5)"]  # of two programs, which XLA may round each in its own way
-    assert above.gradient_angle == pytest.approx(0, abs=1e-3) and above.delta_angle == pytest.approx(0, abs=1e-3)
+    assert 0 <= above.gradient_angle <= 1e-5 and 0 <= above.delta_angle <= 1e-5
     for path in ("mlp[0].dense(7)", "mlp[1].relu", "mlp[3].relu"):
         assert found[path].delta_angle == pytest.approx(180)
     assert found["mlp[0].dense(7)"].gradient_angle == pytest.approx(180) and "180.00" in str(found)

@@ -65,14 +65,14 @@ def run(plan: Plan, program: Program, arrays: Arrays, taps: list[Any]) -> tuple[
 
 
 def run_step(plan: Plan, step: Step, operands: list[Any]) -> Any:
-    """The results of a step. NotImplementedError, by its parameters, if JAX does not map it over examples."""
+    """The results of a step. TypeError, by its parameters and its place, if JAX does not map it over examples."""
     try:
         return step.run(*operands)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # JAX's own
         if step not in plan.uses:
             raise
         names = ", ".join(plan.behind(use.of) for use in plan.uses[step])
-        raise NotImplementedError(f"{names} goes into {step.name} at {step.place}: {error}") from error
+        raise TypeError(f"opened: {names} goes into {step.name} at {step.place}: {error}") from error
 
 
 def run_loop(plan: Plan, loop: Loop, arrays: Arrays, taps: list[Any]) -> tuple[list[Any], Record]:
