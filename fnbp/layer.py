@@ -44,14 +44,14 @@ class Traits:
     """What a layer states of itself before it runs, so that a net can be asked.
 
     mask    what becomes of Context.mask: a rule (name, x, mask) -> the mask of y, see fnbp.arrays.masks
-    mixes   when y of an example depends on the others: "never", "training", "always"; none then has its own gradient
+    mixes   when an example's y depends on other examples of the batch: "never", "training" or "always"; an example
+            then has no gradient of its own, also below this layer
     draws   True if it draws from Context.key in training
     alone   True if x is one array: a pair can only be a carry for a scan behind this layer
     carries True if it takes a pair (h_0, x) too, and returns (h_T, y) then
     turns   of a loop over depth: how many layers its arrays hold, along their first axis; None for any other layer
     tied    of a combinator that adds the factors of two parameters: where those stand in its part's params
-    steps   how it takes a sequence one position at a time, if its positions are not each by itself: see fnbp.Steps
-    whole   of a cell: how fnbp.scan runs it over a whole sequence, faster than turn by turn
+    steps   how it takes a sequence by steps, if its positions are not each by itself; whole: how scan runs it, a cell
     opened  True for the net of an opened loss: x may hold what is not finite, and its factors need no check
     """
 

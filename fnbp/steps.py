@@ -2,26 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 __all__ = ["Steps"]
 
 
-class AtOnce(NamedTuple):
-    """What Whole.forward saves."""
-
-    res: Any
-
-
 @dataclass(frozen=True)
 class Whole:
-    """State how fnbp.scan runs a cell over a whole sequence, faster than turn by turn: Traits(whole=Whole(...)).
+    """How fnbp.scan runs a cell over a whole sequence without a mask, faster than turn by turn; with_whole states it.
 
-        forward  (params, h_0, x, reverse)        -> h_T, y, res    res an AtOnce
+        forward  (params, h_0, x, reverse)        -> h_T, y, res
         backward (params, res, dh_T, dy, reverse) -> factors, dh_0, dx
 
     least: how many positions it takes at least. cell: forward and backward of the cell that it equals; a cell with
-    other functions is run turn by turn.
+    other functions, a backward of a user's own for example, is run turn by turn.
     """
 
     forward: Callable[..., Any]

@@ -17,7 +17,7 @@ from fnbp.combinators.parts import at_path, one_part, placed
 from fnbp.construction import constructor
 from fnbp.contraction import is_open
 from fnbp.layer import Context, Layer, Static, mask_of, mixing, shape_of, traits_of
-from fnbp.steps import AtOnce, Steps, Whole
+from fnbp.steps import Steps, Whole
 
 __all__ = ["repeat", "scan"]
 
@@ -89,7 +89,7 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
 
     Without a mask, an lstm_cell or a gru_cell is run in chunks of 8 positions: see fnbp/layers/sequences.py.
 
-    Shapes:  x (m, T, ...); y (m, T, ...); mask (m, T); saved: what the cell saves, T times, but in chunks.
+    Shapes:  x (m, T, ...); y (m, T, ...); mask (m, T); saved: what the cell saves, T times; of chunks x, y, gates.
     Source:  Werbos 1990, Proceedings of the IEEE 78, Backpropagation through time.
     Options: reverse: from the last position to the first; y stands where its x does.
     Raises:  ValueError if the sequence is empty, the mask has another shape, or the cell changes the shape of h;
@@ -107,17 +107,19 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
             raise TypeError(f"{name}: {path} mixes the examples, also those that the mask leaves out")
         mask, keys = mask_in_time(name, ctx, x), keys_of(ctx, x.shape[1])
         h_0 = of_zeros(turned, params, state, x, ctx) if h is None else jax.tree.map(lambda a: varying(a, x), h)
-        if whole is not None and mask is None and x.shape[1] >= whole.least:
+        at_once = whole is not None and mask is None and x.shape[1] >= whole.least
+        if whole is not None and at_once:
             check_turn(name, turned, params, state, h_0, x, ctx)
             h_T, y, saved = whole.forward(params, h_0, x, reverse)
         else:
             turn, each = one_turn(name, turned, params, ctx), (time_first(x), mask, keys)
             (h_T, state), (y, saved) = lax.scan(turn, (h_0, state), each, reverse=reverse)
             y = example_first(y)
-        return (h_T, y) if given else y, state, (saved, mask, like(h_T), Static(h is None))
+        return (h_T, y) if given else y, state, (saved, mask, like(h_T), Static((h is None, at_once)))
 
     def backward(params, res, dy):
-        saved, mask, like_h, from_zeros = res
+        saved, mask, like_h, static = res
+        from_zeros, at_once = static.value
         given, (dh_T, dy) = isinstance(dy, tuple), dy if isinstance(dy, tuple) else (zeros_of(like_h, dy), dy)
 
         def turn(dh, each):
@@ -126,12 +128,12 @@ def scan(cell: Layer, reverse: bool = False) -> Layer:
             around = dh_in if counts is None else where(counts, dh_in, dh)  # h went around the cell
             return around, (factors, dx)
 
-        if whole is not None and isinstance(saved, AtOnce):
+        if whole is not None and at_once:
             factors, dh_0, dx = whole.backward(params, saved, dh_T, dy, reverse)
         else:
             dh_0, factors, dx = turns(turn, dh_T, (saved, mask, time_first(dy)), reverse=not reverse)
             factors, dx = over_time(*factors), example_first(dx)
-        return factors, (None if from_zeros.value else dh_0, dx) if given else dx
+        return factors, (None if from_zeros else dh_0, dx) if given else dx
 
     steps = None if reverse else steps_of(turned, forward)
     traits = traits_of(cell, positions_stay, carries=True, steps=steps)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from fnbp.arrays.checks import check_size
 from fnbp.arrays.masks import Rule, by_position
 from fnbp.arrays.placement import each_example, over_examples, reshaped
+from fnbp.arrays.sums import wide
 from fnbp.construction import constructor
 from fnbp.factor import Factor, Sum, along_examples, register_factor
 from fnbp.layer import Layer, stateless
@@ -171,8 +172,11 @@ def spread_in_phases(y: Float[Array, "m p o"], W: Float[Array, "o k i"], a: Axis
     reach = -(-a.kernel // a.stride)
     W = jnp.pad(W, ((0, 0), (0, reach * a.stride - a.kernel), (0, 0)))
     W = W.reshape(W.shape[0], reach, -1)
-    parts = (jnp.pad(y @ W[:, t], ((0, 0), (t, reach - 1 - t), (0, 0))) for t in range(reach))
-    x = reshaped(sum(parts), y.shape[0], (a.count + reach - 1) * a.stride, W.shape[-1] // a.stride)  # type: ignore[arg-type]
+    add_up = jnp.result_type(wide(y), W)  # the parts of a position are added before they are rounded
+    products = (jnp.einsum("mpo,oj->mpj", y, W[:, t], preferred_element_type=add_up) for t in range(reach))
+    first, *others = (jnp.pad(a, ((0, 0), (t, reach - 1 - t), (0, 0))) for t, a in enumerate(products))
+    blocks = sum(others, first).astype(jnp.result_type(y, W))
+    x = reshaped(blocks, y.shape[0], (a.count + reach - 1) * a.stride, W.shape[-1] // a.stride)
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (-a.low, a.low + a.size - x.shape[1], 0), (0, 0, 0)])
 
 

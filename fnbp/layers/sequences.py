@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from fnbp.arrays.placement import einsum, varying, zeros_beside
 from fnbp.arrays.sums import wide
 from fnbp.factor import Outer, Sum
-from fnbp.steps import AtOnce, Whole
+from fnbp.steps import Whole
 from fnbp.wrapping import Formed
 
 CHUNK = 8  # positions
@@ -38,16 +38,16 @@ Y = Float[Array, "m t n"]
 class Turn(NamedTuple):
     """A cell, turn by turn, where a = W' x + b' is there already.
 
-    halves  for each gate 1/2 for sigma, 1 for tanh
-    joined  True if U h + c is added to a, so that both have one error
-    forward (U', c', h, a)             -> h, (y, saved)
-    back    (U, dh, (dy, saved, h))    -> dh, errors    of a, and of U h + c unless joined
+    halves   for each gate 1/2 for sigma, 1 for tanh
+    joined   True if U h + c is added to a, so that both have one error
+    forward  (U', c', h, a)             -> h, (y, saved)
+    backward (U, dh, (dy, saved, h))    -> dh, errors    of a, and of U h + c unless joined
     """
 
     halves: tuple[float, ...]
     joined: bool
     forward: Callable[..., Any]
-    back: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
 # --- the long short-term memory ---
@@ -138,17 +138,17 @@ def in_chunks(turn: Turn) -> Whole:
 
         y = zeros_beside(x, (*x.shape[:2], n), hidden(h_0).dtype)
         (h_T, y), saved = over_chunks(chunk, (h_0, y), x.shape[1], reverse)
-        return h_T, y, AtOnce((x, y, hidden(h_0), saved))
+        return h_T, y, (x, y, hidden(h_0), saved)
 
-    def backward(params: dict, res: AtOnce, dh: Any, dy: Y, reverse: bool) -> tuple[dict, Any, X]:
-        x, y, h_0, saved = res.res
+    def backward(params: dict, res: tuple, dh: Any, dy: Y, reverse: bool) -> tuple[dict, Any, X]:
+        x, y, h_0, saved = res
 
         def chunk(size, carry, each):
             dh, dx, sums = carry
             start, (saved, h) = each
             xs, ys, dys = (time_first(cut(a, start, size)) for a in (x, y, dy))
             hs = before(h, ys, reverse)
-            step = partial(turn.back, params["U"])
+            step = partial(turn.backward, params["U"])
             dh, errors = lax.scan(step, dh, (dys, saved, hs), reverse=not reverse, unroll=min(UNROLL, size))
             inputs = (jnp.concatenate([xs, hs], -1),) if turn.joined else (xs, hs)
             sums = jax.tree.map(jnp.add, sums, [of_chunk(z, e) for z, e in zip(inputs, errors, strict=True)])
