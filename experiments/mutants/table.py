@@ -61,10 +61,11 @@ def with_start(scan: fnbp.Layer, given: bool) -> fnbp.Layer:
 
     def forward(params, state, x, ctx):
         (end, y), state, res = scan.forward(params, state, start(x), ctx)
-        return y + end[:, None], state, res
+        return y + sum(part[:, None] for part in jax.tree.leaves(end)), state, (res, end)
 
     def backward(params, res, dy):
-        factors, (dstart, dx) = scan.backward(params, res, (dy.sum(1), dy))
+        res, end = res
+        factors, (dstart, dx) = scan.backward(params, res, (jax.tree.map(lambda _: dy.sum(1), end), dy))
         return factors, dx if dstart is None else dx.at[:, 0].add(dstart)
 
     return fnbp.replace_functions(scan, lambda key, x: scan.init(key, start(x)), forward, backward)
@@ -208,10 +209,12 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: f(7, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1)), (3, 7, 5, 2)),
         Trial(lambda f: f(10, 3, groups=5, padding="VALID"), (3, 7, 5)),
         Trial(lambda f: f(1, 1), (3, 11, 5)),
+        Trial(lambda f: f(7, 3, stride=2), (3, 11, 5)),
         Trial(lambda f: f(7, 3), (3, 11, 5), mask=2),
     ),
     "conv_transpose": (
         Trial(lambda f: f(7, 3, stride=2, padding=1), (3, 5, 2)),
+        Trial(lambda f: f(7, 8, stride=3), (3, 5, 2)),
         Trial(lambda f: f(10, (2, 3), groups=5, dilation=2), (3, 5, 7, 5)),
     ),
     "max_pool": (Trial(lambda f: f(2), (3, 7, 5, 2)), Trial(lambda f: f(3, stride=2, padding="SAME"), (3, 7, 5, 2))),
@@ -270,13 +273,16 @@ TABLE: dict[str, tuple[Trial, ...]] = {
         Trial(lambda f: fnbp.serial(WITH_MEMORY, f(3)), (2, 5, 6)),
         Trial(lambda f: f(3), (2, 5, 6), mask=2),
         Trial(lambda f: fnbp.serial(WITH_SAME, f(3)), (2, 5, 6), mask=2),
+        Trial(lambda f: f(2, 1, causal=True), (2, 131, 2)),
     ),
     "rnn_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
-    "lstm_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
-    "gru_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)),),
+    "lstm_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)), Trial(lambda f: fnbp.scan(f(3)), (2, 19, 2))),
+    "gru_cell": (Trial(lambda f: fnbp.scan(f(7)), (5, 3, 2)), Trial(lambda f: fnbp.scan(f(3)), (2, 19, 2))),
     "scan": (
         Trial(lambda f: f(fnbp.lstm_cell(3)), (5, 3, 2)),
         Trial(lambda f: f(fnbp.gru_cell(3), True), (5, 3, 2)),
+        Trial(lambda f: f(fnbp.gru_cell(3)), (2, 19, 2)),
+        Trial(lambda f: with_start(f(fnbp.lstm_cell(2), True), False), (2, 11, 2)),
         Trial(lambda f: of_lengths(fnbp.ragged(f(fnbp.lstm_cell(3)))), (5, 7, 2)),
         Trial(lambda f: of_lengths(fnbp.ragged(with_start(f(fnbp.rnn_cell(2)), True))), (5, 7, 2)),
         Trial(lambda f: with_start(f(fnbp.rnn_cell(2)), True), (5, 3, 2)),
