@@ -30,6 +30,7 @@ from fnbp.layers.norm import *
 from fnbp.layers.pooling import *
 from fnbp.layers.recurrent import *
 from fnbp.losses.entropy import *
+from fnbp.losses.linear import *
 from fnbp.losses.loss import *
 from fnbp.losses.metrics import *
 from fnbp.losses.squared import *

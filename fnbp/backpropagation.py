@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from fnbp.arrays.checks import as_arrays, check_finite, check_is, check_key, describe
+from fnbp.arrays.masks import kept
 from fnbp.arrays.placement import of_param
 from fnbp.arrays.sums import wide
+from fnbp.combinators.parts import map_last, tied_leaves
+from fnbp.construction import made_of
 from fnbp.contraction import (
     Contract,
     beside,
@@ -25,9 +28,12 @@ from fnbp.contraction import (
 )
 from fnbp.contractions import sq_norms, total
 from fnbp.factor import MIXED, Factor
-from fnbp.layer import Around, Context, Layer, drawing, leaves, map_layers, mask_behind, mixing, tied_leaves
+from fnbp.layer import Around, Context, Layer, drawing, leaves, map_layers, mask_behind, mixing
+from fnbp.losses.linear import Scores
 from fnbp.losses.loss import Loss, losses_of
 from fnbp.sharding import over_model, predicted, sharded
+
+SCORES = "softmax_cross_entropy takes any net"
 
 __all__ = ["Pass", "Trace", "apply", "backprop", "per_example_norms", "trace", "value_and_grad"]
 
@@ -105,8 +111,12 @@ def backprop(net: Layer, loss: Loss, contract: Contract = total) -> Callable[...
     check_is("backprop", "loss", loss, Loss)
     if isinstance(contract, dict):
         return by_name(backprop(net, loss, tuple(contract.values())), tuple(contract))
-    make = lambda net: one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss, contract)  # noqa: E731
-    run = on_devices(net, make)
+
+    def make(net, loss=loss):
+        return one_pass(map_layers(contracted(contract, tied_leaves(net)), net), loss, contract)
+
+    joined = loss.of_scores if contract is total and made_of(loss) is not None else None
+    run = on_devices(net, make, None if joined is None else make(map_last(scores_of(loss), net), joined))
 
     def backprop_of(params, state, x, y, ctx=Context()):
         if contract is not total and isinstance(ctx, Context) and (path := mixing(net, ctx)):
@@ -144,9 +154,22 @@ def by_name(run: Callable[..., Pass], names: tuple[str, ...]) -> Callable[..., P
     return named_of
 
 
-def on_devices(net: Layer, make: Callable[[Layer], Callable[..., Any]]) -> Callable[..., Any]:
-    """make(net), a pass; for params that are split over devices, of the net that keeps to their places."""
-    plain = make(net)
+def scores_of(loss: Loss) -> Callable[[str, Layer], Layer]:
+    """For map_last: the layer that hands on its x, W and b. TypeError if it is no dense layer as it was made."""
+
+    def handing_on(path: str, layer: Layer) -> Layer:
+        if layer.traits.scores is None:
+            raise TypeError(f"{loss.name}: the net must end in fnbp.dense, it ends in {path}; {SCORES}")
+        if made_of(layer) is None:
+            raise TypeError(f"{loss.name} does not call the functions of {path}, which were replaced; {SCORES}")
+        return layer.traits.scores
+
+    return handing_on
+
+
+def on_devices(net: Layer, make: Callable[[Layer], Callable[..., Any]], plain: Any = None) -> Callable[..., Any]:
+    """make(net), a pass, or plain; for params that are split over devices, of the net that keeps to their places."""
+    plain = make(net) if plain is None else plain
 
     def run(params, *args):
         here = sharded(net, params)
@@ -169,9 +192,11 @@ def one_pass(net: Layer, loss: Loss, contract: Contract = total) -> Callable[...
             check_key("backprop", ctx.key)
         params, x, y = (as_arrays("backprop", what, a) for what, a in (("params", params), ("x", x), ("y", y)))
         prediction, state, res = net.forward(params, state, x, ctx)
-        losses, loss_res = losses_of(loss, prediction, y, mask_behind(net, x, ctx.mask))
+        mask = mask_behind(net, x, ctx.mask)
+        losses, loss_res = losses_of(loss, prediction, y, mask)
         delta = mean_delta(loss.backward(loss_res), losses.shape[0])
         grads, dx = net.backward(beside(contract, net, params), res, delta)
+        prediction = kept(mask, prediction.formed()) if isinstance(prediction, Scores) else prediction
         return Pass(jnp.mean(losses), state, prediction, grads, dx)
 
     return run

@@ -53,6 +53,8 @@ class Traits:
     tied    of a combinator that adds the factors of two parameters: where those stand in its part's params
     steps   how it takes a sequence by steps, if its positions are not each by itself; whole: how scan runs it, a cell
     opened  True for the net of an opened loss: x may hold what is not finite, and its factors need no check
+    last    of a combinator: the part whose y is that of the whole; None if it makes something else of it
+    scores  of a layer y = x W^T + b: the same one, which hands on Scores; see fnbp.linear_cross_entropy
     """
 
     mask: Rule = refused
@@ -65,6 +67,8 @@ class Traits:
     steps: Steps | None = None
     whole: Whole | None = None
     opened: bool = False
+    last: int | None = None
+    scores: "Layer | None" = None
 
 
 class Init(Protocol):
@@ -284,24 +288,6 @@ def mixing(net: Layer, ctx: Context) -> str | None:
 def drawing(net: Layer) -> str | None:
     """The path of the first leaf that draws in training, or None."""
     return next((path for path, leaf in leaves(net) if leaf.traits.draws), None)
-
-
-def tied_leaves(net: Layer) -> frozenset[str]:
-    """The paths of the leaves whose factors a tie adds to others."""
-
-    def of(path: str, layer: Layer, keys: Keys) -> str:
-        if layer.rebuild is None:
-            return path
-        i = next(key for key in keys if isinstance(key, int))
-        return of(child(path, i, layer.parts[i]), layer.parts[i], keys[1:])
-
-    def walk(path: str, layer: Layer) -> Iterator[str]:
-        for i, part in enumerate(layer.parts):
-            inside = child(path, i, part)
-            yield from (of(inside, part, keys) for keys in layer.traits.tied)
-            yield from walk(inside, part)
-
-    return frozenset(walk(net.name, net))
 
 
 def child(path: str, i: int, part: Layer) -> str:

@@ -100,6 +100,17 @@ def torch_over(reduce, ignored):
     return of
 
 
+def with_z(a, y, c=0.3):
+    return own(
+        -np.take_along_axis(special.log_softmax(a, -1), y[..., None], -1)[..., 0] + c * special.logsumexp(a, -1) ** 2
+    )
+
+
+def torch_with_z(F, a, y):
+    losses = F.cross_entropy(a.movedim(-1, 1), y, reduction="none") + 0.3 * a.logsumexp(-1) ** 2
+    return own(losses)
+
+
 WEIGHTS = np.array([0.5, 2.0, 0.0, 1.0, 3.0])
 
 
@@ -180,6 +191,20 @@ CASES = (
         pairs(7, 3),
         lambda p, t: own((p - t) ** 2),
         lambda F, p, t: own(F.mse_loss(p, t, reduction="none")),
+    ),
+    Case(
+        "z_loss",
+        fnbp.softmax_cross_entropy(z_loss=0.3),
+        lambda r: (logits(7, 3, 5)(r), r.integers(0, 5, (7, 3))),
+        with_z,
+        torch_with_z,
+    ),
+    Case(
+        "linear",
+        fnbp.linear_cross_entropy(z_loss=0.3),
+        lambda r: (logits(7, 3, 5)(r), r.integers(0, 5, (7, 3))),
+        with_z,
+        torch_with_z,
     ),
     Case("labels", CE, lambda r: (logits(7, 11)(r), r.integers(0, 11, 7)), by_labels, torch_ce),
     Case("labels_at_positions", CE, lambda r: (logits(7, 3, 5)(r), r.integers(0, 5, (7, 3))), by_labels, torch_ce),

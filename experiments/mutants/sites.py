@@ -193,6 +193,20 @@ def callers() -> dict[tuple[str, str], set[str]]:
     return found
 
 
+@cache
+def chain(file: str, owner: str) -> tuple[tuple[str, str], ...]:
+    """A function that backwards call, and those by which they reach it: file and name, it first."""
+    found = [(file, owner)]
+    for where, name in found:  # grows while it is walked
+        real = getattr(live(where), name)
+        for one in callers():
+            (top,) = (node for node in read(one[0]).tree.body if getattr(node, "name", "") == one[1])
+            mentions = (getattr(live(one[0]), part.id, None) for part in ast.walk(top) if isinstance(part, ast.Name))
+            if one not in found and any(f is real for f in mentions):
+                found.append(one)
+    return tuple(found)
+
+
 def file_of(f: Any) -> str:
     """The file of a function, below fnbp; "" of one that is not of the library."""
     package, _, rest = f.__module__.partition(".")

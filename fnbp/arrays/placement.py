@@ -42,6 +42,12 @@ def by_example(f: Callable, *args: Any) -> Any:
     return f(*args) if at is None else placed(f, at, PartitionSpec(at.spec[0]))(*args)
 
 
+def with_sums(f: Callable, *args: Any) -> Any:
+    """f(*args) for an f that returns a pair: arrays of examples, which stay where they are, and sums over them."""
+    at = placement(*args)
+    return f(*args) if at is None else placed(f, at, (PartitionSpec(at.spec[0]), PartitionSpec()))(*args)
+
+
 def over_examples(method: Callable) -> Callable:
     """For a method of a tree of arrays that sums over the examples: see summed."""
     return functools.wraps(method)(lambda self: summed(method, self))
@@ -52,9 +58,10 @@ def each_example(method: Callable) -> Callable:
     return functools.wraps(method)(lambda self: by_example(method, self))
 
 
-def placed(f: Callable, at: NamedSharding, spec: PartitionSpec) -> Callable:
-    """f with the Explicit axes as Auto ones inside, its result split as spec says."""
-    return auto_axes(f, axes=at.mesh.explicit_axes, out_sharding=NamedSharding(at.mesh, spec))
+def placed(f: Callable, at: NamedSharding, specs: Any) -> Callable:
+    """f with the Explicit axes as Auto ones inside, its result split as specs say."""
+    out = jax.tree.map(lambda spec: NamedSharding(at.mesh, spec), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return auto_axes(f, axes=at.mesh.explicit_axes, out_sharding=out)
 
 
 def einsum(subscripts: str, *operands: jax.Array, **options: Any) -> jax.Array:

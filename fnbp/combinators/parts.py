@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from fnbp.arrays.checks import check_is, check_key, check_parts, located
-from fnbp.layer import Backward, Context, Forward, Init, Layer, Traits, child, mask_of, traits_of
+from fnbp.layer import Backward, Context, Forward, Init, Keys, Layer, Traits, child, mask_of, rebuilt, traits_of
 
 
 def placed(name: str, i: int, layer: Layer) -> Layer:
@@ -88,3 +88,34 @@ def turns(name: str, parts: tuple[Layer, ...], params: Any, state: Any, ctx: Con
     if ctx.key is not None:
         check_key(name, ctx.key)
     yield from zip(parts, params, state, ctx.split(len(parts)), strict=True)
+
+
+def map_last(f: Callable[[str, Layer], Layer], net: Layer) -> Layer:
+    """Replace the leaf whose y is that of the net by f(path, leaf), or the combinator that makes it of its parts'."""
+
+    def at(path: str, layer: Layer) -> Layer:
+        i = layer.traits.last
+        if i is None:
+            return f(path, layer)
+        part = at(child(path, i, layer.parts[i]), layer.parts[i])
+        return rebuilt(layer, (*layer.parts[:i], part, *layer.parts[i + 1 :]))
+
+    return at(net.name, net)
+
+
+def tied_leaves(net: Layer) -> frozenset[str]:
+    """The paths of the leaves whose factors a tie adds to others."""
+
+    def of(path: str, layer: Layer, keys: Keys) -> str:
+        if layer.rebuild is None:
+            return path
+        i = next(key for key in keys if isinstance(key, int))
+        return of(child(path, i, layer.parts[i]), layer.parts[i], keys[1:])
+
+    def walk(path: str, layer: Layer) -> Iterator[str]:
+        for i, part in enumerate(layer.parts):
+            inside = child(path, i, part)
+            yield from (of(inside, part, keys) for keys in layer.traits.tied)
+            yield from walk(inside, part)
+
+    return frozenset(walk(net.name, net))

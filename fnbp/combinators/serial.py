@@ -62,7 +62,8 @@ def serial(*layers: Layer, name: str = "serial") -> Layer:
             factors.append(f)
         return tuple(reversed(factors)), carry.join(dh, dy)
 
-    traits = Traits(one_after_another(layers), alone=carry.alone, carries=carry.carries)
+    last = len(layers) - 1 if layers else None
+    traits = Traits(one_after_another(layers), alone=carry.alone, carries=carry.carries, last=last)
     return Layer(init, forward, backward, name, layers, lambda parts: serial(*parts, name=name), traits)
 
 

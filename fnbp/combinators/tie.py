@@ -50,7 +50,7 @@ def tie(net: Layer, source: Keys, target: Keys) -> Layer:
         dsource = look_up(factors, source) + look_up(factors, target)
         return put(put(factors, target, None), source, dsource), dx
 
-    traits = traits_of(net, mask_of(net), tied=(source, target))
+    traits = traits_of(net, mask_of(net), tied=(source, target), last=0)
     return one_part("tie", net, forward, backward, lambda net: tie(net, source, target), init, traits)
 
 

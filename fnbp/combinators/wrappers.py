@@ -1,6 +1,6 @@
 """One layer in another setting: with a path around it, recomputed, in another dtype, over lengths, untrained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from fnbp.construction import constructor
 from fnbp.contraction import Contracted, is_open
 from fnbp.factor import Factor
 from fnbp.layer import Context, Layer, counting, map_layers, mask_behind, mask_of, shape_of, traits_of
+from fnbp.losses.linear import Scores
 from fnbp.steps import Steps
 
 __all__ = ["cast", "freeze", "ragged", "remat", "skip"]
@@ -87,7 +88,8 @@ def remat(layer: Layer) -> Layer:
         _, _, res = part.forward(params, state, x, ctx)
         return part.backward(params, res, dy)
 
-    return one_part("remat", layer, forward, backward, remat)
+    traits = traits_of(layer, mask_of(layer), last=0)
+    return one_part("remat", layer, forward, backward, remat, traits=traits)
 
 
 @constructor
@@ -113,16 +115,20 @@ def cast(layer: Layer, dtype: Any) -> Layer:
     def forward(params, state, x, ctx):
         due = shape_of(part, params, state, x, ctx)
         y, state, res = part.forward(to(low, params), state, to(low, x), ctx)
+        if isinstance(y, Scores):  # which are cast when they are formed
+            return replace(y, dtype=due.dtype), state, (res, None, like(x))
         return to_dtypes_of(due, y), state, (res, like(y), like(x))
 
     def backward(params, res, dy):
         res, like_y, like_x = res
-        factors, dx = part.backward(to(low, params), res, to_dtypes_of(like_y, dy))
+        dy = dy if isinstance(dy, Scores) else to_dtypes_of(like_y, dy)
+        factors, dx = part.backward(to(low, params), res, dy)
         leaves = jax.tree.leaves(params)
         wide = jnp.result_type(*leaves) if leaves else low
         return cast_back(factors, wide, low), to_dtypes_of(like_x, dx)
 
-    return one_part(f"cast({low})", layer, forward, backward, lambda layer: cast(layer, low))
+    traits = traits_of(layer, mask_of(layer), last=0)
+    return one_part(f"cast({low})", layer, forward, backward, lambda layer: cast(layer, low), traits=traits)
 
 
 def cast_back(tree: Any, dtype: Any, low: Any) -> Any:
@@ -174,11 +180,11 @@ def ragged(layer: Layer) -> Layer:
         after = mask_behind(part, x, mask)
         y, state, res = part.forward(params, state, kept(mask, x), replace(ctx, mask=mask))
         wrong = (lengths < 0) | (lengths > x.shape[1])  # seen by jit only: outside of it they were refused
-        return spoilt(wrong, kept(after, y)), state, (res, mask, after, wrong)
+        return handed_on(lambda y: spoilt(wrong, kept(after, y)), y), state, (res, mask, after, wrong)
 
     def backward(params, res, dy):
         res, mask, after, wrong = res
-        factors, dx = part.backward(params, res, spoilt(wrong, kept(after, dy)))
+        factors, dx = part.backward(params, res, handed_on(lambda dy: spoilt(wrong, kept(after, dy)), dy))
         return factors, (kept(mask, dx), None)
 
     def rule(name, x, mask):
@@ -189,8 +195,13 @@ def ragged(layer: Layer) -> Layer:
         x, lengths = check_lengths(x)
         return mask_behind(layer, x, counted(x, lengths, mask))
 
-    traits = replace(traits_of(layer, rule), alone=False)
+    traits = replace(traits_of(layer, rule), alone=False, last=0)
     return one_part("ragged", layer, forward, backward, ragged, init, traits)
+
+
+def handed_on(f: Callable, y: Any) -> Any:
+    """f(y), or of Scores f of their x: a position of which nothing is left has no score either."""
+    return replace(y, x=f(y.x)) if isinstance(y, Scores) else f(y)
 
 
 def counted(x: Any, lengths: Any, mask: Any) -> Any:

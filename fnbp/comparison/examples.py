@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnbp.combinators.parts import tied_leaves
 from fnbp.comparison.evaluation import Evaluator
 from fnbp.comparison.leaf import Leaf, Scale, worst_spot
 from fnbp.comparison.numerics import U32, arithmetic, as_jax, as_numpy, compiled, first_line, is_inexact, relative
@@ -18,7 +19,7 @@ from fnbp.comparison.rounding import Z_LIMIT
 from fnbp.contraction import closed, contract_leaf, contracted, is_open
 from fnbp.contractions import gram, per_example, second_moment, sq_norms
 from fnbp.factor import Factor, Mixed
-from fnbp.layer import Context, drawing, map_layers, mixing, tied_leaves
+from fnbp.layer import Context, drawing, map_layers, mixing
 
 BESIDE = ("dy_zero_rows", "other_mode")
 FASTER = {  # contractions that a factor may have a way of its own to, and what they are of the gradients of examples

@@ -8,12 +8,14 @@ import jax
 import numpy as np
 
 from fnbp.arrays.checks import check_finite, check_floating, check_is
+from fnbp.combinators.parts import map_last
 from fnbp.comparison.numerics import as_jax, as_numpy_32, compiled_or_plain
 from fnbp.comparison.plan import Plan, check_no_lists
 from fnbp.comparison.probe import moved_a_tenth
 from fnbp.comparison.report import Row
-from fnbp.comparison.subject import subject_of_layer, subject_of_loss
+from fnbp.comparison.subject import Subject, subject_of_layer, subject_of_loss, subject_of_scores
 from fnbp.comparison.whole_pass import NetArguments, WholePass, first_deltas, whole_pass
+from fnbp.construction import made_of
 from fnbp.layer import Context, Layer, checked, map_layers, mask_behind
 from fnbp.losses.loss import Loss, check_target, losses_of
 
@@ -54,10 +56,23 @@ def plan_of_net(
         for path, layer, met in whole.nodes
         if not (quick and layer.parts and whole.right)
     ]
+    if loss is not None and loss.of_scores is not None:
+        subjects += of_last(net, loss, whole, at.y, mask)
     notes = ()
     if whole.unopened:
         notes = (f"{net.name}: compared as one; its parts are not: it does not run each once, or reads their state",)
     return Plan(of_nodes + subjects, partial(rows_of_net, whole), notes)
+
+
+def of_last(net: Layer, loss: Loss, whole: WholePass, y: Any, mask: Any) -> list[Subject]:
+    """The last layer of a net together with a loss that forms its scores; none if backprop refuses that net."""
+    last: list[tuple[str, Layer]] = []
+    map_last(lambda path, layer: last.append((path, layer)) or layer, net)
+    (place,) = last
+    met = next((met for path, _, met in whole.nodes if path == place[0]), None)
+    if met is None or place[1].traits.scores is None or made_of(place[1]) is None or made_of(loss) is None:
+        return []
+    return [subject_of_scores(*place, loss, (met.params, met.x), (met.state, met.ctx, y, mask))]
 
 
 def net_arguments(

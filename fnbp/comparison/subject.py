@@ -223,6 +223,41 @@ def subject_of_loss(loss: Loss, prediction: Any, y: Any, mask: Any) -> Subject:
     return Subject(loss.name, forward, forward, differentiate, (prediction,), (y, mask), None, ("prediction",), take)
 
 
+def subject_of_scores(path: str, layer: Layer, loss: Loss, args: tuple, fixed: tuple) -> Subject:
+    """Make a subject of a dense layer and a loss that forms its scores by itself, see linear_cross_entropy.
+
+    fixed: state, ctx, y, mask. What jax.vjp differentiates beside it are the layer and the loss of formed scores.
+    """
+    assert layer.traits.scores is not None and loss.of_scores is not None
+    joined, of_scores = map_layers(contracted(total), layer.traits.scores), loss.of_scores
+
+    def forward(args, fixed):
+        state, ctx, y, mask = fixed
+        return jnp.sum(losses_of(of_scores, joined.forward(args[0], state, args[1], ctx)[0], y, mask)[0])
+
+    def reference(args, fixed):
+        state, ctx, y, mask = fixed
+        return jnp.sum(losses_of(loss, layer.forward(args[0], state, args[1], ctx)[0], y, mask)[0])
+
+    def differentiate(args, fixed):
+        state, ctx, y, mask = fixed
+        scores, _, res = joined.forward(args[0], state, args[1], ctx)
+        losses, loss_res = losses_of(of_scores, scores, y, mask)
+
+        def pull(dy):
+            return joined.backward(args[0], res, jax.tree.map(lambda d: dy * d, of_scores.backward(loss_res)))
+
+        return jnp.sum(losses), pull
+
+    def take(args, fixed, f):
+        state, ctx, *data = fixed
+        mask = None if ctx.mask is None else jax.tree.map(f, ctx.mask)
+        return (args[0], f(args[1])), (state, Context(ctx.key, mask, ctx.train), *jax.tree.map(f, data))
+
+    name = f"{path}, {loss.name}"
+    return Subject(name, forward, reference, differentiate, args, fixed, None, ("", "x"), take, conforms=("",))
+
+
 def subject_of_function(
     name: str,
     f: Callable,

@@ -1,16 +1,19 @@
 """The fully connected layer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Array, Float
 
 from fnbp.arrays.checks import check_size
+from fnbp.arrays.masks import kept
 from fnbp.construction import constructor
-from fnbp.factor import Outer, Sum
+from fnbp.factor import Mixed, Outer, Sum
 from fnbp.layer import Layer, stateless
 from fnbp.layers.initializers import initializer_of
 from fnbp.layers.parameters import Shapes, add_bias, due, optional, weights
+from fnbp.losses.linear import Scores
 
 __all__ = ["dense"]
 
@@ -47,4 +50,20 @@ def dense(n_out: int, W: str | Callable = "glorot_uniform", b: str | Callable | 
         (x,) = res
         return due(params, W=Outer(dz, x), b=Sum(dz)), dz @ params["W"]
 
-    return stateless(init, forward, backward, name, mask="position", alone=True)
+    layer = stateless(init, forward, backward, name, mask="position", alone=True)
+    return layer._replace(traits=replace(layer.traits, scores=handing_on(layer, check)))
+
+
+def handing_on(layer: Layer, check: Callable[[Any, Any], None]) -> Layer:
+    """The layer that hands on x, W and b as Scores, and is told dx, dW and db by the loss; see linear_cross_entropy."""
+
+    def forward(params, state, x, ctx):
+        check(params, x)
+        layer.traits.mask(layer.name, x, ctx.mask)
+        return Scores(kept(ctx.mask, x), params["W"], params.get("b"), x.dtype), state, (ctx.mask,)
+
+    def backward(params, res, da):
+        (mask,) = res
+        return due(params, W=Mixed(da.W), b=Mixed(da.b)), kept(mask, da.x)
+
+    return layer._replace(forward=forward, backward=backward)

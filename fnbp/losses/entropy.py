@@ -1,6 +1,7 @@
 """Cross-entropies of classes, and of a yes or no."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,17 @@ from fnbp.arrays.placement import by_example
 from fnbp.arrays.sums import complement, like, log_total, wide
 from fnbp.construction import constructor
 from fnbp.losses.loss import Loss, of_pairs
-from fnbp.losses.reduction import check_options, check_weights, counted, how_many, only, share, shares, summed_up
+from fnbp.losses.reduction import (
+    check_options,
+    check_weights,
+    check_z_loss,
+    counted,
+    how_many,
+    only,
+    share,
+    shares,
+    summed_up,
+)
 from fnbp.losses.targets import (
     check_classes,
     check_distributions,
@@ -29,11 +40,16 @@ __all__ = ["binary_cross_entropy", "softmax_cross_entropy"]
 
 @constructor
 def softmax_cross_entropy(
-    ignore_index: int | None = None, weights: Any = None, label_smoothing: float = 0.0, reduce: str = "examples"
+    ignore_index: int | None = None,
+    weights: Any = None,
+    label_smoothing: float = 0.0,
+    reduce: str = "examples",
+    z_loss: float = 0.0,
 ) -> Loss:
     """Cross-entropy of softmax(a) and a target, where a is the prediction.
 
-        l = -sum_j v_j log y_hat_j / s      y_hat = softmax(a)      da = (y_hat sum v - v) / s
+        l = (-sum_j v_j log y_hat_j + c z^2) / s      y_hat = softmax(a)      z = log sum_j e^a_j
+        da = (y_hat sum v - v + 2 c z y_hat) / s
         v = w q      q = (1 - e) y + e / k      y a distribution, one-hot for a label; w weights, e label_smoothing
         Hessian = (diag(y_hat) - y_hat y_hat^T) sum v / s      roots sqrt(y_hat_j sum v / s) (e_j - y_hat), e_j one-hot
 
@@ -45,8 +61,9 @@ def softmax_cross_entropy(
     Options:  ignore_index: label of positions that do not count. weights: w, one for each class, (k,); PyTorch divides
               by their sum, fnbp by s. label_smoothing: e. reduce: "examples": s is of the example, so l is its mean; or
               "tokens": s is of the whole batch, divided by m, so that every position of the batch weighs the same.
+              z_loss: c, which keeps z near 0; with it no roots of the Hessian are given.
     Source:   fnbp/README.md, B2 and B3; fnbp.backprop takes the 1/m of B2. label_smoothing: Szegedy et al. 2015,
-              arXiv:1512.00567, section 7.
+              arXiv:1512.00567, section 7. z_loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.
     Raises:   TypeError if labels are not integers; ValueError if an option is out of range, a shape does not fit, or,
               outside jit, a label is outside 0..k-1 or a soft label is not a distribution. Under jit such a label makes
               the loss and the gradient NaN.
@@ -54,14 +71,9 @@ def softmax_cross_entropy(
     name = "softmax_cross_entropy"
     label_smoothing = check_options(name, ignore_index, label_smoothing, reduce)
     w = check_weights(name, "weights", weights)
+    c = check_z_loss(name, z_loss)
 
-    def check(a, y, mask=None):
-        check_floating(name, "prediction", a)
-        check_classes(name, a, y, w)
-        if is_labels(a, y):
-            check_labels(name, y, a.shape[-1], counted(mask, y, ignore_index))
-        else:
-            check_distributions(name, y, mask)
+    check = partial(check_against, name, w, ignore_index)
 
     def forward(a: Float[Array, "m *s k"], y, mask=None) -> tuple[Float[Array, " m"], tuple]:
         check(a, y, mask)
@@ -70,22 +82,33 @@ def softmax_cross_entropy(
         M, r = log_total(wide(a))
         y_hat = softmax_of(wide(a), M, r)
         losses = cross_entropies(wide(a), y, weighed(y_hat, y, w, label_smoothing), M, r)
-        losses = jnp.where(is_good(a, y), losses, jnp.nan)
+        z = M + jnp.log1p(r) if c else None
+        losses = jnp.where(is_good(a, y), losses if z is None else losses + c * z[..., 0] ** 2, jnp.nan)
         at = shares(reduce, losses, counts)
-        return summed_up(at, losses), (y_hat, r, y, at, like(a))
+        return summed_up(at, losses), (y_hat, r, y, at, like(a), z)
 
     def backward(res: tuple) -> Float[Array, "m *s k"]:
-        y_hat, r, y, at, like_a = res
+        y_hat, r, y, at, like_a, z = res
         v = weighed(y_hat, y, w, label_smoothing)
         da = by_example(minus_one_hot, y_hat, r, y) if v is None else minus(y_hat, r, v)
-        da = jnp.where(is_good(y_hat, y)[..., None], da, jnp.nan)
+        da = jnp.where(is_good(y_hat, y)[..., None], da if z is None else da + 2 * c * z * y_hat, jnp.nan)
         return share(at, da).astype(like_a.dtype)
 
     def roots(res: tuple) -> Float[Array, "k m *s k"]:
-        y_hat, _, y, at, like_a = res
+        y_hat, _, y, at, like_a, _ = res
         return softmax_roots(y_hat, y, at, weighed(y_hat, y, w, label_smoothing)).astype(like_a.dtype)
 
-    return Loss(forward, backward, name, check, True, positions_of(reduce, ignore_index), roots)
+    return Loss(forward, backward, name, check, True, positions_of(reduce, ignore_index), None if c else roots)
+
+
+def check_against(name: str, w: np.ndarray | None, ignore_index: int | None, a: Any, y: Any, mask: Any = None) -> None:
+    """Raise a TypeError or ValueError unless y holds labels or distributions for the prediction a."""
+    check_floating(name, "prediction", a)
+    check_classes(name, a, y, w)
+    if is_labels(a, y):
+        check_labels(name, y, a.shape[-1], counted(mask, y, ignore_index))
+    else:
+        check_distributions(name, y, mask)
 
 
 def positions_of(reduce: str, ignore_index: int | None) -> Callable[..., Any] | None:

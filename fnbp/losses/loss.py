@@ -30,6 +30,8 @@ class Loss(NamedTuple):
                     if there is none of this form
         joint       how many of the last axes of the prediction belong together in that Hessian, 1 or 0; numbers at
                     different places of the others do not, and each place has roots of its own
+        of_scores   the same loss of Scores, of which it forms the cotangent without the scores themselves; see
+                    linear_cross_entropy. None for a loss that takes the prediction only
         made        the call that made it, see fnbp.constructor
 
     fnbp.backprop takes the mean over the m examples. If a prediction has positions (time, outputs), the loss of an
@@ -44,6 +46,7 @@ class Loss(NamedTuple):
     positions: Callable[..., Any] | None = None
     roots: Callable[..., Any] | None = None
     joint: int = 1
+    of_scores: "Loss | None" = None
     made: Made | None = None
 
     __eq__, __ne__, __hash__ = is_alike, is_other, hashed

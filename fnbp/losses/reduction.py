@@ -83,6 +83,14 @@ def check_smoothing(name: str, label_smoothing: Any) -> float:
     return float(label_smoothing)
 
 
+def check_z_loss(name: str, z_loss: Any) -> float:
+    """z_loss as a float. Raise a ValueError or TypeError unless it is a finite number of at least 0."""
+    c = check_number(name, "z_loss", z_loss)
+    if c < 0:
+        raise ValueError(f"{name}: z_loss must be at least 0, got {z_loss}")
+    return c
+
+
 def check_weights(name: str, what: str, weights: Any) -> np.ndarray | None:
     """Return weights as an array, or None. Raise a ValueError or TypeError unless they are finite and at least 0."""
     if weights is None:

@@ -5,31 +5,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnbp.construction import constructor, made_of
 from fnbp.losses.loss import Loss
 
 
+@constructor
 def counting_some(loss: Loss) -> Loss:
     """The loss whose target is a pair (t, c): an example counts where c, (m,), is True.
 
         l = c loss(p, t) m / sum c      dp = c dloss m / sum c      so that the mean over m is that of those that count
         Hessian = c that of loss m / sum c      roots c r sqrt(m / sum c)
 
-    A loss that is a share of the whole batch, reduce="tokens", leaves the others out of that batch instead.
+    A loss that takes a mask is told that no position of the others counts; one that is a share of the whole batch,
+    reduce="tokens", leaves them out of that batch, and has no factor m / sum c.
     """
 
     def forward(prediction, target, mask=None):
         t, c = target
-        if loss.positions is not None and loss.takes_mask:
+        scale = c.shape[0] / jnp.sum(c)
+        if loss.takes_mask:
             counts = c if mask is None else mask & rows(c, mask)
             losses, res = loss.forward(prediction, t, counts)
-            return losses, (res, c, jnp.ones((), losses.dtype))
-        losses, res = loss.forward(prediction, t, *(() if mask is None else (mask,)))
-        scale = (c.shape[0] / jnp.sum(c)).astype(losses.dtype)
-        return jnp.where(c, losses * scale, 0), (res, c, scale)
+            scale = (scale if loss.positions is None else jnp.ones(())).astype(losses.dtype)
+            return losses * scale, (res, c, scale)
+        losses, res = loss.forward(prediction, t)
+        return jnp.where(c, losses * scale.astype(losses.dtype), 0), (res, c, scale.astype(losses.dtype))
 
     def backward(res):
         res, c, scale = res
-        return jax.tree.map(lambda d: jnp.where(rows(c, d), d * scale.astype(d.dtype), 0), loss.backward(res))
+        count = (lambda d: d) if loss.takes_mask else (lambda d: jnp.where(rows(c, d), d, 0))
+        return jax.tree.map(lambda d: count(d * scale.astype(d.dtype)), loss.backward(res))
 
     def positions(prediction, target, mask):
         t, c = target
@@ -46,6 +51,7 @@ def counting_some(loss: Loss) -> Loss:
         "positions": None if loss.positions is None else positions,
         "roots": None if loss.roots is None else roots,
         "joint": loss.joint,
+        "of_scores": None if loss.of_scores is None or made_of(loss) is None else counting_some(loss.of_scores),
     }
     return Loss(forward, backward, loss.name, takes_mask=loss.takes_mask, **more)
 

@@ -148,6 +148,8 @@ def gpt(
     One matrix E embeds the tokens and scores them (tie); the blocks are one compiled loop (repeat). Weights start with
     a standard deviation of 0.02, those at the end of each branch with 0.02 / sqrt(2 layers).
 
+    With a large vocabulary, train it by linear_cross_entropy, which never holds the scores of all positions.
+
     Shapes:  x (m, T) of integers below vocabulary, T at most length; y (m, T, vocabulary), scores of the next token.
     Source:  Radford et al. 2019, Language models are unsupervised multitask learners, section 2.3; E in two places:
              Press & Wolf 2016, arXiv:1608.05859.
