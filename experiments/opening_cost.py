@@ -22,7 +22,7 @@ from rich.table import Table
 import fnbp
 from experiments.shared import report
 from experiments.shared.report import console
-from experiments.statistics_cost.timing import distance, in_turns, ratios_of, side_of
+from experiments.shared.timing import distance, in_turns, ratios_of, side_of
 
 MINUTES = 3  # on two CPU cores
 

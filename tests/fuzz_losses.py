@@ -10,6 +10,7 @@ does not say where; slow; crash, of the process. What JAX itself refuses counts 
 
 import argparse
 import contextlib
+import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -29,7 +30,10 @@ from pathlib import Path
 from typing import Any
 
 if __name__ in ("__main__", "__mp_main__"):  # compiling is most of the work
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    if importlib.metadata.version("jax").startswith("0.10."):
+        FAST += " --xla_cpu_use_fusion_emitters=false"  # later versions have nothing else, and refuse the option
+    os.environ.setdefault("XLA_FLAGS", FAST)
 
 import jax
 import jax.numpy as jnp
@@ -300,7 +304,7 @@ def serve(tasks: Iterator[Task], done: queue.Queue) -> None:
             ours.send(task)
             try:
                 while isinstance(stage := answer, str):
-                    if not any(ours.poll(1) for _ in range(3 * SECONDS)):
+                    if not any(ours.poll(1) for _ in range(20 * SECONDS)):
                         raise EOFError
                     answer = ours.recv()
             except EOFError:

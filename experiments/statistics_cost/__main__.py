@@ -20,10 +20,10 @@ from rich.table import Table
 
 from experiments.shared import report
 from experiments.shared.report import console
+from experiments.shared.timing import distance, in_turns, ratios_of, side_of
 from experiments.statistics_cost import peers
 from experiments.statistics_cost.nets import NETS, Case, case_of
 from experiments.statistics_cost.ours import STATISTICS, VMAP, plain
-from experiments.statistics_cost.timing import distance, in_turns, ratios_of, side_of
 from fnbp.measurement import ratio
 
 MINUTES = 9  # on two CPU cores

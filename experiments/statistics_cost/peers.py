@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import fnbp
+from experiments.shared.timing import Side, distance, in_turns, ratios_of, side_of
 from experiments.statistics_cost import in_torch
 from experiments.statistics_cost.nets import LOSS, Case
 from experiments.statistics_cost.ours import STATISTICS, VMAP, plain
-from experiments.statistics_cost.timing import Side, distance, in_turns, ratios_of, side_of
 
 PRIVACY, PARTS, KFAC_JAX = "jax_privacy", "jax_privacy, 16 at once", "kfac-jax"
 NETS = ("mlp", "lenet")
