@@ -1,4 +1,4 @@
-"""What users of JAX would pick instead: the same layers of Flax NNX and Equinox, differentiated by jax.vjp."""
+"""What users of JAX would pick instead: the formula as one writes it, or Flax NNX and Equinox, all by jax.vjp."""
 
 import importlib.util
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from experiments.bench.cases import image, normal, whole
 
-NNX, EQUINOX = "Flax NNX", "Equinox"
-NEEDS = {NNX: "flax", EQUINOX: "equinox"}
+PLAIN, NNX, EQUINOX = "plain JAX", "Flax NNX", "Equinox"
+NEEDS = {PLAIN: "jax", NNX: "flax", EQUINOX: "equinox"}
 Peer = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
@@ -89,6 +89,68 @@ def turned(state: Callable[[Any], Any], of: Callable[[Any], Any]) -> Callable:
     return call
 
 
+def by_hand(apply: Callable, x: Any, **shapes: tuple[int, ...]) -> Peer:
+    """A formula in plain JAX. apply: (params, x) -> y."""
+    params = {name: 0.05 * normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    return vjp_of(apply, params, x)
+
+
+def softmax_attention(heads: int) -> Callable:
+    """Causal attention, softmax(q k^T / sqrt d) v of all queries at once."""
+
+    def apply(p, x):
+        q, k, v = ((x @ p[name]).reshape(*x.shape[:2], heads, -1) for name in ("Q", "K", "V"))
+        s = jnp.einsum("bthd,bshd->bhts", q, k) / jnp.sqrt(q.shape[-1])
+        s = jnp.where(jnp.tril(jnp.ones(s.shape[-2:], bool)), s, -jnp.inf)
+        o = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(s, -1), v)
+        return o.reshape(x.shape) @ p["O"]
+
+    return apply
+
+
+def attention_by_hand(heads: int, *shape: int) -> Peer:
+    """Causal attention in plain JAX."""
+    square = (shape[-1], shape[-1])
+    return by_hand(softmax_attention(heads), normal(*shape), Q=square, K=square, V=square, O=square)
+
+
+def lstm_turn(p: Any, hs: Any, x: Any) -> tuple[Any, Any]:
+    """One position of an LSTM."""
+    h, s = hs
+    i, f, g, o = jnp.split(x @ p["W"] + h @ p["U"] + p["b"], 4, -1)
+    s = jax.nn.sigmoid(f) * s + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(s)
+    return (h, s), h
+
+
+def gru_turn(p: Any, h: Any, x: Any) -> tuple[Any, Any]:
+    """One position of a GRU."""
+    (a_r, a_z, a_k), (e_r, e_z, e_k) = (jnp.split(e, 3, -1) for e in (x @ p["W"] + p["b"], h @ p["U"] + p["c"]))
+    z, k = jax.nn.sigmoid(a_z + e_z), jnp.tanh(a_k + jax.nn.sigmoid(a_r + e_r) * e_k)
+    h = (1 - z) * k + z * h
+    return h, h
+
+
+def recurrent_by_hand(turn: Callable, start: Callable, gates: int) -> Peer:
+    """A recurrent cell of 256 units in plain JAX: lax.scan over the positions."""
+
+    def apply(p, x):
+        h = jnp.zeros((x.shape[0], 256))
+        return jax.lax.scan(lambda h, x: turn(p, h, x), start(h), x.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+    width = 256 * gates
+    return by_hand(apply, normal(*SEQUENCE), W=(128, width), U=(256, width), b=(width,), c=(width,))
+
+
+def transposed_by_hand() -> Peer:
+    """A transposed convolution in plain JAX."""
+
+    def apply(p, x):
+        return jax.lax.conv_transpose(x, p["W"], (8,), "VALID", dimension_numbers=("NHC", "HIO", "NHC")) + p["b"]
+
+    return by_hand(apply, normal(4, 1000, 64), W=(16, 64, 64), b=(64,))
+
+
 LSTM_OF = turned(lambda zero: (zero, zero), lambda h: h[0])
 GRU_OF = turned(lambda zero: zero, lambda h: h)
 SEQUENCE = (32, 128, 128)
@@ -107,6 +169,7 @@ PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
         EQUINOX: lambda: eqx(lambda m, key: m.nn.Conv2d(32, 64, 3, padding=1, key=key), image(32, 14, 14)),
     },
     "conv_transpose 64, 16, stride 8, (4, 1000, 64)": {
+        PLAIN: transposed_by_hand,
         NNX: lambda: nnx(lambda m, rngs: m.ConvTranspose(64, 64, (16,), strides=8, rngs=rngs), normal(4, 1000, 64)),
         EQUINOX: lambda: eqx(lambda m, key: m.nn.ConvTranspose1d(64, 64, 16, 8, key=key), normal(4, 64, 1000)),
     },
@@ -138,22 +201,26 @@ PEERS: dict[str, dict[str, Callable[[], Peer]]] = {
         EQUINOX: lambda: eqx(lambda m, key: m.nn.Embedding(16384, 256, key=key), whole(16384, 8, 256), 2),
     },
     "attention, 8 heads, causal, (1, 2048, 512)": {
+        PLAIN: lambda: attention_by_hand(8, 1, 2048, 512),
         NNX: lambda: nnx(lambda m, rngs: causal(m, rngs, 8, 512), normal(1, 2048, 512)),
         EQUINOX: lambda: eqx(
             lambda m, key: m.nn.MultiheadAttention(8, 512, key=key), normal(1, 2048, 512), call=attended
         ),
     },
     "attention, 6 heads, causal, (12, 256, 384)": {
+        PLAIN: lambda: attention_by_hand(6, 12, 256, 384),
         NNX: lambda: nnx(lambda m, rngs: causal(m, rngs, 6, 384), normal(12, 256, 384)),
         EQUINOX: lambda: eqx(
             lambda m, key: m.nn.MultiheadAttention(6, 384, key=key), normal(12, 256, 384), call=attended
         ),
     },
     "LSTM 256, (32, 128, 128)": {
+        PLAIN: lambda: recurrent_by_hand(lstm_turn, lambda h: (h, h), 4),
         NNX: lambda: nnx(lambda m, rngs: m.RNN(m.OptimizedLSTMCell(128, 256, rngs=rngs), rngs=rngs), normal(*SEQUENCE)),
         EQUINOX: lambda: eqx(lambda m, key: m.nn.LSTMCell(128, 256, key=key), normal(*SEQUENCE), call=LSTM_OF),
     },
     "GRU 256, (32, 128, 128)": {
+        PLAIN: lambda: recurrent_by_hand(gru_turn, lambda h: h, 3),
         NNX: lambda: nnx(lambda m, rngs: m.RNN(m.GRUCell(128, 256, rngs=rngs), rngs=rngs), normal(*SEQUENCE)),
         EQUINOX: lambda: eqx(lambda m, key: m.nn.GRUCell(128, 256, key=key), normal(*SEQUENCE), call=GRU_OF),
     },
