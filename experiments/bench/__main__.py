@@ -34,6 +34,8 @@ from fnbp.measurement import flops_of, ratio, temp_bytes_of
 
 MINUTES = 12  # on two CPU cores
 OURS, JAX, TORCH = "fnbp", "jax.grad", "PyTorch"
+PEERS = (in_jax.PLAIN, in_jax.NNX, in_jax.EQUINOX, TORCH)
+COLOURS = dict(zip((JAX, *PEERS), (report.MANUAL, "#7a7a7a", report.AUTOMATIC, report.INK, report.ACCENT), strict=True))
 APART = 2e-3  # the largest distance of both gradients in float32, relative to the largest number of an array
 
 
@@ -66,7 +68,7 @@ def main(settings: Settings) -> int:
     rows: dict[str, dict[str, Any]] = {}
     with closing(Torch(settings.compiled)) if with_torch else nullcontext() as torch:
         for group, case in chosen:
-            rows[case.name] = {"group": group} | measured(case, settings, torch, peak)
+            rows[case.name] = {"group": group} | (row := measured(case, settings, torch, peak)) | {"said": said(row)}
             console.print(line_of(case.name, rows[case.name]), highlight=False)
     console.print(table(rows, peak))
     figure(settings.out / "figure.png", rows)
@@ -151,13 +153,21 @@ def text(quartiles: list[float] | None) -> str:
     return "" if quartiles is None else f"{quartiles[1]:.2f} ({quartiles[0]:.2f}-{quartiles[2]:.2f})"
 
 
+def said(row: dict[str, Any]) -> dict[str, str]:
+    """What the tables say of a case; "" of a peer that has none of it."""
+    times = {peer: text(row["time"].get(peer)) for peer in (JAX, *PEERS)}
+    share = f"{row['of_peak']:.0%}" if row["gflop"] else ""
+    return times | {"peak": share, "memory": of(row), "ms": f"{row['ms']:.1f}", "MB": f"{row['megabytes']:.1f}"}
+
+
 def line_of(name: str, row: dict[str, Any]) -> str:
     """A case as soon as it is measured."""
-    return f"{name}: {row['ms']:.2f} ms, of jax.grad's time {text(row['time'][JAX])}, of its memory {of(row)}"
+    others = "".join(f", of {peer}'s {row['said'][peer]}" for peer in PEERS if row["said"][peer])
+    return f"{name}: {row['ms']:.2f} ms, of jax.grad's time {row['said'][JAX]}, memory {of(row)}{others}"
 
 
 def of(row: dict[str, Any]) -> str:
-    """The memory of both sides."""
+    """The memory of fnbp, of that of jax.grad."""
     share = row["memory"][JAX]
     return "-" if share is None else f"{share:.2f}"
 
@@ -181,25 +191,17 @@ def table(rows: dict[str, dict[str, Any]], peak: float) -> Table:
     for head in heads:
         made.add_column(head, justify="right" if head else "left", no_wrap=bool(head))
     for name, row in rows.items():
-        times = (text(row["time"].get(peer)) for peer in (JAX, in_jax.PLAIN, in_jax.NNX, in_jax.EQUINOX, TORCH))
-        share = f"{row['of_peak']:.0%}" if row["gflop"] else ""
-        made.add_row(name, f"{row['ms']:.2f}", share, f"{row['megabytes']:.1f}", of(row), *times)
+        cells = ("ms", "peak", "MB", "memory", JAX, *PEERS)
+        made.add_row(name, *(row["said"][cell] for cell in cells))
     return made
 
 
 def figure(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     """Draw the time ratios with their quartiles."""
-    colours = {
-        JAX: report.MANUAL,
-        in_jax.PLAIN: "#7a7a7a",
-        in_jax.NNX: report.AUTOMATIC,
-        in_jax.EQUINOX: report.INK,
-        TORCH: report.ACCENT,
-    }
     with plt.rc_context(report.STYLE):
         fig, axes = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.6))
         for place, row in enumerate(reversed(rows.values())):
-            for i, (peer, colour) in enumerate(colours.items()):
+            for i, (peer, colour) in enumerate(COLOURS.items()):
                 if quartiles := row["time"].get(peer):
                     at = place + 0.28 - 0.14 * i
                     axes.plot(quartiles[::2], (at, at), color=colour, lw=3, alpha=0.4, solid_capstyle="butt")
