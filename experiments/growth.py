@@ -153,7 +153,8 @@ def figure(path: Path, found: dict[str, dict[str, list[tuple[int, float, float]]
                 axes[row, column].minorticks_off()
         axes[0, 0].set_ylabel("ms")
         axes[1, 0].set_ylabel("temporary memory, MB")
-        fig.legend(*axes[0, -2].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+        fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
         fig.savefig(path)
         plt.close(fig)
     console.print(f"\nsaved {path}", highlight=False)

@@ -5,6 +5,7 @@ per_example and one more contraction make of it, or refuses by a ValueError or T
 primitive and its line. Anything else is a fault: wrong, another number; raw, another exception; unnamed, a refusal that
 does not say where; slow; crash, of the process. What JAX itself refuses counts apart.
 
+Each program is written down as it is done, in a .jsonl beside `--out`; Ctrl-C reports on those, `--resume` goes on.
 `--jax` runs JAX alone; `--index 7 --shrink` runs one program, and prints the smallest that has the same fault.
 """
 
@@ -358,6 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--index", type=int, help="one program alone")
     parser.add_argument("--shrink", action="store_true", help="with --index: a smaller program of the same fault")
     parser.add_argument("--jax", action="store_true", help="JAX alone")
+    parser.add_argument("--resume", action="store_true", help="go on behind the programs in the .jsonl beside --out")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--out", type=Path, default=Path(tempfile.gettempdir(), "fuzz_losses.txt"), help="for the faults"
@@ -370,14 +372,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(program.script(), outcome, sep="\n")
         return int(outcome.kind in FAULTS)
     started = time.perf_counter()
-    done = []
-    for one in results([(options.seed, i, options.jax) for i in range(options.cases)], options.workers):
-        done.append(one)
-        if one["kind"] in FAULTS:
-            print(f"{one['kind']} at index {one['index']}, {len(done)} done", file=sys.stderr, flush=True)
+    log = options.out.with_suffix(".jsonl")
+    known = log.read_text().splitlines() if options.resume and log.is_file() else []
+    done = [one for one in map(json.loads, known) if one["index"] < options.cases]
+    left = sorted(set(range(options.cases)) - {one["index"] for one in done})
+    with log.open("a" if options.resume else "w") as file, contextlib.suppress(KeyboardInterrupt):
+        for one in results([(options.seed, i, options.jax) for i in left], options.workers):
+            done.append(one)
+            print(json.dumps(one), file=file, flush=True)
+            if one["kind"] in FAULTS:
+                print(f"{one['kind']} at index {one['index']}, {len(done)} done", file=sys.stderr, flush=True)
     done.sort(key=lambda one: one["index"])
     report(done, options.out)
-    options.out.with_suffix(".json").write_text(json.dumps(done))
     print(f"{len(done)} programs in {time.perf_counter() - started:.0f} s; faults are in {options.out}")
     return int(any(one["kind"] in FAULTS for one in done))
 

@@ -233,7 +233,7 @@ def test_compare_judges_the_last_layer_and_the_loss_as_one_too(monkeypatch):
     monkeypatch.setattr(linear, "BLOCK", 1)
     net, loss = tied(), fnbp.linear_cross_entropy(z_loss=0.1, ignore_index=-1)
     _, _, x, y = drawn(net)
-    report = fnbp.compare(net, x, y=y, loss=loss)
+    report = fnbp.compare(net, x, y=y, loss=loss, level="quick")
     (path,) = {row.path for row in report.rows if "dense(11), linear_cross_entropy" in row.path}
     assert report.ok and {row.leaf for row in report.rows if row.path == path} >= {"W", "x"}
 
@@ -249,7 +249,7 @@ def test_compare_finds_a_wrong_block(monkeypatch):
     net = fnbp.dense(K)
     x = jax.random.normal(jax.random.key(0), (5, N))
     y = jnp.arange(5)
-    report = fnbp.compare(net, x, y=y, loss=fnbp.linear_cross_entropy())
+    report = fnbp.compare(net, x, y=y, loss=fnbp.linear_cross_entropy(), level="quick")
     assert {row.leaf for row in report.rows if not row.ok} == {"W", "b", "x"}
     assert all(row.path.endswith("dense(11), linear_cross_entropy") for row in report.rows if not row.ok)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import fnbp
-from experiments.statistics_cost import in_torch, nets, peers
 from experiments.shared.timing import distance
+from experiments.statistics_cost import in_torch, nets, peers
 
 NETS = {
     "mlp": nets.Net(fnbp.models.mlp(7, 11, 10), nets.labelled(13), 5),

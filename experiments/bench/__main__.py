@@ -9,6 +9,7 @@ off.
 """
 
 import importlib.util
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from experiments.shared.report import console
 from experiments.shared.timing import distance, side_of
 from fnbp.measurement import flops_of, ratio, temp_bytes_of
 
-MINUTES = 12  # on two CPU cores
+MINUTES = 25  # on two CPU cores
 OURS, JAX, TORCH = "fnbp", "jax.grad", "PyTorch"
 PEERS = (in_jax.PLAIN, in_jax.NNX, in_jax.EQUINOX, TORCH)
 COLOURS = dict(zip((JAX, *PEERS), (report.MANUAL, "#7a7a7a", report.AUTOMATIC, report.INK, report.ACCENT), strict=True))
@@ -51,6 +52,8 @@ class Settings:
     """Also time Flax NNX, Equinox and PyTorch, where they are installed."""
     compiled: bool = False
     """Time PyTorch by torch.compile."""
+    resume: bool = False
+    """Keep the cases in rows.jsonl and go on from there."""
     seconds: float = 6.0
     """For the samples of one case."""
     out: Path = Path("results/bench")
@@ -66,9 +69,18 @@ def main(settings: Settings) -> int:
         console.print("PyTorch is not installed (extra: peers)")
     peak = peak_flops()
     rows: dict[str, dict[str, Any]] = {}
-    with closing(Torch(settings.compiled)) if with_torch else nullcontext() as torch:
+    log = settings.out / "rows.jsonl"
+    known = dict(map(json.loads, log.read_text().splitlines())) if settings.resume and log.is_file() else {}
+    with (
+        closing(Torch(settings.compiled)) if with_torch else nullcontext() as torch,
+        log.open("a" if settings.resume else "w") as file,
+    ):
         for group, case in chosen:
+            if case.name in known:
+                rows[case.name] = known[case.name]
+                continue
             rows[case.name] = {"group": group} | (row := measured(case, settings, torch, peak)) | {"said": said(row)}
+            print(json.dumps((case.name, rows[case.name])), file=file, flush=True)
             console.print(line_of(case.name, rows[case.name]), highlight=False)
     console.print(table(rows, peak))
     figure(settings.out / "figure.png", rows)

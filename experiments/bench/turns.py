@@ -14,12 +14,15 @@ from experiments.shared.timing import REST, SAMPLE_SECONDS, Side
 def in_rotation(sides: dict[str, Side], seconds: float, least: int, most: int, rest: bool) -> dict[str, np.ndarray]:
     """The seconds of one call of each side, in samples taken in turns; each turn begins with another side.
 
-    seconds: how long all samples may take, but for the least number of them. rest: before each sample.
+    seconds: how long all samples may take, but for the least number of them, or 3 of sides that take longer than that
+    for one. rest: before each sample.
     """
-    calls = {}
+    calls, whole = {}, 0.0
     for name, side in sides.items():
-        side(1)  # warms up
-        calls[name] = max(1, round(SAMPLE_SECONDS / side(1)))
+        once = side(1)  # warms up
+        whole += once
+        calls[name] = max(1, round(SAMPLE_SECONDS / (side(1) if once < seconds else once)))
+    least = min(least, 3) if whole > seconds else least
     taken: dict[str, list[float]] = {name: [] for name in sides}
     names, began, turn = list(sides), time.perf_counter(), 0
     while turn < least or (turn < most and time.perf_counter() - began < seconds):

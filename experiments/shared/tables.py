@@ -1,6 +1,7 @@
 """What stands in which table of experiments/README.md: rows, and the published figures that they show."""
 
 from experiments.shared.shown import Row, Shown
+from experiments.shared.tables_of_speed import SPEED
 from experiments.shared.tables_of_statistics import STATISTICS
 
 AGAINST = ("the same forward", "plain JAX")
@@ -377,4 +378,4 @@ TABLES: dict[str, Shown] = {
         ),
     ),
 }
-TABLES |= STATISTICS
+TABLES |= STATISTICS | SPEED
