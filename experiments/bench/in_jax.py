@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ def eqx(make: Callable[[Any, Any], Any], x: Any, each: int = 1, call: Callable |
 
     def apply(params, x):
         run: Callable = equinox.combine(params, static)
-        run = run if call is None else lambda x, module=run: call(module, x)
+        run = run if call is None else partial(call, run)
         for _ in range(each):
             run = jax.vmap(run)
         return run(x)

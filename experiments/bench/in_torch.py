@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,7 +16,7 @@ def of_module(make: Callable[[Any], Any], *shape: int, call: Callable | None = N
 
     def made(torch: Any, wrap: Callable) -> Run:
         module, x = make(torch.nn), torch.randn(*shape, requires_grad=True)
-        apply = wrap(module if call is None else lambda x: call(torch, module, x))
+        apply = wrap(module if call is None else partial(call, torch, module))
         dy = torch.randn_like(apply(x))
         wanted = [x, *module.parameters()]
 
