@@ -177,8 +177,9 @@ TABLE = {
         0.3,
     ),
     "softmax_cross_entropy": Entry(
-        "loss", "ignore_index=ignored weights=class_weights label_smoothing=rate reduce=reduce"
+        "loss", "ignore_index=ignored weights=class_weights label_smoothing=rate reduce=reduce z_loss=rate"
     ),
+    "linear_cross_entropy": Entry("loss", "ignore_index=ignored label_smoothing=rate z_loss=rate reduce=reduce"),
     "binary_cross_entropy": Entry(
         "loss", "from_logits=bool pos_weight=class_weights label_smoothing=rate ignore_index=ignored reduce=reduce"
     ),
@@ -381,7 +382,11 @@ def drawn_loss(rng, name: str, layer: str, dtype: str, trouble: set, marks: tupl
     like = f"({shape}, {dtype!r})"
     x = f"share{like}" if name == "binary_cross_entropy" and "from_logits=True" not in layer else f"arr{like}"
     labels = f"arr({shape[:-1]}, 'int32')"
-    target = {"softmax_cross_entropy": pick(rng, [labels, f"share{like}"]), "binary_cross_entropy": f"share{like}"}
+    target = {
+        "softmax_cross_entropy": pick(rng, [labels, f"share{like}"]),
+        "linear_cross_entropy": labels,
+        "binary_cross_entropy": f"share{like}",
+    }
     case = Case(layer, x, target=target.get(name, f"-arr{like}"), dtype=dtype, marks=marks)
     if trouble & {"shape", "params"}:
         wrong = [f"arr({(*shape, 2)})", "arr(())", f"3 + {labels}", f"-1 - {labels}", "None", "[1]", "'a'", "{}", "3"]

@@ -263,6 +263,13 @@ def test_no_array_of_all_scores_is_held():
     assert step.memory_analysis().temp_size_in_bytes < positions * k * 4 / 2
 
 
+def test_a_step_lowers_for_accelerators():
+    params, state, x, y = drawn(tied(), False)
+    step = jax.jit(fnbp.value_and_grad(tied(), fnbp.linear_cross_entropy()))
+    made = jax.export.export(step, platforms=("cuda", "rocm", "tpu"))(params, state, x, y)
+    assert len(made.mlir_module()) > 0
+
+
 REFUSED = [
     (lambda: fnbp.serial(fnbp.dense(K), fnbp.relu()), r"must end in fnbp\.dense, it ends in serial\[1\]\.relu"),
     (lambda: fnbp.serial(fnbp.skip(fnbp.dense(N)), name="net"), r"it ends in net\[0\]\.skip"),
