@@ -292,6 +292,16 @@ def test_distributions_are_refused():
         fnbp.backprop(head(), fnbp.linear_cross_entropy())(params, state, x, jnp.ones((M, T, K)) / K)
 
 
+def test_what_it_refuses_bears_its_name():
+    params, state, x, y = drawn(head(), False)
+    for options in ({"z_loss": -0.1}, {"label_smoothing": 1.0}, {"reduce": "mean"}, {"ignore_index": 0.5}):
+        with pytest.raises((ValueError, TypeError), match=rf"^linear_cross_entropy: .*{next(iter(options))}"):
+            fnbp.linear_cross_entropy(**options)
+    for target in (y.at[0, 0].set(K), y[:, 0], y.astype(float)):
+        with pytest.raises((ValueError, TypeError), match=r"^linear_cross_entropy: (label|target)"):
+            fnbp.backprop(head(), fnbp.linear_cross_entropy())(params, state, x, target)
+
+
 def test_a_loss_whose_backward_was_replaced_uses_it():
     params, state, x, y = drawn(head(), False)
     loss = fnbp.linear_cross_entropy()

@@ -11,9 +11,9 @@ from fnbp.arrays.checks import describe
 from fnbp.arrays.placement import varying, with_sums
 from fnbp.arrays.sums import complement, wide
 from fnbp.construction import constructor
-from fnbp.losses.entropy import at_label, softmax_cross_entropy
+from fnbp.losses.entropy import at_label, check_against, softmax_cross_entropy
 from fnbp.losses.loss import Loss
-from fnbp.losses.reduction import counted, only, share, shares, summed_up
+from fnbp.losses.reduction import check_options, check_z_loss, counted, only, share, shares, summed_up
 from fnbp.losses.targets import is_good
 
 __all__ = ["linear_cross_entropy"]
@@ -76,13 +76,13 @@ def linear_cross_entropy(
               else as softmax_cross_entropy.
     """
     name = "linear_cross_entropy"
-    whole = softmax_cross_entropy(ignore_index, None, label_smoothing, reduce, z_loss)
-    e, c = float(label_smoothing), float(z_loss)
+    e, c = check_options(name, ignore_index, label_smoothing, reduce), check_z_loss(name, z_loss)
+    whole = softmax_cross_entropy(ignore_index, None, e, reduce, c)
 
     def check(a, y, mask=None):
-        if getattr(y, "ndim", None) == a.ndim:
+        if getattr(y, "ndim", None) == getattr(a, "ndim", -1):
             raise TypeError(f"{name}: y must be labels, got {describe(y)}; softmax_cross_entropy takes distributions")
-        whole.check(a, y, mask)
+        check_against(name, None, ignore_index, a, y, mask)
 
     def forward(a, y, mask=None):
         check(a, y, mask)
