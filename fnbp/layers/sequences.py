@@ -3,8 +3,7 @@
 The formulas are those of the cell; what differs is when each is computed. Forward, for each chunk of 8 positions:
 
     a = W' x + b'                  of the chunk in one product
-    t = tanh(a + U' h + ...)       turn by turn; W', U', b' are W, U, b, halved in the rows of sigma, since
-                                   sigma(a) = (1 + tanh(a / 2)) / 2
+    the gates of a + U' h          turn by turn; W', U', b' are W, U, b, halved in the rows of sigma
 
 Back, last chunk first: the errors da turn by turn, then dW, dU, db and dx of the chunk, while its arrays are in the
 cache. So no array of the whole sequence is read twice, and but for the gates none is kept. What the totals do not need,
@@ -54,19 +53,18 @@ class Turn(NamedTuple):
 
 
 def lstm_turn(U: Any, c: Any, hs: Any, a: Any) -> tuple[Any, tuple]:
-    """As the forward of lstm_cell; saved: the four tanh, and s before the turn."""
+    """As the forward of lstm_cell; saved: the four gates, and s before the turn."""
     h, s = hs
-    t = jnp.tanh(a + h @ U.T)
-    i, f, g, o = lstm_gates(t)
+    gates = i, f, g, o = lstm_gates(a + h @ U.T)
     s_new = f * s + i * g
     y = o * jnp.tanh(s_new)
-    return (y, s_new), (y, (t, s))
+    return (y, s_new), (y, (jnp.concatenate(gates, -1), s))
 
 
 def lstm_turn_back(U: Any, d: Any, each: tuple) -> tuple[Any, tuple]:
     """As the backward of lstm_cell."""
-    (dh, ds), (dy, (t, s), _) = d, each
-    i, f, g, o = lstm_gates(t)
+    (dh, ds), (dy, (gates, s), _) = d, each
+    i, f, g, o = jnp.split(gates, 4, -1)
     tanh_s = jnp.tanh(f * s + i * g)
     dh = dh + dy
     do = dh * tanh_s
@@ -76,30 +74,28 @@ def lstm_turn_back(U: Any, d: Any, each: tuple) -> tuple[Any, tuple]:
     return (da @ U, ds * f), (da,)
 
 
-def lstm_gates(t: Any) -> tuple[Any, ...]:
-    """i, f, g, o of their tanh."""
-    t_i, t_f, g, t_o = jnp.split(t, 4, -1)
-    return sigma(t_i), sigma(t_f), g, sigma(t_o)
+def lstm_gates(e: Any) -> tuple[Any, ...]:
+    """i, f, g, o of W' x + U' h + b'."""
+    e_i, e_f, e_g, e_o = jnp.split(e, 4, -1)
+    return sigma(e_i), sigma(e_f), jnp.tanh(e_g), sigma(e_o)
 
 
 # --- the gated recurrent unit ---
 
 
 def gru_turn(U: Any, c: Any, h: Any, a: Any) -> tuple[Any, tuple]:
-    """As the forward of gru_cell; saved: the tanh of r, z and k, and e_k."""
+    """As the forward of gru_cell; saved: r, z, k and e_k."""
     a_r, a_z, a_k = jnp.split(a, 3, -1)
     e_r, e_z, e_k = jnp.split(h @ U.T + c, 3, -1)
-    t_r, t_z = jnp.tanh(a_r + e_r), jnp.tanh(a_z + e_z)
-    k = jnp.tanh(a_k + sigma(t_r) * e_k)
-    z = sigma(t_z)
+    r, z = sigma(a_r + e_r), sigma(a_z + e_z)
+    k = jnp.tanh(a_k + r * e_k)
     y = (1 - z) * k + z * h
-    return y, (y, (t_r, t_z, k, e_k))
+    return y, (y, (r, z, k, e_k))
 
 
 def gru_turn_back(U: Any, dh: Any, each: tuple) -> tuple[Any, tuple]:
     """As the backward of gru_cell."""
-    dy, (t_r, t_z, k, e_k), h = each
-    r, z = sigma(t_r), sigma(t_z)
+    dy, (r, z, k, e_k), h = each
     dh = dh + dy
     dk, dz = dh * (1 - z), dh * (h - k)
     dt = dk * (1 + k) * (1 - k)
@@ -108,9 +104,9 @@ def gru_turn_back(U: Any, dh: Any, each: tuple) -> tuple[Any, tuple]:
     return de @ U + dh * z, (da, de)
 
 
-def sigma(t: Any) -> Any:
-    """sigma(a), of t = tanh(a / 2)."""
-    return 0.5 * t + 0.5
+def sigma(e: Any) -> Any:
+    """sigma(2 e): the rows of a gate are halved. Not (1 + tanh e) / 2, which loses all digits of a closed gate."""
+    return jax.nn.sigmoid(2 * e)
 
 
 LSTM = Turn((0.5, 0.5, 1, 0.5), True, lstm_turn, lstm_turn_back)
