@@ -101,6 +101,11 @@ class Factor(ABC):
         """The factor in at least float32."""
         return jax.tree.map(lambda a: wide(a) if jnp.issubdtype(a.dtype, jnp.inexact) else a, self)
 
+    def over_turns(self, behind: Callable[[jax.Array], jax.Array]) -> "Factor | None":
+        """The factor of all turns of a loop over time, if the arrays of this one have the turn as first axis, which
+        behind puts behind the example; None if its form has no place for such an axis."""
+        return jax.tree.map(behind, self) if self.positional else None
+
     def in_turn(self) -> "Factor":
         """The factor of one turn of a loop, if this is that of all turns."""
         return self
@@ -254,6 +259,9 @@ class Mixed(Factor):
     def contracted(self, contraction: Contraction, *given: Any) -> Any:
         raise TypeError(MIXED)
 
+    def over_turns(self, behind: Callable[[jax.Array], jax.Array]) -> "Mixed":
+        return Mixed(jnp.sum(self.d, 0))
+
     def scaled(self, c: Any) -> "Mixed":
         raise TypeError(MIXED)
 
@@ -313,6 +321,10 @@ class Added(Factor):
             return contraction.of_form(self)
         one, other = contraction(self.one), contraction(self.other)
         return added_pairs(one, other) if one.fits(other) else contraction.rows(rows_of(self))
+
+    def over_turns(self, behind: Callable[[jax.Array], jax.Array]) -> "Added | None":
+        one, other = self.one.over_turns(behind), self.other.over_turns(behind)
+        return None if one is None or other is None else Added(one, other)
 
     def in_turn(self) -> "Added":
         return Added(self.one.in_turn(), self.other.in_turn())

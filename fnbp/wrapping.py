@@ -1,9 +1,11 @@
 """Factors that are another one, but for what becomes of its total and its rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from fnbp.arrays.placement import laid
@@ -41,6 +43,10 @@ class Wrapped(Factor):
     def example_axes(self) -> Any:
         return replace(self, factor=self.factor.example_axes())
 
+    def over_turns(self, behind: Callable[[jax.Array], jax.Array]) -> Any:
+        inside = self.factor.over_turns(behind)
+        return None if inside is None else replace(self, factor=inside)
+
     def in_turn(self) -> Any:
         return replace(self, factor=self.factor.in_turn())
 
@@ -66,6 +72,10 @@ class Formed(Wrapped):
 
     def total(self) -> jax.Array:
         return self.whole
+
+    def over_turns(self, behind: Callable[[jax.Array], jax.Array]) -> "Formed | None":
+        inside = self.factor.over_turns(behind)
+        return None if inside is None else Formed(inside, jnp.sum(self.whole, 0))
 
     def example_axes(self) -> "Formed":
         return Formed(self.factor.example_axes(), -1)  # type: ignore[arg-type]

@@ -154,15 +154,18 @@ def over_time(form: Any, arrays: list[jax.Array]) -> Any:
 
     form, arrays: as turns returns them; what is one array for two weights stays one.
     """
-    behind = [jnp.moveaxis(a, 0, 1) if a.ndim > 1 else a for a in arrays]  # the turn behind the example
+    moved: dict[int, jax.Array] = {}  # each array once
+
+    def behind(a: jax.Array) -> jax.Array:
+        if id(a) not in moved:
+            moved[id(a)] = jnp.moveaxis(a, 0, 1) if a.ndim > 1 else a
+        return moved[id(a)]
 
     def of_turns(node: Any) -> Any:  # a node of numbers
-        if isinstance(node, Mixed):
-            return Mixed(jnp.sum(arrays[node.d], 0))
         if not isinstance(node, Factor):
             return jnp.sum(arrays[node], 0)
-        if node.positional:
-            return together(node, behind)
-        return Shared(together(node, arrays))
+        turns = together(node, arrays)
+        whole = turns.over_turns(behind)
+        return Shared(turns) if whole is None else whole
 
     return jax.tree.map(of_turns, form, is_leaf=is_open)

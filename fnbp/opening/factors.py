@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from fnbp.arrays.placement import each_example, over_examples
 from fnbp.arrays.sums import wide
-from fnbp.combinators.factors import Cast, Shared
+from fnbp.combinators.factors import Shared
 from fnbp.contractions import Contraction, dot, total
-from fnbp.factor import Added, Factor, along_examples, register_factor
+from fnbp.factor import Factor, along_examples, register_factor
 from fnbp.opening.layouts import Layout, along_last
 from fnbp.wrapping import Wrapped
 
@@ -132,6 +132,9 @@ class Through(Wrapped):
         return super().scaled(c)
 
     def outer(self) -> None:
+        return None
+
+    def over_turns(self, behind: Callable[[jax.Array], jax.Array]) -> None:
         return None
 
     def dot(self, v: jax.Array) -> jax.Array:
@@ -278,12 +281,7 @@ def laid_out(factor: Factor, layout: Layout | None) -> Factor | None:
     return LaidOut(factor, layout)
 
 
-def over_turns(factor: Any) -> Factor:
+def over_turns(factor: Factor) -> Factor:
     """One factor of a parameter that is the same in all turns of a loop. Its arrays have the turn as first axis."""
-    if isinstance(factor, (LaidOut, Cast)):
-        return replace(factor, factor=over_turns(factor.factor))
-    if isinstance(factor, Added):
-        return Added(over_turns(factor.one), over_turns(factor.other))
-    if factor.positional:
-        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), factor)
-    return Shared(factor)
+    whole = factor.over_turns(lambda a: jnp.moveaxis(a, 0, 1))
+    return Shared(factor) if whole is None else whole

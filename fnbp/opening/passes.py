@@ -68,8 +68,8 @@ def run_step(plan: Plan, step: Step, operands: list[Any]) -> Any:
     """The results of a step. TypeError, by its parameters and its place, if JAX does not map it over examples."""
     try:
         return step.run(*operands)
-    except NotImplementedError as error:  # JAX's own
-        if step not in plan.uses:
+    except RuntimeError as error:  # of a primitive that JAX cannot map, or of the device
+        if step not in plan.uses or isinstance(error, jax.errors.JaxRuntimeError):
             raise
         names = ", ".join(plan.behind(use.of) for use in plan.uses[step])
         raise TypeError(f"opened: {names} goes into {step.name} at {step.place}: {error}") from error
