@@ -210,3 +210,15 @@ REFUSED = [
 def test_it_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_outside_jit_a_second_call_compiles_nothing():
+    layer, x = fnbp.attention(2, causal=True), jnp.ones((2, 71, 8))
+    params, state = layer.init(jax.random.key(0), x)
+    forms = [attending.compiled(f) for f in (attending.attend_in_blocks, attending.attend_back_in_blocks)]
+    sizes = []
+    for _ in range(2):
+        y, _, res = layer.forward(params, state, x, fnbp.Context())
+        layer.backward(params, res, y)
+        sizes.append([form._cache_size() for form in forms])
+    assert sizes[0] == sizes[1] and all(sizes[0])

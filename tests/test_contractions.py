@@ -1,5 +1,7 @@
 """Every contraction of every layer, against the gradients of single examples, each by jax.grad."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,3 +253,23 @@ def test_weights_that_share_an_error_but_no_positions(x64):
     found = fnbp.backprop(net, loss)(params, state, x, y).grads
     due = jax.grad(lambda p: loss.forward(net.forward(p, state, x, fnbp.Context())[0], y)[0].mean())(params)
     assert relative(found, due) <= 1e-12
+
+
+@pytest.mark.parametrize("T", [7, 9])
+@pytest.mark.parametrize("cell", [fnbp.lstm_cell(3), fnbp.gru_cell(3)], ids=lambda cell: cell.name)
+def test_pairs_of_a_cell_in_a_loop_are_those_of_its_matrix_whatever_wraps_it(x64, cell, T):
+    """A cast cell, and a scan within a scan, in chunks or turn by turn, have the sides of W, not one dense side."""
+    rng = np.random.default_rng(0)
+    plain = cell._replace(traits=dataclasses.replace(cell.traits, whole=None))
+    x = jnp.asarray(rng.standard_normal((2, 5, T, 4)))
+
+    def pairs(net, x, y):
+        params, state = net.init(jax.random.key(0), x)
+        grads = fnbp.backprop(net, fnbp.half_squared_error(), fnbp.kronecker("expand"))(params, state, x, y).grads
+        return jax.tree.leaves(grads)
+
+    y = jnp.asarray(rng.standard_normal((2, 5, T, 3)))
+    due = pairs(fnbp.scan(plain), x[:, 0], y[:, 0])
+    assert {a.shape for a in due} >= {(4, 4), (3, 3)}
+    assert relative(pairs(fnbp.scan(fnbp.cast(cell, "float64")), x[:, 0], y[:, 0]), due) <= 1e-12
+    assert relative(pairs(fnbp.scan(fnbp.scan(cell)), x, y), pairs(fnbp.scan(fnbp.scan(plain)), x, y)) <= 1e-12

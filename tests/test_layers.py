@@ -129,6 +129,23 @@ def test_low_precision_stays_near_float64(x64, case, shape, dtype, eps):
     assert relative(manual_vjp(case, *low), exact) <= 8 * eps * max(1, conditioning(case, high, exact))
 
 
+@pytest.mark.slow
+@each
+def test_what_wider_parameters_make_of_x_has_their_digits(case, shape):
+    """Of float32 parameters and x in bfloat16: a y of float32 is not rounded to bfloat16 on its way."""
+    params, state, x, _ = draw(case, shape, jnp.float32)
+    forward = jax.jit(lambda params, x: case.layer.forward(params, state, x, case.context)[0])
+    if case.tokens or not jax.tree.leaves(params):
+        pytest.skip("x is not of floating point, or there are no parameters")
+    low = x.astype(jnp.bfloat16)
+    try:
+        y = forward(params, low)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"refused: {error}")
+    if y.dtype == jnp.float32:
+        assert relative(y, forward(params, low.astype(jnp.float32))) <= 1e-5
+
+
 def conditioning(case, args, exact, h=1e-7, draws=4):
     """By how much more than their own relative error the result moves when every argument is off by a part in 1/h."""
     rng = np.random.default_rng(2)

@@ -200,3 +200,19 @@ def test_fit_trains_on_data_that_are_split_over_explicit_axes(batch_size):
     alone, sharded = run(params, state, x, y), run(*everywhere(params, state), *split(x, y))
     assert relative(sharded.params, alone.params) <= 1e-5
     assert relative(sharded.history.validation_loss, alone.history.validation_loss) <= 1e-5
+
+
+@pytest.mark.parametrize("keys", [60, 70])
+def test_memory_that_all_devices_share_within_shard_map(x64, keys):
+    rng, layer = np.random.default_rng(0), fnbp.attention(2)
+    x, memory, dy = (jnp.asarray(rng.standard_normal(shape)) for shape in ((4, 66, 4), (1, keys, 4), (4, 66, 4)))
+    params, state = layer.init(jax.random.key(0), (x[:1], memory))
+
+    def dx(x, memory, dy):
+        _, _, res = layer.forward(params, state, (x, memory), fnbp.Context())
+        return layer.backward(params, res, dy)[1][0]
+
+    auto = jax.make_mesh((4,), ("example",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = P("example")
+    found = jax.jit(jax.shard_map(dx, mesh=auto, in_specs=(over, P(), over), out_specs=over))(x, memory, dy)
+    assert relative(found, dx(x, jnp.repeat(memory, 4, 0), dy)) <= 1e-12

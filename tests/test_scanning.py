@@ -318,6 +318,32 @@ def test_chunks_are_the_turns(x64, cell, reverse, T):
 
 
 @whole
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nearly_closed_gates_keep_their_digits_in_chunks(x64, cell, dtype):
+    x, dy = (jnp.asarray(rng.standard_normal((3, 16, n)), dtype) for n in (5, 7))
+    params, state = drawn(fnbp.scan(cell), x)
+    closed = jnp.where(jnp.arange(params["b"].size) < 14, -18.0 if dtype == "float32" else -6.0, 0)
+    params = jax.tree.map(lambda p: p.astype(dtype), params | {"b": params["b"] + closed})
+    args = params, state, jax.tree.map(lambda h: h.astype(dtype), first(cell, 3)), x
+    args = *args, jax.tree.map(jnp.ones_like, args[2]), dy
+    exact = jax.tree.map(lambda a: a.astype(float), args)
+    due, bound = passes(fnbp.scan(cell), *exact), 64 * float(jnp.finfo(dtype).eps)
+    for found, right in zip(*map(jax.tree.leaves, (passes(fnbp.scan(cell), *args), due)), strict=True):
+        assert np.abs(np.asarray(found, float) - right).max() <= bound * np.abs(right).max()
+
+
+@pytest.mark.parametrize("T", [7, 16])
+@whole
+def test_what_wider_parameters_make_of_x_is_as_wide_in_chunks(cell, T):
+    x, h = jnp.ones((2, T, 5), jnp.bfloat16), first(cell, 2)
+    params, state = fnbp.scan(cell).init(jax.random.key(0), x.astype(jnp.float32))
+    h = jax.tree.map(lambda a: a.astype(jnp.float32), h)
+    (h_T, y), _, res = fnbp.scan(cell).forward(params, state, (h, x), fnbp.Context())
+    _, (_, dx) = fnbp.scan(cell).backward(params, res, (h_T, y))
+    assert y.dtype == dx.dtype == jnp.float32
+
+
+@whole
 def test_a_cell_with_another_backward_is_run_turn_by_turn(x64, cell):
     x, dy = (jnp.asarray(rng.standard_normal((3, 16, n))) for n in (5, 7))
     args = *drawn(fnbp.scan(cell), x), first(cell, 3), x, first(cell, 3), dy

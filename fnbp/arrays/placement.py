@@ -107,9 +107,9 @@ def zeros_beside(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return varying(jnp.zeros(shape, dtype, device=where), x)
 
 
-def varying(a: jax.Array, x: Any) -> jax.Array:
-    """a as an array that varies over the axes of the mesh over which x does."""
-    more = tuple(varies(x) - varies(a))
+def varying(a: jax.Array, *others: Any) -> jax.Array:
+    """a as an array that varies over the axes of the mesh over which one of the others does."""
+    more = tuple(frozenset().union(*map(varies, jax.tree.leaves(others))) - varies(a))
     return jax.lax.pcast(a, more, to="varying") if more else a
 
 

@@ -6,6 +6,7 @@ that they see, and again in the backward: nothing of size T S is held.
 Source: Rabe & Staats 2021, arXiv:2112.05682, section 2, for attention without an array of size T S.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from fnbp.arrays.placement import reshaped
+from fnbp.arrays.placement import reshaped, varying
 from fnbp.arrays.sums import wide
 
 SHORT = 64  # keys; up to that many the weights p are kept for the backward, else formed again, block by block
@@ -67,47 +68,63 @@ def weighted_back(
 def attend(q: Queries, k: Keys, v: Keys, mask: Any, causal: bool) -> tuple[Queries, Weights | None]:
     """o, and p if the keys are few enough to keep it."""
     T, S = q.shape[1], k.shape[1]
-    heads = tuple(map(heads_first, (q, k, v)))
+    if S > SHORT and T > 1:
+        return compiled(attend_in_blocks)(q, k, v, mask, causal=causal), None
 
     def at_once(q, k, v):
         p = weights(q, k, visible(mask, causal, 0, T, S))
         return weighted(p, v), p
 
-    def in_blocks(q, k, v):
-        def block(nothing, keys, seen, q):
-            return nothing, weighted(weights(q, k[:, :keys], seen), v[:, :keys])
-
-        return over_blocks(block, None, S, mask, causal, q)[1]
-
-    if S <= SHORT or T == 1:
-        o, p = jax.vmap(at_once)(*heads)
-        return heads_behind(o), p
-    return heads_behind(head_by_head(in_blocks, *heads)), None
+    o, p = jax.vmap(at_once)(*map(heads_first, (q, k, v)))
+    return heads_behind(o), p
 
 
 def attend_back(
     q: Queries, k: Keys, v: Keys, mask: Any, causal: bool, p: Weights | None, do: Queries
 ) -> tuple[Queries, Keys, Keys]:
     """dq, dk, dv from do."""
-    q_heads, k_heads, v_heads, do_heads = map(heads_first, (q, k, v, wide(do)))
+    if p is None:
+        dq, dk, dv = compiled(attend_back_in_blocks)(q, k, v, mask, do, causal=causal)
+    else:
+        dq, dk, dv = map(heads_behind, jax.vmap(weighted_back)(*map(heads_first, (q, k, v)), p, heads_first(wide(do))))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    def in_blocks(q, k, v, do):
+
+def attend_in_blocks(q: Queries, k: Keys, v: Keys, mask: Any, causal: bool) -> Queries:
+    """o, of a block of queries at a time."""
+
+    def of_head(q, k, v):
+        def block(nothing, keys, seen, q):
+            return nothing, weighted(weights(q, k[:, :keys], seen), v[:, :keys])
+
+        return over_blocks(block, None, k.shape[1], mask, causal, q)[1]
+
+    return heads_behind(head_by_head(of_head, *map(heads_first, (q, k, v))))
+
+
+def attend_back_in_blocks(
+    q: Queries, k: Keys, v: Keys, mask: Any, do: Queries, causal: bool
+) -> tuple[Queries, Keys, Keys]:
+    """dq, dk, dv from do, of a block of queries at a time, whose p is formed again."""
+
+    def of_head(q, k, v, do):
         def block(carry, keys, seen, q, do):
             k_seen, v_seen = k[:, :keys], v[:, :keys]
             dq, dk, dv = weighted_back(q, k_seen, v_seen, weights(q, k_seen, seen), do)
             return (added(carry[0], dk), added(carry[1], dv)), dq
 
         dtype = jnp.result_type(*map(wide, (q, k, v)), do)
-        start = jnp.zeros_like(k, dtype), jnp.zeros_like(v, dtype)
-        (dk, dv), dq = over_blocks(block, start, k.shape[1], mask, causal, q, do)
+        start = [varying(jnp.zeros_like(a, dtype), q, k, v, do, mask) for a in (k, v)]
+        (dk, dv), dq = over_blocks(block, tuple(start), k.shape[1], mask, causal, q, do)
         return dq, dk, dv
 
-    if p is None:
-        d = head_by_head(in_blocks, q_heads, k_heads, v_heads, do_heads)
-    else:
-        d = jax.vmap(weighted_back)(q_heads, k_heads, v_heads, p, do_heads)
-    dq, dk, dv = map(heads_behind, d)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return tuple(map(heads_behind, head_by_head(of_head, *map(heads_first, (q, k, v, wide(do))))))
+
+
+@functools.cache
+def compiled(f: Callable) -> Callable:
+    """f, compiled: outside jit its loops would be compiled at every call."""
+    return jax.jit(f, static_argnames="causal")
 
 
 def over_blocks(block: Callable, carry: Any, S: int, mask: Any, causal: bool, *arrays: jax.Array) -> tuple[Any, Any]:

@@ -70,7 +70,7 @@ def attention(
         q_heads, k_heads, v_heads = split_heads(q, kv, heads // kv), split_heads(k, kv), split_heads(v, kv)
         q_turned, k_turned = rotate(q_heads, rotary), rotate(k_heads, rotary)
         o_heads, p = attend(q_turned, k_turned, v_heads, ctx.mask, causal)
-        o = merge_heads(o_heads).astype(x.dtype)
+        o = merge_heads(o_heads).astype(v.dtype)
         return affine(params, "O", o), state, (x, z, q_turned, k_turned, v_heads, p, o, ctx.mask, pair)
 
     def backward(params: dict, res: tuple, dy: Sequence) -> tuple[dict, Any]:
@@ -111,7 +111,7 @@ def steps_of(name: str, forward: Callable, kv: int, group: int, rotary: float | 
         keys, values = put_at(kept["k"], at, k_turned), put_at(kept["v"], at, split_heads(v, kv))
         seen = (jnp.arange(length) <= at)[None, None]
         o_heads, _ = attend(q_turned, keys.astype(q.dtype), values.astype(q.dtype), seen, causal=False)
-        return affine(params, "O", merge_heads(o_heads).astype(x.dtype)), {"k": keys, "v": values, "at": at + 1}
+        return affine(params, "O", merge_heads(o_heads).astype(v.dtype)), {"k": keys, "v": values, "at": at + 1}
 
     return Steps(first, then)
 

@@ -132,7 +132,7 @@ def in_chunks(turn: Turn) -> Whole:
             last, (ys, saved) = lax.scan(partial(turn.forward, U, c), h, a, reverse=reverse, unroll=min(UNROLL, size))
             return (last, paste(y, time_first(ys), start)), (saved, hidden(h))
 
-        y = zeros_beside(x, (*x.shape[:2], n), hidden(h_0).dtype)
+        y = varying(zeros_beside(x, (*x.shape[:2], n), hidden(h_0).dtype), h_0, params)
         (h_T, y), saved = over_chunks(chunk, (h_0, y), x.shape[1], reverse)
         return h_T, y, (x, y, hidden(h_0), saved)
 
@@ -148,14 +148,16 @@ def in_chunks(turn: Turn) -> Whole:
             dh, errors = lax.scan(step, dh, (dys, saved, hs), reverse=not reverse, unroll=min(UNROLL, size))
             inputs = (jnp.concatenate([xs, hs], -1),) if turn.joined else (xs, hs)
             sums = jax.tree.map(jnp.add, sums, [of_chunk(z, e) for z, e in zip(inputs, errors, strict=True)])
-            dx = paste(dx, time_first(errors[0] @ params["W"]).astype(dx.dtype), start)
+            dx = paste(dx, time_first(errors[0] @ params["W"]), start)
             return (dh, dx, sums), errors
 
         d, n, dtype = x.shape[-1], params["U"].shape[0], jnp.result_type(*map(wide, (x, y, dy)))
         widths = (d + h_0.shape[-1],) if turn.joined else (d, h_0.shape[-1])
-        zeros = lambda *shape: varying(jnp.zeros(shape, dtype), dy)  # noqa: E731
+        among = x, dy, dh, saved, params
+        zeros = lambda *shape: varying(jnp.zeros(shape, dtype), among)  # noqa: E731
         sums = [(zeros(width, n), zeros(n)) for width in widths]
-        start = dh, zeros_beside(x, x.shape, x.dtype), sums
+        dx = varying(zeros_beside(x, x.shape, jnp.result_type(params["W"], *jax.tree.leaves((dy, dh, saved)))), among)
+        start = dh, dx, sums
         (dh_0, dx, sums), errors = over_chunks(chunk, start, x.shape[1], not reverse, saved)
         errors = in_order(*errors)
         da, de = errors[0], errors[-1]

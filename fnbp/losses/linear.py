@@ -120,7 +120,7 @@ def in_blocks(a: Scores, y: jax.Array, at: Any, e: float, c: float) -> tuple[jax
             made = product("rk,ri->ki", d, x), None if b is None else jnp.sum(wide(d), 0)
             return jax.tree.map(jnp.add, sums, made), (losses, product("rk,ki->ri", d, W).astype(x.dtype))
 
-        start = jax.tree.map(lambda p: varying(varying(jnp.zeros(p.shape, wide(p).dtype), x), y), (W, b))
+        start = jax.tree.map(lambda p: varying(jnp.zeros(p.shape, wide(p).dtype), x, W, b, y, w), (W, b))
         (dW, db), (losses, dx) = jax.lax.scan(turn, start, (cut(x, x.shape[-1]), cut(y), cut(w)))
         return (joined(losses).reshape(y.shape), joined(dx).reshape(x.shape)), (dW, db)
 
