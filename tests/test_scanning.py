@@ -322,7 +322,7 @@ def test_chunks_are_the_turns(x64, cell, reverse, T):
 def test_nearly_closed_gates_keep_their_digits_in_chunks(x64, cell, dtype):
     x, dy = (jnp.asarray(rng.standard_normal((3, 16, n)), dtype) for n in (5, 7))
     params, state = drawn(fnbp.scan(cell), x)
-    closed = jnp.where(jnp.arange(params["b"].size) < 14, -18.0 if dtype == "float32" else -6.0, 0)
+    closed = jnp.where(jnp.arange(params["b"].size) < 14, -18.0 if dtype == "float32" else -9.0, 0)
     params = jax.tree.map(lambda p: p.astype(dtype), params | {"b": params["b"] + closed})
     args = params, state, jax.tree.map(lambda h: h.astype(dtype), first(cell, 3)), x
     args = *args, jax.tree.map(jnp.ones_like, args[2]), dy
