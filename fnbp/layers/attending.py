@@ -86,7 +86,8 @@ def attend_back(
     if p is None:
         dq, dk, dv = compiled(attend_back_in_blocks)(q, k, v, mask, do, causal=causal)
     else:
-        dq, dk, dv = map(heads_behind, jax.vmap(weighted_back)(*map(heads_first, (q, k, v)), p, heads_first(wide(do))))
+        heads: list[Any] = [*map(heads_first, (q, k, v)), p, heads_first(wide(do))]
+        dq, dk, dv = map(heads_behind, jax.vmap(weighted_back)(*heads))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -118,11 +119,12 @@ def attend_back_in_blocks(
         (dk, dv), dq = over_blocks(block, tuple(start), k.shape[1], mask, causal, q, do)
         return dq, dk, dv
 
-    return tuple(map(heads_behind, head_by_head(of_head, *map(heads_first, (q, k, v, wide(do))))))
+    dq, dk, dv = map(heads_behind, head_by_head(of_head, *map(heads_first, (q, k, v, wide(do)))))
+    return dq, dk, dv
 
 
 @functools.cache
-def compiled(f: Callable) -> Callable:
+def compiled(f: Callable) -> Any:
     """f, compiled: outside jit its loops would be compiled at every call."""
     return jax.jit(f, static_argnames="causal")
 
